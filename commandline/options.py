@@ -61,6 +61,9 @@ REMOTE = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by side at the most.")
+SMOKE = click.option(
+    "--smoke", is_flag=True, help="All of it small: made-up models, few rows, a store of its own; gates are only told."
+)
 YES = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would go.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")

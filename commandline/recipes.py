@@ -16,7 +16,7 @@ from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
 
 from .completing import NODES, RUNS, TARGETS
-from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, STORE
+from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, SMOKE, STORE
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ NAMED_ELSEWHERE = "-"
 @OFFLINE
 @JOBS
 @click.option("--keep-going", is_flag=True, help="Let other branches finish when a node fails.")
+@SMOKE
 @JSON
 @click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
 @STORE
@@ -50,7 +51,7 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
     with closing(report.choose_reporter(own_stderr())) as reporter:
-        status = _attend(manifest, nodes, reporter=reporter, **options)
+        status = None if options["smoke"] else _attend(manifest, nodes, reporter=reporter, **options)
     if status is not None:
         sys.exit(status)
     with closing(report.choose_reporter(own_stderr(), events=events)) as reporter:
@@ -79,20 +80,23 @@ def _attend(
 @click.option("--explain", is_flag=True, help="Add keys, every change and every forecast metric.")
 @click.option("--markdown", is_flag=True, help="A table for a pull request, or for the summary of a CI job.")
 @MACHINE
+@SMOKE
+@click.option("--probe", is_flag=True, help="Take what is foreseen, for some seconds, on the real devices.")
 @JOBS
 @OFFLINE
 @JSON
 @STORE
 @REMOTE
 def plan(
-    manifest: Path, nodes: tuple[str, ...], machine: Path | None, explain: bool, markdown: bool, as_json: bool,
-    **options: Any,
+    manifest: Path, nodes: tuple[str, ...], machine: Path | None, explain: bool, markdown: bool, probe: bool,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Say what would run, why, what it costs, and whether it fits.
 
     Example: bigpipe plan manifests/opt13b_int8.yaml --machine gpu-box.json
     """
     from bigpipe.machine import read_machine
+    from bigpipe.orchestrator import running
     from bigpipe.orchestrator.planning import plan_text
 
     if markdown and (as_json or explain):
@@ -101,12 +105,16 @@ def plan(
     there = read_machine(machine) if machine else None
     with closing(report.choose_reporter(own_stderr())) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)
-    show(
-        as_json,
-        lambda: report.plan_json(planned),
-        lambda: report.plan_markdown(planned) if markdown else plan_text(planned, explain=explain, screen=screen()),
-        planned.errors(),
-    )
+        rows = running.probe(planned, reporter) if probe else None
+    short = running.shortages(planned, rows) if rows else []
+
+    def text() -> str:
+        if markdown:
+            return report.plan_markdown(planned, rows)
+        told = plan_text(planned, explain=explain, screen=screen())
+        return told if rows is None else f"{told}\n\n{report.probe_text(rows, screen())}"
+
+    show(as_json, lambda: report.plan_json(planned, rows), text, [*planned.errors(), *short])
 
 
 @click.command()

@@ -68,6 +68,7 @@ def run(
     reporter: Reporter | None = None,
     progress: bool | Callable[[Event], None] = False,
     check: bool = True,
+    smoke: bool = False,
     text: str | None = None,
     typed: Mapping[tuple[str | int, ...], str] = MappingProxyType({}),
 ) -> RunResult:
@@ -78,6 +79,8 @@ def run(
       each event. reporter: the same as an object with `report(event)`.
     remote: address or path of a store that others share, in place of $BIGPIPE_REMOTE and the recipe's; empty: none.
     check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
+    smoke: run all of it small, on made-up models and a few rows, in a store of its own that is gone afterwards, unless
+      it failed. Gates are told, and fail nothing.
     text: the recipe, where no file holds it; `manifest` then says what it is called, and what its paths start from.
     typed: path in that text → what was typed on a command line to make that part: errors name it in place of a line.
     Raises, before anything runs, ManifestError, UsageError, DoesNotFit, NotAuthorised and GateFailed for what can be
@@ -86,7 +89,7 @@ def run(
     with closing(Following.of(progress, reporter)) as following:
         result = _run(
             manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, remote=remote, force=force,
-            offline=offline, locked=locked, reporter=following.reporter, text=text, typed=typed,
+            offline=offline, locked=locked, smoke=smoke, reporter=following.reporter, text=text, typed=typed,
         )  # fmt: skip
     if check and result.errors:
         raise result.errors[0]
@@ -94,9 +97,16 @@ def run(
 
 
 def _run(
-    manifest: str | Path, nodes: Sequence[str], *, jobs: int | None, keep_going: bool, locked: bool, **options: Any
-) -> RunResult:
+    manifest: str | Path, nodes: Sequence[str], *, jobs: int | None, keep_going: bool, locked: bool, smoke: bool,
+    **options: Any,
+) -> RunResult:  # fmt: skip
     session = _open(manifest, nodes, locked=locked, **options)
+    if smoke:
+        from .running import run_small  # of what is only tried
+
+        if locked:
+            lock_file.enforce(session)
+        return run_small(session, refuse, jobs=jobs, keep_going=keep_going)
     reporter = session.reporter
     with session.store, explained(session.store.root), _other_machines(session):
         session.side_by_side = jobs != 1 and session.store.keeps_others_out
@@ -104,7 +114,6 @@ def _run(
             lock_file.enforce(session)
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
-        require_installed(planned)
         with _telling(session, reporter or OneAtATime()) as hearing:
             result = run_plan(session, planned, hearing, jobs=jobs, keep_going=keep_going)
         if locked:
@@ -210,15 +219,12 @@ def _open(
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
-    """Raise what makes a run pointless now. A failing gate that may be survived is left to the run."""
+    """Raise what makes a run pointless now, and UsageError where a node that may run needs packages that are not
+    installed here. A failing gate that may be survived is left to the run."""
     for error in plan.errors():
         if isinstance(error, GateFailed) and (keep_going or _survivable(plan, error)):
             continue
         raise error
-
-
-def require_installed(plan: Plan) -> None:
-    """Raise UsageError where a node that may run needs packages that are not installed here."""
     for name, packages in plan.not_installed.items():
         node = plan.nodes[name].node
         error = not_installed(f"{name} ({node.kind.kind})", packages)
@@ -242,14 +248,20 @@ def plan(
     machine: Machine | None = None,
     jobs: int | None = None,
     preflight: bool = True,
+    smoke: bool = False,
     reporter: Reporter | None = None,
 ) -> Plan:
     """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
-    preflight: also ask each running kind's `check`, which may use the network for metadata."""
+    preflight: also ask each running kind's `check`, which may use the network for metadata. smoke: say it of
+    `run(smoke=True)`."""
     session = _open(
         manifest, nodes, params=params, store=store, remote=remote, offline=offline, given_machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
     )  # fmt: skip
+    if smoke:
+        from .running import plan_small
+
+        return plan_small(session, preflight=preflight)
     return with_parameters(make_plan(session, preflight=preflight))
 
 

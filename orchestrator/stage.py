@@ -13,6 +13,7 @@ from bigpipe.sizes import format_size as format_size
 
 from .contract import (
     ANY as ANY,
+    SMOKE as SMOKE,
     AnyPath as AnyPath,
     Bytes as Bytes,
     CheckContext as CheckContext,

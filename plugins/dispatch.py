@@ -101,6 +101,7 @@ STAGE = Stage(
     forecast=late("bigpipe.plugins.dispatch_needs:forecast"),
     planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts),
     packages=("torch", "transformers", "accelerate"),
+    smoke=late("bigpipe.plugins.smoking:dispatch"),
     warms=warms,
     title="Decides what goes on which GPU, in RAM and on disk, and tries it out.",
 )

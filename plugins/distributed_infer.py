@@ -66,6 +66,8 @@ class InferParams(Params):
     """openai-batch: rows are requests of OpenAI's Batch API, `{"custom_id", "method", "url", "body"}`, and results its
     responses; of text-generation for `/v1/chat/completions` and `/v1/completions`, of feature-extraction for
     `/v1/embeddings`."""
+    limit: int | None = Field(None, ge=1)
+    """How many rows are taken, from the first on; null: all."""
     template: Annotated[str | None, AfterValidator(_template)] = None
     """The prompt, made of a row's fields: `"Classify: {text}"`. null: the prompt is `column`."""
     batch_size: int = Field(1, ge=1)
@@ -314,6 +316,7 @@ STAGE = Stage(
         Choices(field="engine", decides="serving", models=late("bigpipe.bigmodel.engines:engine_settings")),
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
+    smoke=late("bigpipe.plugins.smoking:infer"),
     reproducible=False,
     title="Runs a model over prompts on one or more ranks and gathers one result per prompt.",
 )

@@ -7,7 +7,7 @@ directory is copied, because it may change; synthetic weights are streamed to di
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -87,6 +87,9 @@ class DownloadParams(Params):
     """Found from the files, unless given."""
     architecture: CustomClass | None = None
     """The class of a model without a transformers config; it travels inside the artifact."""
+    miniature: bool = False
+    """In its place a small model of the same kind, with made-up weights: its tokenizer and vocabulary, few narrow
+    layers of every kind that it has. For trying a recipe; `bigpipe run --smoke` sets it."""
 
     @field_validator("repo")
     @classmethod
@@ -116,6 +119,9 @@ class DownloadParams(Params):
             )
         if given == ["synthetic"] and (self.include or self.exclude or self.subfolder or self.variant):
             raise ValueError("include, exclude, subfolder and variant choose among files; synthetic makes all it needs")
+        if self.miniature and (self.synthetic is not None or self.architecture is not None):
+            field = "architecture" if self.architecture else "synthetic"
+            raise ValueError(f"miniature makes the config small that a model has; write a small {field}.config instead")
         if self.variant is not None and self.include:
             raise ValueError("include names the files to take, variant chooses among all; give one of them")
         return self
@@ -166,6 +172,11 @@ def facts(params: DownloadParams, machine: Machine) -> Mapping[str, Json]:
     return {library: metadata.version(library)}
 
 
+def apart(params: DownloadParams) -> Sequence[str]:
+    """What is not asked for says nothing."""
+    return [] if params.miniature else ["miniature"]
+
+
 STAGE = Stage(
     kind="download",
     version=3,
@@ -176,8 +187,9 @@ STAGE = Stage(
     outputs=("adapter",),
     run=late("bigpipe.plugins.downloading:run"),
     forecast=late("bigpipe.plugins.downloading:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.downloading:check"), pin=pin, reads=reads, facts=facts),
+    planning=Planning(check=late("bigpipe.plugins.downloading:check"), pin=pin, reads=reads, facts=facts, apart=apart),
     passing=Passing(streams=True),
+    smoke=late("bigpipe.plugins.smoking:download"),
     secrets=("HF_TOKEN",),
     title="Bring a model or an adapter here: from the Hub, from a directory, or made up in the shape of a config",
 )

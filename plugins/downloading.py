@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.architecture import describe_architecture, shrunk
 from bigpipe.bigmodel.checkpoint import (
     ARCHITECTURE_FILE,
     AdapterDescription,
@@ -35,9 +35,12 @@ from bigpipe.files import write_file
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, PinnedFile, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .download import DownloadMetrics, DownloadParams
+from .download import DownloadMetrics, DownloadParams, Synthetic
 from .library import about, sources_of
 from .wired import Pipeline
+
+if TYPE_CHECKING:
+    from .miniatures import Miniature
 
 PIPELINE = "model_index.json"
 """In the root of a folder of several models."""
@@ -89,13 +92,46 @@ def _own(params: DownloadParams) -> dict[str, bytes]:
 
 def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
     try:
-        found = _forecast_synthetic(params, context) if params.synthetic else _forecast_source(params, context)
+        found = _forecast_of(params)(params, context)
     except (Transient, NotAuthorised) as error:
         found = Forecast(vram={}, unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
     described = (_describe(context.artifact) if context.artifact else None) or found.output
     if isinstance(described, ModelDescription) and params.architecture is not None:
         described = replace(described, custom=_custom(params))
     return replace(found, output=described)
+
+
+def _forecast_of(params: DownloadParams) -> Callable[[DownloadParams, ForecastContext], Forecast]:
+    if params.miniature:
+        return _forecast_miniature
+    return _forecast_synthetic if params.synthetic else _forecast_source
+
+
+def _miniature(params: DownloadParams, context: CheckContext | StageContext, pins: Mapping[str, str]) -> Miniature:
+    from .miniatures import miniature  # of recipes that are only tried
+
+    with about("repo" if params.repo else "path"):
+        return miniature(_source(params, context, pins), sources_of(context))
+
+
+def require_miniature(params: DownloadParams, context: ForecastContext) -> None:
+    """Raise UsageError where no small model can be made of it; as the source where that cannot be asked."""
+    _miniature(params, context, context.pins)
+
+
+def small_synthetic(params: DownloadParams, context: ForecastContext) -> Synthetic:
+    """What it makes up, made small, in several files where there were some."""
+    assert params.synthetic is not None  # noqa: S101  the caller looked
+    written, whole = params.synthetic, _synthetic(params, context)
+    small = written.model_copy(update={"config": shrunk(whole.given, whole.architecture.config)})
+    if written.max_shard_size >= (whole.description.nbytes or 0):
+        return small
+    size = _synthetic(params.model_copy(update={"synthetic": small}), context).description.nbytes or 0
+    return small.model_copy(update={"max_shard_size": max(size // 2, 1)})
+
+
+def _forecast_miniature(params: DownloadParams, context: ForecastContext) -> Forecast:
+    return _miniature(params, context, context.pins).forecast(context.pins.get("revision"))
 
 
 def _describe(artifact: Path) -> ModelDescription | AdapterDescription | Pipeline | None:
@@ -166,6 +202,9 @@ def run(params: DownloadParams, context: StageContext) -> StageResult:
         journal, traffic = context.scratch / "finished", Traffic(report, context.outlet)
         saved = _synthetic(params, context).write(context.out, journal=journal, traffic=traffic)
         brought = Brought(files=dict(saved.files))
+    elif params.miniature:
+        watch = Watch(report=report, outlet=context.outlet, log=context.log)
+        brought = _miniature(params, context, context.pins).bring(context.out, context.scratch, watch)
     else:
         watch = Watch(report=report, outlet=context.outlet, log=context.log)
         brought = _source(params, context, context.pins).bring(context.out, watch, skip=own)

@@ -126,6 +126,7 @@ STAGE = Stage(
     ),
     planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
+    smoke=late("bigpipe.plugins.smoking:evaluate"),
     reproducible=False,
     unmeasured=unmeasured,
     result_line=result_line,

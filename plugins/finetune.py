@@ -49,6 +49,8 @@ class FinetuneParams(Params):
     directory. null: `input`, or `audio`."""
     eval_data: Data | None = None
     """Rows as in `data`, for `eval_loss`."""
+    limit: int | None = Field(None, ge=1)
+    """How many rows of each are taken, from the first on; null: all."""
     lora: LoraParams = LoraParams()
     """The adapter's shape; one that goes on from an `adapter` has that one's."""
     max_steps: int | None = Field(None, ge=1)
@@ -129,6 +131,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.finetuning:check"), leads_to=late("bigpipe.plugins.finetuning:leads_to")
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
+    smoke=late("bigpipe.plugins.smoking:finetune"),
     reproducible=False,
     title="Trains a low-rank adapter (LoRA) on a model, plain or quantized, over one or more ranks.",
     result_line=in_words,

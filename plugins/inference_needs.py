@@ -177,8 +177,8 @@ def rows_of(params: InferParams, base: Path) -> Prompts | Requests:
     """Return the prompts, which are read as they are gone through."""
     if params.row_format == "openai-batch":
         reader = request_reader(params.task, params.max_new_tokens)
-        return Requests(Prompts(params.prompts, params.column, base, request=reader))
-    return Prompts(params.prompts, params.column, base, params.template)
+        return Requests(Prompts(params.prompts, params.column, base, request=reader, limit=params.limit))
+    return Prompts(params.prompts, params.column, base, params.template, limit=params.limit)
 
 
 def leads_to(params: InferParams, base: Path) -> Sequence[Path]:

@@ -96,6 +96,7 @@ STAGE = Stage(
         present=late("bigpipe.plugins.saving:present"),
         writes=late("bigpipe.plugins.saving:writes"),
     ),
+    smoke=late("bigpipe.plugins.smoking:save"),
     secrets=("HF_TOKEN",),
     reproducible=False,
     needs_input=True,

@@ -33,5 +33,6 @@ STAGE = Stage(
     forecast=late("bigpipe.plugins.sharding:forecast"),
     planning=Planning(check=late("bigpipe.plugins.sharding:check")),
     passing=Passing(streams=True, follows="model"),
+    smoke=late("bigpipe.plugins.smoking:shard"),
     title="Split, convert or cast a checkpoint, streaming and without torch",
 )

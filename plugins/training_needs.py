@@ -93,9 +93,11 @@ def foreseen(params: FinetuneParams, ctx: CheckContext) -> tuple[ModelDescriptio
 
 def rows_of(params: FinetuneParams, base: Path) -> tuple[list[Row], list[Row]]:
     given = input_of(params)
-    rows = read_data(params.data, params.column, given, base)
+    rows = read_data(params.data, params.column, given, base, limit=params.limit)
     others = params.eval_data
-    return rows, [] if others is None else read_data(others, params.column, given, base, "eval_data")
+    if others is None:
+        return rows, []
+    return rows, read_data(others, params.column, given, base, "eval_data", params.limit)
 
 
 def input_of(params: FinetuneParams) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -74,9 +75,11 @@ class Prompts:
     """What rows are called in errors."""
     request: Callable[[Any, str], tuple[Any, Mapping[str, Any]]] | None = None
     """Makes prompt and arguments of an object and its place, in place of its `column`."""
+    limit: int | None = None
+    """Rows that are taken, from the first on; None: all."""
 
     def __iter__(self) -> Iterator[Row]:
-        rows = self._rows()
+        rows = islice(self._rows(), self.limit)
         first = next(rows, None)
         if first is None:
             cause = f"{self.wording.field}: there is no {self.wording.row} in {self.given!r:.200}"
@@ -115,10 +118,11 @@ class Prompts:
 
 
 def read_prompts(
-    prompts: str | Sequence[Any], column: str, base: Path, template: str | None = None, wording: Wording = PROMPTS
-) -> list[Row]:
+    prompts: str | Sequence[Any], column: str, base: Path, template: str | None = None, wording: Wording = PROMPTS,
+    limit: int | None = None,
+) -> list[Row]:  # fmt: skip
     """Return all rows of `Prompts`, which raises UsageError."""
-    return list(Prompts(prompts, column, base, template, wording))
+    return list(Prompts(prompts, column, base, template, wording, limit=limit))
 
 
 def _of_file(index: int, path: Path, column: str, base: Path, wording: Wording) -> Row:

@@ -82,11 +82,15 @@ def input_column_of(task: TaskName, asked: str | None) -> str:
     return asked or TASKS[task].input_column
 
 
-def read_data(data: str | Sequence[Any], column: str, input_column: str, base: Path, field: str = "data") -> list[Row]:
-    """Return the rows of a list, or of the files that a path or glob names; `prompt` is what is learnt. Raise
-    UsageError naming file and line, also for a row without its input, and for one with nothing to learn."""
+def read_data(
+    data: str | Sequence[Any], column: str, input_column: str, base: Path, field: str = "data",
+    limit: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """Return the rows of a list, or of the files that a path or glob names, `limit` of them at most; `prompt` is what
+    is learnt. Raise UsageError naming file and line, also for a row without its input, and for one with nothing to
+    learn."""
     try:
-        rows = read_prompts(data, column, base, wording=Wording(field, "row"))
+        rows = read_prompts(data, column, base, wording=Wording(field, "row"), limit=limit)
     except UsageError as error:
         error.field = error.field or field
         raise

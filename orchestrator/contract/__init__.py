@@ -20,6 +20,7 @@ from .events import (
 from .stage import (
     ANY,
     BYTES,
+    SMOKE,
     AnyPath,
     Bytes,
     Choices,

@@ -203,6 +203,8 @@ def late(target: str) -> Callable[..., Any]:
 
 
 P = TypeVar("P", bound=Params)
+SMOKE = "BIGPIPE_SMOKE"
+"""The variable that stages of a smoke run see."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +310,11 @@ class Stage(Generic[P]):
     passing: Passing = field(default_factory=Passing)
     choices: tuple[Choices, ...] = ()
     """For the reference and the schema; the params check what stands there."""
+    smoke: Callable[[P, ForecastContext], P] | None = None
+    """The params with which it does little of the same, for `run --smoke`: a small model, few rows, few steps, nothing
+    written where others read. What is wired is small already, and described by its forecasts; `context.environment` has
+    under `SMOKE` a folder that is gone after the run. Raises UsageError where it cannot be tried so. None: it runs as
+    it is written, and sees that variable."""
     warms: Callable[[P], Sequence[str]] | None = None
     """Modules that `run` will import: its worker may start, import them and wait while what the node needs is still
     being made. Importing them must do nothing else."""

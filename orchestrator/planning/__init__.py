@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .schedule import Do, Step, may_follow, passes_on, step
     from .session import Session, exact, lock_path, node_folder, open_session
     from .sharing import Fetch, shares
+    from .smoke import Smoke, smaller
     from .states import GOOD, SETTLED, NodeState, States, judge_gates
     from .suggestion import with_parameters
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, DoesNotFit
 from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
@@ -27,6 +28,9 @@ from .fit import find_misfits
 from .rehearsal import Rehearsal
 from .session import NOTHING_PINNED, Session
 from .states import NOTHING_FORESEEN, NodeState, judge_gates
+
+if TYPE_CHECKING:
+    from .smoke import Smoke
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -68,6 +72,8 @@ class Plan:
     """The most bytes that the run adds to the disk of the store at any time."""
     followed: Mapping[str, str] = field(default_factory=dict)
     """Node name → the producer whose files it takes one by one as they are made."""
+    smoke: Smoke | None = None
+    """Of a smoke run: what it is of."""
 
     @cached_property
     def to_run(self) -> list[PlannedNode]:
@@ -198,7 +204,7 @@ def plan_text(plan: Plan, *, explain: bool = False, screen: Screen = PLAIN) -> s
         lines.append(f"machine: {machine_line(plan.session.machine)}")
     elif not any(each.action is Action.REMOTE for each in plan.nodes.values()):
         lines.append("nothing to do")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(plan.smoke.told() if plan.smoke else ())])
 
 
 def _not_installed(plan: Plan) -> list[str]:

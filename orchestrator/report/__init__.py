@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from .outcomes import answered, as_bigpipe_error, refused
     from .page import report_runs, write_report
     from .reference import fields_markdown, kinds_json, kinds_markdown, kinds_overview
-    from .rendering import exchange_json, exchange_text, plan_json, remote_json, results_text, why_text
+    from .rendering import (
+        exchange_json,
+        exchange_text,
+        plan_json,
+        probe_json,
+        probe_text,
+        remote_json,
+        results_text,
+        why_text,
+    )
     from .reporters import choose_reporter, following
     from .reviewing import diff, plan_markdown, review
     from .sections import write_page

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
 from bigpipe.orchestrator.running import HEADS, node_rows
-from bigpipe.sizes import counted, format_transfer
+from bigpipe.sizes import counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.planning import Fetch
-    from bigpipe.orchestrator.running import NodeRun, RunResult
+    from bigpipe.orchestrator.planning import Fetch, Smoke
+    from bigpipe.orchestrator.running import Held, NodeRun, RunResult
     from bigpipe.orchestrator.running.sharing import Exchange
     from bigpipe.orchestrator.store import Remote
 
 
-def plan_json(plan: Plan) -> dict[str, Json]:
-    """Return `bigpipe.plan/1`."""
+def plan_json(plan: Plan, probed: Sequence[Held] | None = None) -> dict[str, Json]:
+    """Return `bigpipe.plan/1`. probed: what could be had of what it foresees, where that was tried."""
     sums = {"download_bytes": plan.downloads, "write_bytes": plan.writes, "peak_disk_bytes": plan.peak}
     return {
         "schema": "bigpipe.plan/1",
@@ -33,6 +34,8 @@ def plan_json(plan: Plan) -> dict[str, Json]:
         "at_least": {name: total.known for name, total in sums.items()},
         "misfits": [{"node": name, "cause": m.cause, "cure": str(m.cure)} for name, m in plan.misfits],
         "not_installed": plan.not_installed,
+        "smoke": plan.smoke.as_json() if plan.smoke else None,
+        "probe": None if probed is None else probe_json(probed),
         "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
     }
 
@@ -59,6 +62,36 @@ def _planned_json(planned: PlannedNode) -> dict[str, Json]:
         "fetch": fetch_json(planned.decision.fetch),
         "forecast": foreseen,
     }
+
+
+def probe_json(rows: Sequence[Held]) -> list[dict[str, Json]]:
+    """Return what was tried, as `plan --probe --json` has it."""
+    return [{**asdict(row), "ok": not row.short} for row in rows]
+
+
+PROBED = """\
+Nodes that take each other's files as they are made were tried together, all others one at a time: a run starts nodes
+beside each other only while what is foreseen of them fits."""
+
+
+def probe_text(rows: Sequence[Held], screen: Screen = PLAIN) -> str:
+    """Return what `plan --probe` prints: a row per node and device."""
+    if not rows:
+        return "nothing to probe: no node that would run is known to take RAM, GPU memory or disk"
+    return columns([PROBE_HEADS, *probe_rows(rows)], screen) + "\n\n" + PROBED
+
+
+PROBE_HEADS = ("node", "device", "foreseen", "had", "verdict")
+
+
+def probe_rows(rows: Sequence[Held]) -> list[tuple[str, str, str, str, str]]:
+    """Return a row per node and device, under PROBE_HEADS."""
+    return [(row.node, row.device, format_size(row.predicted), *_had(row)) for row in rows]
+
+
+def _had(row: Held) -> tuple[str, str]:
+    verdict = f"✗ short: {row.why}" if row.short else "✓ ok" if row.held is not None else "not tried"
+    return "" if row.held is None else format_size(row.held), verdict
 
 
 def fetch_json(fetch: Fetch | None) -> dict[str, Json] | None:
@@ -111,6 +144,9 @@ GATE_HEADS = ("node", "gate", "measured", "verdict")
 VERDICTS = {True: "✓ holds", False: "✗ fails", None: "not decided"}
 
 
+TOLD_ANYWAY = {VERDICTS[True]: "holds", VERDICTS[False]: "does not hold", VERDICTS[None]: "not measured"}
+
+
 def gate_rows(nodes: Mapping[str, NodeRun]) -> list[tuple[str, str, str, str]]:
     """Return a row per gate, under GATE_HEADS: what is asked, and what was measured."""
     return [
@@ -131,7 +167,19 @@ def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -
 
         if rows := list(first_results(path, limit)):
             parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
-    return "\n\n".join([*parts, nodes_table(result.ran(), screen)])
+    parts.append(nodes_table(result.ran(), screen))
+    return "\n\n".join([*parts, *(_smoke_text(result, result.smoke, screen) if result.smoke else ())])
+
+
+def _smoke_text(result: RunResult, smoke: Smoke, screen: Screen) -> list[str]:
+    """What a smoke run was, what the recipe's conditions came to in it, and what it did not show."""
+    rows = [(name, gate, measured, TOLD_ANYWAY[verdict]) for name, gate, measured, verdict in gate_rows(result.ran())]
+    gates = ["conditions, of made-up models:\n" + columns(rows, screen)] if rows else []
+    ended = "the whole recipe ran small" if result.status == "succeeded" else "the recipe did not run through"
+    told = [f"smoke run: {ended}. It does not show:", *smoke.not_shown()]
+    if smoke.kept is not None:
+        told.append(f"its logs stay: bigpipe log --store {shlex.quote(str(smoke.kept))}")
+    return [*gates, "\n".join(told)]
 
 
 def _flat(text: str, limit: int = 100) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.lock import LockFile, lock_differences, read_lock
 from bigpipe.orchestrator.planning import Difference, Plan, machine_line, plan_rows, totals
-from bigpipe.orchestrator.running import NodeRun, RunRecord, records
+from bigpipe.orchestrator.running import Held, NodeRun, RunRecord, records
 from bigpipe.orchestrator.store import Store
 from bigpipe.sizes import format_figure, format_size, format_transfer
 
@@ -18,6 +18,7 @@ from .comparing import gates_of, told_apart
 from .firstrows import first_results
 from .inspection import Inspection, diff_runs, open_store
 from .page import TEXTS, written
+from .rendering import PROBE_HEADS, probe_rows
 from .sections import Section, Table, markdown_page, short
 
 HEADS = ("node", "what", "before", "after")
@@ -29,11 +30,17 @@ MADE_BY = ("tools.", "packages.", "facts.")
 CAME_OUT = ("digest", "review.")
 
 
-def plan_markdown(plan: Plan) -> str:
-    """Return a plan as a table of Markdown, with its totals."""
-    table = Table("Nodes", ("node", "action", "why, and what it costs"), plan_rows(plan))
+def plan_markdown(plan: Plan, probed: Sequence[Held] | None = None) -> str:
+    """Return a plan as a table of Markdown, with its totals; what is smaller in a smoke run, and what could be had
+    where it was `probed`, as further ones."""
+    tables = [Table("Nodes", ("node", "action", "why, and what it costs"), plan_rows(plan))]
+    if plan.smoke is not None:
+        smaller = [(name, str(change)) for name, changes in plan.smoke.changes.items() for change in changes]
+        tables.append(Table("Smoke run: smaller than the recipe", ("node", "value"), smaller))
+    if probed is not None:
+        tables.append(Table("Probed", PROBE_HEADS, probe_rows(probed)))
     about = f"{totals(plan)}; {machine_line(plan.session.machine)}"
-    return markdown_page([Section(f"Plan of {plan.session.recipe.name}", about, [table])]).rstrip("\n")
+    return markdown_page([Section(f"Plan of {plan.session.recipe.name}", about, tables)]).rstrip("\n")
 
 
 def diff(one: str, other: str, *, store: str | Path | None = None) -> Inspection:

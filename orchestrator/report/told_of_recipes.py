@@ -55,6 +55,28 @@ class Checkout(Strict):
     """There were changes that are in no commit."""
 
 
+class Smaller(Strict):
+    """A value that a smoke run has instead of the recipe's."""
+
+    path: str
+    """`params.max_steps`, `launch.num_processes`."""
+    old: Any
+    """As the recipe has it."""
+    new: Any
+    """As the run has it."""
+
+
+class Smoke(Strict):
+    """What a smoke run is of."""
+
+    smaller: dict[str, list[Smaller]]
+    """By node."""
+    not_shown: list[str]
+    """What it says nothing of, in words."""
+    store: str | None
+    """Of one that failed, which stays for a look at its logs; None: it is gone."""
+
+
 class Run(Answer):
     """What a run did."""
 
@@ -72,6 +94,8 @@ class Run(Answer):
     """From the first node to the last."""
     nodes: dict[str, NodeRun]
     """By name, in the order of the graph."""
+    smoke: Smoke | None
+    """None: it was no smoke run. Else no gate failed it, whatever `gates` say."""
 
 
 class Change(Strict):
@@ -164,6 +188,23 @@ class Planned(Strict):
     """None: nothing of it has to be known."""
 
 
+class Probed(Strict):
+    """What a node is foreseen to take of a device, and what could be had. Bytes."""
+
+    node: str
+    """`the run`: of all nodes together."""
+    device: str
+    """RAM, `GPU 0`, disk."""
+    predicted: int
+    """As the plan foresees it."""
+    held: int | None
+    """None: it was not tried."""
+    why: str
+    """Why that is not all of it."""
+    ok: bool
+    """It is not short."""
+
+
 class KnownBytes(Strict):
     """Sums of the bytes that are known."""
 
@@ -200,6 +241,10 @@ class Plan(Answer):
     """What does not fit, and the change that does."""
     not_installed: dict[str, list[str]]
     """Node that may run and cannot run here → the packages that it lacks."""
+    smoke: Smoke | None
+    """None: it is of no smoke run."""
+    probe: list[Probed] | None
+    """None: it was not asked for."""
     nodes: dict[str, Planned]
     """By name, in the order of the graph."""
 

@@ -7,9 +7,11 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from . import records, sharing
     from .nodes import HEADS, Gate, NodeRun, metrics_line, node_rows, sentence
+    from .probing import Held, probe, shortages
     from .records import RunRecord
     from .result import RunResult, run_json
     from .runner import run_plan
+    from .smoking import plan_small, run_small
     from .telling import telling_sinks
 
 __getattr__, __all__ = face(__name__)

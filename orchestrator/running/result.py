@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Json
@@ -15,6 +16,9 @@ from bigpipe.tables import html_table
 
 from .nodes import HEADS, Gate, NodeRun, node_rows, run_line
 from .records import meant, place_of
+
+if TYPE_CHECKING:
+    from bigpipe.orchestrator.planning import Smoke
 
 FORESEEN = ("seconds", "ram", "download_bytes", "write_bytes")
 
@@ -33,6 +37,8 @@ class RunResult:
     gates: Mapping[str, tuple[GateVerdict, ...]] = field(default_factory=dict)
     tried: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
     """Of nodes that take the first variant that passes: what became of each; see `NodeRun.tried`."""
+    smoke: Smoke | None = None
+    """Of a smoke run: what it is of. `gates` then has every condition of the recipe, of which none failed the run."""
 
     def __getitem__(self, node: str) -> NodeRun:
         """Return what a node did, or the only variant of a stage: `result["quantize"].metrics["ratio"]`. Raise
@@ -58,7 +64,10 @@ class RunResult:
         """Return the artifact's directory, readable as it is; None where there is none or its bytes were dropped.
         node: a name, or a stage of one variant. Raise UsageError for any other."""
         state = self.nodes[meant(self.run, self.nodes, node)[0]]
-        return self.session.store.artifact_path(state.digest) if state.digest and state.bytes_here else None
+        gone = self.smoke is not None and self.smoke.kept is None
+        return (
+            self.session.store.artifact_path(state.digest) if state.digest and state.bytes_here and not gone else None
+        )
 
     def ran(self) -> dict[str, NodeRun]:
         return {name: self._ran(state) for name, state in self.nodes.items()}
@@ -90,6 +99,7 @@ class RunResult:
             self.session.recipe.path, self.session.recipe.params, self.errors, run=self.run, status=self.status,
             git=self.session.checkout.state, seconds=round(self.seconds, 3),
             nodes={name: node.model_dump() for name, node in self.ran().items()},
+            smoke=self.smoke.as_json() if self.smoke else None,
         )  # fmt: skip
 
 
@@ -108,5 +118,6 @@ def run_json(
         "seconds": 0.0,
         "errors": [each for error in errors for each in error.as_json()],
         "nodes": {},
+        "smoke": None,
         **found,
     }

@@ -77,10 +77,11 @@ class Store:
     """See the module. All methods raise BigpipeErrors: DoesNotFit for a full disk, UsageError where the store cannot be
     written or its file system has no locks, StageFailed for I/O errors."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, memo: Path | None = None) -> None:
+        """memo: where answers are kept; by default in the store."""
         self.root = Path(os.path.abspath(root))
         self.layout = Layout(self.root)
-        self.memo, self.parts, self.runs = self.layout.memo, self.layout.parts, self.layout.runs
+        self.memo, self.parts, self.runs = memo or self.layout.memo, self.layout.parts, self.layout.runs
         self._presence = Presence(self.layout)
         self._tidied = threading.Event()
         self._close = weakref.finalize(self, self._presence.leave)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from select import POLLOUT, poll
+from tempfile import mkstemp
 from typing import Any, Self
 
 from .errors import BigpipeError, DoesNotFit, StageFailed, UsageError
@@ -176,6 +177,42 @@ def real_folders(files: Collection[Path]) -> set[Path]:
     return {Path(os.path.realpath(place)) for place in found} | {
         Path(os.path.realpath(path)).parent for path in files if path.is_symlink()
     }
+
+
+@contextmanager
+def room_held(folder: Path, size: int) -> Iterator[bool]:
+    """Set so many bytes aside on the file system of a folder, in a file without a name, which is gone with this process
+    at the latest. Give False where nothing can be set aside without writing it (Linux alone can, on most file systems).
+    Raise OSError where there is no room."""
+    descriptor = _nameless(folder)
+    try:
+        yield _allocated(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def _nameless(folder: Path) -> int:
+    with suppress(OSError, AttributeError):  # Linux alone has it, on most file systems
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor, name = mkstemp(dir=folder)
+    os.unlink(name)
+    return descriptor
+
+
+def _allocated(descriptor: int, size: int) -> bool:
+    """As fallocate(2); `posix_fallocate` would write where a file system has none."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if call(descriptor, 0, 0, size) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in NOT_SUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def free_space(path: Path) -> int:

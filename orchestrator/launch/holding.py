@@ -1,0 +1,80 @@
+"""A process that takes memory, says how much it has, and holds it until it is told to end: what `plan --probe` starts.
+
+    python -m bigpipe.orchestrator.launch.holding '{"RAM": 1000000, "GPU 0": 2000000}'
+
+It prints a line of JSON for each piece that it has, `{"device", "held"}`, one with `failed` where there is no more, and
+`{"done": true}`; then it waits until its standard input ends. It dies with its parent, and is the one that the kernel
+kills where memory runs out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bigpipe.fit import out_of_memory
+from bigpipe.orchestrator.launch.lifeline import stand_in_for_parent, tie_to_parent
+from bigpipe.orchestrator.launch.processes import resident
+
+RAM = "RAM"
+PIECE = 64 * 2**20
+"""Bytes that are taken at a time."""
+
+
+def gpu_name(index: int) -> str:
+    """Return what a GPU is called here."""
+    return f"GPU {index}"
+
+
+def main(asked: str) -> None:
+    """asked: JSON, device → bytes."""
+    tie_to_parent()
+    stand_in_for_parent()
+    kept: list[Any] = []
+    for device, size in json.loads(asked).items():
+        try:
+            (_take_ram if device == RAM else _take_gpu)(device, size, kept)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            _say(device=device, failed=str(error) or type(error).__name__)
+    _say(done=True)
+    sys.stdin.read()
+
+
+def _say(**told: Any) -> None:
+    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.flush()
+
+
+def _fill(device: str, size: int, own: Callable[[], int], take: Callable[[int], object], kept: list[Any]) -> None:
+    """own: bytes that this process has on the device. Takes pieces until these are `size`."""
+    while (held := own()) < size:
+        kept.append(take(min(PIECE, size - held)))
+        _say(device=device, held=min(own(), size))
+
+
+def _take_ram(device: str, size: int, kept: list[Any]) -> None:
+    """Pages of no file, each of them written to."""
+    base = resident(os.getpid())
+    _fill(device, size, lambda: base + sum(map(len, kept)), lambda length: bytearray(b"\1") * length, kept)
+
+
+def _take_gpu(device: str, size: int, kept: list[Any]) -> None:
+    """What the driver and torch take of the device themselves counts."""
+    import torch
+
+    place = torch.device("cuda", int(device.rpartition(" ")[2]))
+    before, _ = torch.cuda.mem_get_info(place)
+
+    def own() -> int:
+        return int(before - torch.cuda.mem_get_info(place)[0])
+
+    _fill(device, size, own, lambda length: torch.ones(max(length, 2**21), dtype=torch.uint8, device=place), kept)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

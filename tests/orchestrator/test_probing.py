@@ -1,0 +1,193 @@
+"""`plan --probe`: what is foreseen is taken on the real devices, told, and let go."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from support.workshop import Workshop, environment
+
+import bigpipe
+from bigpipe.errors import DoesNotFit, Transient, UsageError
+from bigpipe.files import room_held
+from bigpipe.machine import detect
+from bigpipe.orchestrator.contract import Forecast
+from bigpipe.orchestrator.launch import RAM
+from bigpipe.orchestrator.running import probe, shortages
+from bigpipe.orchestrator.running.probing import groups, shares
+
+MIB = 2**20
+RECIPE = """\
+version: 1
+params: {ram: 200MiB, disk: 1MiB}
+stages:
+  a: {uses: write, with: {needs_ram: "${params.ram}"}, resources: {disk: "${params.disk}"}}
+  b: {uses: write, needs: [a], with: {needs_ram: 100MiB, text: b}}
+"""
+
+
+@pytest.fixture
+def shop(workshop: Workshop) -> Workshop:
+    workshop.manifest.write_text(RECIPE)
+    return workshop
+
+
+def command(shop: Workshop, *more: str, limited: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bigpipe", "plan", "recipe.yaml", "--probe", *more], cwd=shop.folder,
+        env=environment(shop.folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limited,
+    )  # fmt: skip
+
+
+def holders(parent: int) -> list[psutil.Process]:
+    """Processes of a command that hold memory."""
+    found = psutil.Process(parent).children(recursive=True)
+    return [process for process in found if any("launch.holding" in word for word in process.cmdline())]
+
+
+def awaited_holder(running: subprocess.Popen[str], size: int) -> psutil.Process:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for process in holders(running.pid):
+            if process.memory_info().rss >= size:
+                return process
+        time.sleep(0.01)
+    raise AssertionError("nobody holds so much")
+
+
+def test_every_need_is_taken_and_let_go(shop: Workshop) -> None:
+    running = command(shop, "--json")
+    taken = awaited_holder(running, 190 * MIB)
+    told, _ = running.communicate()
+    assert running.returncode == 0
+    rows = json.loads(told)["probe"]
+    assert [(row["node"], row["device"], row["predicted"], row["ok"]) for row in rows] == [
+        ("a", "RAM", 200 * MIB, True),
+        ("b", "RAM", 100 * MIB, True),
+        ("the run", "disk", MIB + 1, True),
+    ]
+    assert all(row["held"] == row["predicted"] for row in rows)
+    assert not taken.is_running()
+    assert not (shop.folder / "journal").exists(), "nothing runs"
+    assert shop.json("plan", "recipe.yaml")["probe"] is None
+
+
+def test_less_than_foreseen_is_told_with_exit_code_4(shop: Workshop) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1200 * MIB, 1200 * MIB))
+
+    running = command(shop, "-p", "ram=1500MiB", limited=limit)
+    told, errors = running.communicate()
+    assert running.returncode == DoesNotFit.exit_code, errors
+    assert "✗ short" in told
+    assert "a: 1.5 GiB of RAM are foreseen" in errors
+    assert "could be had" in errors
+
+
+def test_a_process_that_the_system_kills_is_told_of(shop: Workshop) -> None:
+    running = command(shop)
+    awaited_holder(running, 150 * MIB).kill()
+    told, errors = running.communicate()
+    assert running.returncode == DoesNotFit.exit_code
+    assert "memory ran out" in told
+    assert "memory ran out" in errors
+
+
+def test_interrupted_it_leaves_nobody(shop: Workshop) -> None:
+    running = command(shop)
+    taken = awaited_holder(running, 150 * MIB)
+    running.send_signal(signal.SIGINT)
+    running.communicate()
+    assert running.returncode == 130
+    assert not taken.is_running()
+
+
+def test_killed_it_leaves_nobody(shop: Workshop) -> None:
+    running = command(shop)
+    taken = awaited_holder(running, 150 * MIB)
+    running.kill()
+    running.communicate()
+    _, left = psutil.wait_procs([taken], timeout=5)
+    assert left == []
+
+
+def test_what_is_not_free_is_not_even_tried(shop: Workshop) -> None:
+    free = detect(shop.folder).memory_available
+    planned = bigpipe.plan(shop.manifest, params={"ram": free + 2**30})
+    rows = probe(planned, seconds=0)
+    errors = shortages(planned, rows)
+    assert (rows[0].node, rows[0].held) == ("a", None)
+    assert rows[0].short
+    assert "free now" in str(errors[0])
+
+
+def test_a_disk_that_is_too_small(shop: Workshop) -> None:
+    planned = bigpipe.plan(shop.manifest, params={"disk": "900TiB"})
+    rows = probe(planned, seconds=0)
+    errors = shortages(planned, rows)
+    assert (rows[-1].device, rows[-1].short) == ("disk", True)
+    assert "disk" in str(errors[-1])
+
+
+def test_room_is_set_aside_in_a_file_without_a_name(tmp_path: Path) -> None:
+    before = os.statvfs(tmp_path)
+    with room_held(tmp_path, 64 * MIB) as held:
+        assert held
+        assert os.listdir(tmp_path) == []
+        now = os.statvfs(tmp_path)
+        assert (before.f_bfree - now.f_bfree) * before.f_frsize > 32 * MIB
+    with pytest.raises(OSError, match=r"space|large"), room_held(tmp_path, 2**55):
+        pass
+
+
+def test_never_beside_another_run(shop: Workshop) -> None:
+    other = shop.folder / "other.yaml"
+    other.write_text("version: 1\nname: other\nstages: {a: {uses: sleep, with: {seconds: 60}}}\n")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "bigpipe", "run", "other.yaml"], cwd=shop.folder, env=environment(shop.folder),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 30
+        while not (shop.folder / "pid-a").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(Transient, match="of other goes on"):
+            probe(bigpipe.plan(shop.manifest))
+    finally:
+        run.send_signal(signal.SIGINT)
+        run.wait(30)
+
+
+def test_another_machine_cannot_be_probed(shop: Workshop) -> None:
+    planned = bigpipe.plan(shop.manifest, machine=detect(shop.folder))
+    with pytest.raises(UsageError, match="another machine"):
+        probe(planned, seconds=0)
+
+
+def test_ranks_take_their_shares_and_gpus_of_their_own(shop: Workshop) -> None:
+    node = bigpipe.plan(shop.manifest).nodes["a"]
+    ranks = replace(node, processes=2, forecast=Forecast(ram=100, vram={0: 5, 1: 6, 2: 7, 3: 8}))
+    assert shares(ranks) == [{RAM: 50, "GPU 0": 5, "GPU 1": 6}, {RAM: 50, "GPU 2": 7, "GPU 3": 8}]
+
+
+def test_nodes_that_pass_files_on_are_tried_together(workshop: Workshop) -> None:
+    workshop.manifest.write_text("""\
+version: 1
+stages:
+  pour: {uses: pour}
+  strain: {uses: strain, inputs: {first: pour}}
+  sip: {uses: sip, inputs: {first: strain}}
+  b: {uses: write}
+""")
+    planned = bigpipe.plan(workshop.manifest)
+    assert [[node.node.name for node in group] for group in groups(planned)] == [["pour", "strain", "sip"], ["b"]]
