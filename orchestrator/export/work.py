@@ -129,12 +129,13 @@ def _found_from(manifest: Path, beside: Path | None) -> str:
 
 
 def _requirement(recipe: Recipe) -> str:
-    """With the extras that its kinds need, and the version that wrote the file."""
+    """With the extras that its kinds and sinks need, and the version that wrote the file."""
     from importlib.metadata import metadata
 
     packages = {name for node in recipe.nodes.values() for name in node.kind.packages}
     offered = set(metadata("bigpipe-ml").get_all("Provides-Extra") or ())
     extras = (packages & offered - set(RUN)) | ({"run"} if "torch" in packages else set())  # kinds that compute name it
+    extras |= set(recipe.sinks)
     if recipe.remote and recipe.remote.address.startswith("s3:"):
         extras.add("s3")
     listed = f"[{','.join(sorted(extras))}]" if extras else ""

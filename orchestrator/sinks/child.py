@@ -13,8 +13,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import import_module
+from queue import SimpleQueue
 from typing import Any
 
 from bigpipe.modules import said_by
@@ -26,15 +28,21 @@ AFTER = 15
 
 
 def events() -> Iterator[dict[str, Any]]:
+    """Yield what comes. It is read in a thread, so that its end is seen while somebody waits for a system."""
+    lines: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    yield from map(json.loads, iter(lines.get, None))
+
+
+def _read(lines: SimpleQueue[bytes | None]) -> None:
     for line in sys.stdin.buffer:
-        if not line.endswith(b"\n"):
-            break  # cut off, as its writer was
-        yield json.loads(line)
+        if line.endswith(b"\n"):  # else it is cut off, as its writer was
+            lines.put(line)
+    lines.put(None)
     signal.alarm(AFTER)
 
 
 def main(name: str) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answer = os.dup(1)
     os.dup2(2, 1)  # what libraries print is nobody's answer
     module, _, function = SINKS[name].tell.partition(":")

@@ -117,7 +117,8 @@ def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: 
     assert result["params"]["text"] == "bye"
     assert {node["status"] for node in result["nodes"].values()} == {"succeeded"}
     assert runner.steps["Install"]["run"] == "pip install bigpipe-ml==0.1.0"
-    assert "env" not in runner.steps["Install"]
+    seen = {name: {each for each in secrets if f"secrets.{each}" in str(step)} for name, step in runner.steps.items()}
+    assert seen == {"Install": set(), "Plan": {"API_KEY"}, "Run": {"API_KEY"}}
 
 
 @pytest.mark.parametrize("shell", [BASH, PLAIN], ids=" ".join)
@@ -139,20 +140,27 @@ def test_a_plan_that_is_refused_fails_its_step_and_is_in_the_summary(words: Work
     assert "| join | run |" in runner.summary
 
 
-@pytest.mark.parametrize("value", HOSTILE)
-def test_a_value_reaches_the_recipe_of_a_workflow_as_it_is(
-    words: Workshop, path: dict[str, str], value: str, workflow_schema: dict[str, Any]
+MANY = {f"text_{number}": value for number, value in enumerate(HOSTILE)}
+MANY_PARAMS = f"""\
+version: 1
+params: {json.dumps(dict.fromkeys(MANY, "hello"))}
+stages:
+  a: {{uses: write}}
+"""
+
+
+def test_values_reach_the_recipe_of_a_workflow_as_they_are(
+    words: Workshop, path: dict[str, str], workflow_schema: dict[str, Any]
 ) -> None:
     """Asked for, or given as the file was written."""
-    words.manifest.write_text(
-        "version: 1\nparams: {text: hello}\nstages:\n  a: {uses: write, with: {text: '${params.text}'}}\n"
-    )
-    for asked, written in ((value, "other"), ("", value)):
-        workflow = yaml.safe_load(exported("github", words, params={"text": written}))
+    words.manifest.write_text(MANY_PARAMS)
+    others = dict.fromkeys(MANY, "other")
+    for asked, written, wanted in ((MANY, others, MANY), ({}, MANY, MANY), ({}, {}, dict.fromkeys(MANY, "hello"))):
+        workflow = yaml.safe_load(exported("github", words, params=written))
         jsonschema.validate(workflow, workflow_schema)
-        runner = Runner(workflow, words.folder, path, inputs={"text": asked})
+        runner = Runner(workflow, words.folder, path, inputs=asked)
         assert runner.run("Run").returncode == 0
-        assert json.loads(runner.outputs["result"])["params"]["text"] == value
+        assert json.loads(runner.outputs["result"])["params"] == wanted
         (runner.temporary / "output").unlink()
     assert not (words.folder / "pwned").exists()
 
@@ -236,12 +244,12 @@ def test_a_pod_holds_what_is_foreseen_or_asked(words: Workshop) -> None:
     assert [each["requests"] for name, each in held.items() if "write" in name] == [{"cpu": "1", "memory": "257Mi"}] * 3
 
 
-@pytest.mark.parametrize("value", HOSTILE)
-def test_a_value_reaches_the_recipe_of_a_pod_as_it_is(words: Workshop, path: dict[str, str], value: str) -> None:
-    workflow = yaml.safe_load(exported("argo", words, params={"text": value}))
-    container = next(each for each, before in containers(workflow).values() if not before)
+def test_values_reach_the_recipe_of_a_pod_as_they_are(words: Workshop, path: dict[str, str]) -> None:
+    words.manifest.write_text(MANY_PARAMS)
+    workflow = yaml.safe_load(exported("argo", words, params=MANY))
+    ((container, _),) = containers(workflow).values()
     done = pod(container, words.folder, path, arguments_of(workflow))
-    assert json.loads(done.stdout)["params"]["text"] == value
+    assert json.loads(done.stdout)["params"] == MANY
     assert not (words.folder / "pwned").exists()
 
 
@@ -389,6 +397,13 @@ def test_what_this_machine_has_made_makes_no_other_file(words: Workshop, target:
     before = exported(target, words)
     assert words.run().status == "succeeded"
     assert exported(target, words) == before
+
+
+def test_what_is_installed_is_what_the_recipe_needs(words: Workshop) -> None:
+    words.manifest.write_text(RECIPE.replace("secrets", "sinks: [mlflow]\nremote: s3://team/cache\nsecrets", 1))
+    assert "pip install 'bigpipe-ml[mlflow,s3]==" in exported("github", words)
+    found = commands.export("github", ROOT / "manifests/whisper_large_v2_lora_int8.yaml", offline=True).text
+    assert "pip install 'bigpipe-ml[peft,run]==" in found
 
 
 def test_help_names_every_target(words: Workshop) -> None:

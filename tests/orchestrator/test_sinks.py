@@ -305,6 +305,24 @@ def test_a_system_that_is_in_trouble_costs_a_run_one_line(
     assert "\n" not in said[0]
 
 
+IMPATIENT = """\
+from bigpipe.orchestrator.sinks import child
+child.AFTER = 1
+child.main("openlineage")
+"""
+
+
+def test_a_process_that_nobody_waits_for_ends_by_itself(told: Workshop) -> None:
+    """Its run was killed, and the system never answers."""
+    known = {"run": "1", "recipe": "r", "params": {}, "git": None, "version": "1", "nodes": {}, "time": 1.0}
+    with silent() as address:
+        ended = subprocess.run(
+            [sys.executable, "-c", IMPATIENT], input=json.dumps(known).encode() + b"\n", check=False, timeout=30,
+            env={**environment(told.folder), "OPENLINEAGE_URL": address}, capture_output=True,
+        )  # fmt: skip
+    assert ended.returncode == -signal.SIGALRM
+
+
 def test_no_secret_and_no_variable_of_others_reaches_a_sink(
     told: Workshop, lineage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
