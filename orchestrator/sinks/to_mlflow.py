@@ -24,8 +24,8 @@ AT_A_TIME = 100
 LONGEST = 5000
 """Characters of a param's or tag's value."""
 ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-CLIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-"""Seconds and attempts of its client, unless the environment says otherwise."""
+CLIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""Seconds and further attempts of its client, unless the environment says otherwise."""
 
 
 def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:

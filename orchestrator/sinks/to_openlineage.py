@@ -26,10 +26,10 @@ NAMESPACE = "bigpipe"
 
 
 def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
-    from openlineage.client import OpenLineageClient, set_producer
+    from openlineage.client import set_producer
 
     set_producer(f"{PRODUCER}{about['version']}")
-    teller = _Teller(about, OpenLineageClient(), os.environ.get("OPENLINEAGE_NAMESPACE") or NAMESPACE)
+    teller = _Teller(about, _client(), os.environ.get("OPENLINEAGE_NAMESPACE") or NAMESPACE)
     teller.now = about["time"]
     teller.of_recipe("START")
     ended = False
@@ -40,6 +40,26 @@ def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
             break
     if not ended:
         teller.abort()
+
+
+def _client() -> OpenLineageClient:
+    """As the environment says. Where that names no more than an address, it is tried twice, not for ten seconds."""
+    from openlineage.client import OpenLineageClient
+
+    file = os.environ.get("OPENLINEAGE_CONFIG")
+    if file and not os.path.isfile(file):
+        raise FileNotFoundError(f"OPENLINEAGE_CONFIG names {file}, which is no file")  # else it would tell a console
+    if file or any(name.startswith("OPENLINEAGE__TRANSPORT__") for name in os.environ):
+        return OpenLineageClient()
+    key = os.environ.pop("OPENLINEAGE_API_KEY", None)
+    transport = {
+        "type": "http",
+        "url": os.environ.pop("OPENLINEAGE_URL"),
+        "endpoint": os.environ.pop("OPENLINEAGE_ENDPOINT", "api/v1/lineage"),
+        "retry": {"total": 1},
+        **({"auth": {"type": "api_key", "apiKey": key}} if key else {}),
+    }
+    return OpenLineageClient(config={"transport": transport})
 
 
 @dataclass(slots=True)

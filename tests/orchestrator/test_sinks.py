@@ -236,9 +236,11 @@ def test_a_run_of_mlflow_has_params_metrics_gates_and_tags(told: Workshop, monke
 
 class Answering(BaseHTTPRequestHandler):
     answer = b""
+    heard: list[tuple[str, str | None, bytes]]
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.heard.append((self.path, self.headers.get("Authorization"), body))
         self.wfile.write(self.answer)
         self.close_connection = True
 
@@ -248,8 +250,10 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(answer: bytes) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Answering,), {"answer": answer}))
+def serving(answer: bytes, heard: list[tuple[str, str | None, bytes]] | None = None) -> Iterator[str]:
+    """heard: gets path, credentials and body of each request."""
+    own = type("Own", (Answering,), {"answer": answer, "heard": [] if heard is None else heard})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), own)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -280,6 +284,10 @@ AWAY: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+CAUSES = {
+    "down": "Connection refused", "silent": "did not answer within 4 s", "forbidden": "403", "no HTTP": "Error",
+    "rubbish": "Exception",
+}  # fmt: skip
 ADDRESSES = {"openlineage": "OPENLINEAGE_URL", "mlflow": "MLFLOW_TRACKING_URI"}
 
 
@@ -291,7 +299,7 @@ def test_a_system_that_is_in_trouble_costs_a_run_one_line(
     told: Workshop, monkeypatch: pytest.MonkeyPatch, sink: str, away: str
 ) -> None:
     """Of an answer, OpenLineage's client reads the status alone: rubbish is none to it."""
-    monkeypatch.setattr(feeding, "PATIENCE", 2.0)
+    monkeypatch.setattr(feeding, "PATIENCE", 4.0)
     with AWAY[away]() as address:
         monkeypatch.setenv(ADDRESSES[sink], address)
         began = time.monotonic()
@@ -299,10 +307,28 @@ def test_a_system_that_is_in_trouble_costs_a_run_one_line(
         took = time.monotonic() - began
     assert statuses(result) == {"a": "succeeded", "b@x=p": "succeeded", "b@x=q": "succeeded", "c": "skipped"}
     assert result.exit_code == 0
-    assert took < 2.0 + 5.0
+    assert took < 4.0 + 5.0
     assert len(said) == 1
     assert said[0].startswith(f"{sink}: told of this run in part at most: ")
+    assert CAUSES[away] in said[0]
     assert "\n" not in said[0]
+
+
+CREATED = b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n"
+
+
+def test_an_address_and_a_key_are_all_that_openlineage_needs(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, str | None, bytes]] = []
+    monkeypatch.setenv("OPENLINEAGE_API_KEY", "sesame-sesame")
+    with serving(CREATED, heard) as address:
+        monkeypatch.setenv("OPENLINEAGE_URL", address)
+        result, said = run(told, "openlineage")
+    assert (result.status, said) == ("succeeded", [])
+    assert {(path, key) for path, key, _ in heard} == {("/api/v1/lineage", "Bearer sesame-sesame")}
+    assert json.loads(heard[-1][2])["eventType"] == "COMPLETE"
+    monkeypatch.setenv("OPENLINEAGE_CONFIG", "nowhere.yml")
+    _, said = run(told, "openlineage")
+    assert "OPENLINEAGE_CONFIG names nowhere.yml, which is no file" in said[0]
 
 
 IMPATIENT = """\
