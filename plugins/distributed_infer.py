@@ -58,8 +58,8 @@ class InferParams(Params):
         str | Annotated[list[str | list[dict[str, Any]] | dict[str, Any]], Field(min_length=1)],
         ContentField("file", names=True),
     ]
-    """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, or a list of texts or chats. Pictures
-    and sounds are files, each of them a row: `pictures/*.png`."""
+    """A file (`.jsonl .ndjson .json .csv .tsv .parquet .txt`), a glob of them, a directory that holds them, or a
+    list of texts or chats. Pictures and sounds are files, each of them a row: `pictures/*.png`."""
     column: str = "prompt"
     """The field of each JSON object, or the column of a table, that holds the prompt."""
     row_format: Literal["prompts", "openai-batch"] = "prompts"

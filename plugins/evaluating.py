@@ -21,7 +21,7 @@ from bigpipe.sizes import counted, format_size
 
 from .evaluate import EvaluateMetrics, EvaluateParams
 from .evaluation_needs import PORTS, Sides, question, sides_of, with_memory, workload
-from .library import about, sources_of
+from .library import about, sources_of, tell_pace
 from .placed import computed_in
 from .ranked import check_weights, load_on_rank, placement_of
 from .wired import agreed, attached, require_class, single_model
@@ -112,9 +112,7 @@ def run(params: EvaluateParams, ctx: StageContext) -> StageResult:
 
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bound,
-        progress=lambda done, total, tokens, busy: ctx.progress(
-            done, total, "windows", "evaluating", tokens=tokens, busy=busy
-        ),
+        progress=tell_pace(ctx, "windows", "evaluating"),
         log=lambda text: ctx.log(text, detail=True),
     )  # fmt: skip
     return StageResult(EvaluateMetrics.model_construct())

@@ -38,7 +38,7 @@ from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
 
 from .distributed_infer import InferMetrics, InferParams
 from .inference_needs import check_output, rows_of, together_of
-from .library import about, sources_of
+from .library import about, sources_of, tell_pace
 from .placed import computed_in, told_limit
 from .ranked import (
     alone,
@@ -140,9 +140,7 @@ def share(params: InferParams, ctx: StageContext, bind: Callable[[], Bound]) -> 
     """Answer what falls to this rank."""
     compute_share(
         ctx.scratch, ctx.rank, ctx.world_size, bind, max_errors=params.max_errors,
-        progress=lambda done, total, tokens, busy: ctx.progress(
-            done, total, "prompts", "inferring", tokens=tokens, busy=busy
-        ),
+        progress=tell_pace(ctx, "prompts", "inferring"),
         log=lambda text: ctx.log(text, detail=True), warn=ctx.log,
     )  # fmt: skip
     return StageResult(InferMetrics())

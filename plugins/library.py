@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinn
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.hub import Need
+    from bigpipe.bigmodel.inference import Pace
 
 
 @contextmanager
@@ -38,6 +39,13 @@ def sources_of(context: CheckContext | ForecastContext | StageContext) -> Source
         offline=context.offline,
         environment=context.environment,
         known=context.known if isinstance(context, CheckContext) else {},
+    )
+
+
+def tell_pace(context: StageContext, unit: str, task: str) -> Callable[[Pace], None]:
+    """Return what tells the run how far a rank is."""
+    return lambda pace: context.progress(
+        pace.done, pace.expected, unit, task, tokens=pace.tokens, busy=pace.busy, whole=pace.whole
     )
 
 

@@ -25,7 +25,7 @@ from bigpipe.sizes import counted
 
 from .distributed_infer import InferMetrics, InferParams
 from .inference_needs import RESULTS, check_output, rows_of
-from .library import about, sources_of
+from .library import about, sources_of, tell_pace
 from .wired import single_model
 
 BASE = 120 * 2**20
@@ -102,9 +102,7 @@ def run(params: InferParams, ctx: StageContext) -> StageResult:
 
         compute_share(
             ctx.scratch, 0, 1, bind, max_errors=params.max_errors,
-            progress=lambda done, total, tokens, busy: ctx.progress(
-            done, total, "prompts", "inferring", tokens=tokens, busy=busy
-        ),
+            progress=tell_pace(ctx, "prompts", "inferring"),
             log=lambda text: ctx.log(text, detail=True), warn=ctx.log,
         )  # fmt: skip
     output = Output(params.output_format, params.rows_per_file, plain_result)

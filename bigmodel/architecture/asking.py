@@ -14,11 +14,12 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
 from bigpipe.bigmodel.memo import answered
@@ -28,12 +29,16 @@ from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import read_file, write_file
 from bigpipe.modules import source_files, top_level
 from bigpipe.names import listed
+from bigpipe.programs import busy
 from bigpipe.sizes import format_size
-from bigpipe.trust import Limits
+from bigpipe.trust import Limits, took_too_long
 from bigpipe.versions import package_version, require
 
 from .snapshot import known_architecture
 from .structure import Architecture, Head, named_classes
+
+if TYPE_CHECKING:
+    import subprocess
 
 ANSWER_VERSION = 6
 """Part of every key; raised when an answer's shape or meaning changes."""
@@ -289,7 +294,7 @@ def ask_child(module: str, question: str, what: str, limits: Limits) -> dict[str
         with child:
             try:
                 _limit_memory(child.pid, limits.memory)
-                said = child.communicate(timeout=limits.seconds)[1].decode(errors="replace").strip()
+                said = _outlive(child, limits.seconds)
             except subprocess.TimeoutExpired as error:
                 raise limits.exceeded("seconds", f"{what} takes more than {limits.seconds:g} s") from error
             finally:
@@ -305,6 +310,19 @@ def ask_child(module: str, question: str, what: str, limits: Limits) -> dict[str
                 "check its config, and that torch and transformers import: python -c 'import transformers'",
             ) from error
     return answered
+
+
+def _outlive(child: subprocess.Popen[bytes], seconds: float) -> str:
+    """Return what a process wrote to standard error until it ended. Raise TimeoutExpired where it takes longer."""
+    import subprocess
+
+    began = time.monotonic()
+    while True:
+        try:
+            return child.communicate(timeout=seconds)[1].decode(errors="replace").strip()
+        except subprocess.TimeoutExpired:
+            if took_too_long(time.monotonic() - began, busy(child.pid), seconds):
+                raise
 
 
 def _limit_memory(process: int, size: int) -> None:

@@ -241,7 +241,7 @@ def evaluate(
         place = Path(named)
         files = [path and _files_of(Path(path)) for path in (model, baseline, adapter)]
         prepare(place, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), files)))
-        compute_share(place, 0, 1, lambda: bound(place), progress=lambda done, total, *_: progress(done, total))
+        compute_share(place, 0, 1, lambda: bound(place), progress=lambda pace: progress(pace.done, pace.expected))
         found = conclude(place, question, describe_checkpoint(own), sources)
         if out is not None:
             write_report(found, {"with": asdict(question)}, Path(out))

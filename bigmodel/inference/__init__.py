@@ -19,6 +19,6 @@ if TYPE_CHECKING:
     from .sharing import Batching, Split, assign
     from .splitting import split_between_processes
     from .workfolder import WorkPlan, gather, peak_of, plan_work
-    from .working import Bound, Work, compute_share, side_by_side
+    from .working import Bound, Pace, Work, compute_share, side_by_side
 
 __getattr__, __all__ = face(__name__)

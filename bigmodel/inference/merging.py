@@ -71,7 +71,7 @@ def merge_results(
         if missing := found.count(MISSING):
             first = next(found.rows(MISSING))
             raise StageFailed(f"{counted(missing, 'prompt')} without a result, the first is {first}", "run it again")
-        check_errors(found.count(FAILED), max_errors, map(found.__getitem__, found.rows(FAILED)))
+        check_errors(found.count(FAILED), max_errors, map(found.__getitem__, found.rows(FAILED)), plan.rows)
         results = _Results(plan, found, out, output)
         files = _write(out, results, len(plan.rows), output)
         return {

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, parse_json, sync_directory
 from bigpipe.redaction import redacted_text
@@ -182,12 +183,13 @@ class Found:
         self.close()
 
 
-def check_errors(count: int, allowed: int, failed: Iterable[Record]) -> None:
-    """Raise StageFailed, with the first error beyond those allowed, where there are more. failed: all `count` of
-    them, in their order."""
+def check_errors(count: int, allowed: int, failed: Iterable[Record], rows: Sequence[Row]) -> None:
+    """Raise StageFailed, with the first error beyond those allowed and the place of its row, where there are more.
+    failed: all `count` of them, in their order."""
     if count > allowed:
         first = next(record for number, record in enumerate(failed) if number == allowed)
-        said = f"prompt {first.index}: {first.payload['error']}"
+        place = rows[first.index].place
+        said = f"prompt {first.index}{f' ({place})' if place else ''}: {first.payload['error']}"
         raise StageFailed(
             f"{counted(count, 'prompt')} failed, and max_errors allows {allowed}; {said}",
             "mend the prompt, or raise max_errors: the results then hold the error in its place",

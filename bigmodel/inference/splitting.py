@@ -21,17 +21,19 @@ def split_between_processes(
     """Give this process its share of `inputs` inside a `with`, by the rules of accelerate's
     `PartialState.split_between_processes`: contiguous, the first processes one more where it does not come out even.
 
-    inputs: a list, a tuple, a tensor of any shape [n, …], or a dict of these of one length; anything else goes to all
-    as it is. apply_padding: the last element is repeated until all processes have as many. rank, world_size: those of
-    this process; None: what torchrun's RANK and WORLD_SIZE say, alone where they are not set.
+    inputs: a list, a tuple, a tensor of any shape [n, …], a Dataset of the package datasets, or a dict of these of one
+    length; anything else goes to all as it is. apply_padding: the last element is repeated until all processes have as
+    many. rank, world_size: those of this process; None: what torchrun's RANK and WORLD_SIZE say, alone where they are
+    not set.
 
     Unlike accelerate's, it starts no process group, leaves a dict that it was given as it was, pads tuples too, and
-    pads tensors where they are. Raise UsageError for a dict of several lengths, and where there is nothing to pad with.
+    pads tensors where they are. Raise UsageError for a dict of several lengths, for a rank
+    that is none, and where there is nothing to pad with.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank} is none of {world_size}", "ranks count from 0")
+    rank = _variable("RANK", 0) if rank is None else rank
+    world_size = _variable("WORLD_SIZE", 1) if world_size is None else world_size
+    if not (isinstance(rank, int) and isinstance(world_size, int) and 0 <= rank < world_size):
+        raise UsageError(f"rank {rank!r} is none of {world_size!r}", "give whole numbers; ranks count from 0")
     if world_size == 1 or not hasattr(inputs, "__len__"):
         yield inputs
         return
@@ -40,6 +42,15 @@ def split_between_processes(
         raise UsageError("there is nothing to pad with", "give one element at least, or leave apply_padding out")
     start, end = bounds(length, world_size)[rank]
     yield _share(inputs, start, end, -(-length // world_size) if apply_padding else 0)
+
+
+def _variable(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return otherwise
+    if not text.isdecimal():
+        raise UsageError(f"the variable {name} is {text[:40]!r}, and no number", "unset it, or start with torchrun")
+    return int(text)
 
 
 def _length(inputs: Any) -> int:
@@ -55,9 +66,11 @@ def _share(inputs: Any, start: int, end: int, padded: int) -> Any:
     """padded: how many it has at least."""
     if isinstance(inputs, dict):
         return {name: _share(value, start, end, padded) for name, value in inputs.items()}
+    missing = padded - (end - start)
+    if type(inputs).__module__.partition(".")[0] == "datasets" and hasattr(inputs, "select"):
+        return inputs.select([*range(start, end), *[len(inputs) - 1] * missing])
     if not (isinstance(inputs, list | tuple) or hasattr(inputs, "new_empty")):
         return inputs
-    missing = padded - (end - start)
     if isinstance(inputs, tuple):
         return (*inputs[start:end], *inputs[-1:] * missing)
     return (

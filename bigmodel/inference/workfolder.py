@@ -56,6 +56,11 @@ class WorkPlan:
         sizes = map(self.chunks.size, chunks)
         return Queue(_taken(folder, number), chunks, sizes, takers, rank // len(self.queues))
 
+    @property
+    def to_do(self) -> int:
+        """Return the rows that all ranks together do, those that are repeated as padding included."""
+        return len(self.suspects) + sum(self.chunks.size(chunk) for queue in self.queues for chunk in queue)
+
     def suspects_queue(self, folder: Path, rank: int) -> Queue:
         """Return what all ranks take the suspects from."""
         return Queue(_taken(folder, SUSPECTS), self.suspects, [1] * len(self.suspects), self.ranks, rank)
@@ -128,7 +133,7 @@ def give_up(folder: Path, rows: StoredRows, deaths: Deaths, max_errors: int) -> 
     if records:
         with open_log(folder / "rank-0" / LOG) as log:
             append(log, records)
-    check_errors(len(records), max_errors, records)
+    check_errors(len(records), max_errors, records, rows)
     return set(deaths.given_up)
 
 

@@ -66,6 +66,21 @@ class Bound:
     """In this process, with torch. Otherwise others are asked, and torch is not imported."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How far a rank is."""
+
+    done: int
+    """Rows."""
+    expected: int
+    """Rows that it can expect to do, as things stand."""
+    whole: int
+    """Rows that all ranks together do."""
+    tokens: int
+    busy: float
+    """Seconds in which it computed."""
+
+
 def compute_share(
     folder: Path,
     rank: int,
@@ -73,16 +88,14 @@ def compute_share(
     bind: Callable[[], Bound],
     *,
     max_errors: int = 0,
-    progress: Callable[[int, int, int, float], None] = lambda done, total, tokens, busy: None,
+    progress: Callable[[Pace], None] = lambda pace: None,
     log: Callable[[str], None] = lambda text: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Answer the rows of one rank as the plan in `folder` says, and write only to `folder/rank-N`.
 
-    bind: loads the model; called where there is something to do. progress: called with the rows done, the rows that
-    this rank can expect, its tokens and the seconds in which it computed, first before `bind`; over all ranks the rows
-    come to all that is to do. log: gets the traceback of
-    a row that failed. warn: told where a batch was larger than memory, and was halved.
+    bind: loads the model; called where there is something to do. progress: told how far this rank is, first before
+    `bind`. log: gets the traceback of a row that failed. warn: told where a batch was larger than memory, and halved.
     Raise StageFailed where more than `max_errors` rows fail or the plan was made for another `world_size`, DoesNotFit
     where one row is larger than memory, and every BigpipeError of the task.
     """
@@ -91,14 +104,15 @@ def compute_share(
         cause = f"the work was divided for {counted(plan.ranks, 'rank')}, and {world_size} came up"
         raise StageFailed(cause, "run it again; `launch.num_processes` says how many there should be")
     queue, suspects, done = plan.queue(folder, rank), plan.suspects_queue(folder, rank), 0
+    whole = plan.to_do
     tokens, busy, began = 0, 0.0, 0.0
     if not (queue or suspects):
         return
 
     def tell() -> None:
-        progress(done, queue.expected + suspects.expected, tokens, busy)
+        progress(Pace(done, queue.expected + suspects.expected, whole, tokens, busy))
 
-    tell()  # before the model loads, so that the sum over ranks is known from the start
+    tell()  # before the model loads
     bound = bind()
     failed: list[Record] = []
     peaks: dict[str, int] = {}
@@ -124,7 +138,7 @@ def compute_share(
                 if (peaks_now := _peaks(bound.computes)) != peaks:
                     write_file(own / PEAKS, json.dumps(peaks := peaks_now), durable=False)
                 failed.extend(record for record in records if record.failed)
-                check_errors(len(failed), max_errors, failed)
+                check_errors(len(failed), max_errors, failed, plan.rows)
                 done += len(records)
                 tokens += sum(record.tokens for record in records)
                 busy += seconds

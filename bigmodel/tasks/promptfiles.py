@@ -67,8 +67,21 @@ def _text(path: Path, wording: Wording) -> str:
     """What the file holds, without a byte-order mark."""
     try:
         return read_file(path, LARGEST).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{_undecodable(path)}: this is no UTF-8", "give a file in UTF-8") from error
+    except OSError as error:
         raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a file in UTF-8") from error
+
+
+def _undecodable(path: Path) -> str:
+    """Where the first line lies that is no UTF-8: file, line, and byte in it, from 1."""
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}:{number}:{error.start + 1}"
+    return str(path)
 
 
 @contextmanager
@@ -80,7 +93,9 @@ def _opened(path: Path, wording: Wording, newline: str | None) -> Iterator[io.Te
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
             yield file
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{_undecodable(path)}: this is no UTF-8", "give a file in UTF-8") from error
+    except OSError as error:
         raise UsageError(f"{wording.field}: {path} cannot be read: {error}", "give a file in UTF-8") from error
 
 
@@ -99,9 +114,17 @@ def _lines(path: Path, wording: Wording) -> Iterator[tuple[str, str]]:
                 yield f"{path}:{number}", line.removesuffix("\n")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return made
+
+
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: not JSON: {error}", "write one object per line") from error
 
@@ -119,7 +142,7 @@ def _json(path: Path, wording: Wording) -> Found:
             yield f"{path}[{index}]", value
         return
     try:
-        yield f"{path}", json.loads(text)
+        yield f"{path}", json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         yield from _json_lines(path, wording)
 

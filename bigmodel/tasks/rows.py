@@ -169,9 +169,15 @@ def _names(data: dict[str, Any]) -> str:
     return ", ".join(map(repr, data)) or "nothing"
 
 
+def of_folder(name: str) -> str:
+    """Return the glob of the files in a directory."""
+    return os.path.join(glob.escape(name), "*")
+
+
 def named_files(pattern: str, base: Path, wording: Wording = PROMPTS) -> list[Path]:
-    """Return the files that a path or glob (relative to `base`) names, in their order. Raise UsageError for none."""
-    whole = base / pattern
+    """Return the files that a path, a glob, or a directory that they lie in (relative to `base`) names, in their order.
+    Raise UsageError for none."""
+    whole = base / (of_folder(pattern) if os.path.isdir(base / pattern) else pattern)
     named = [whole] if os.path.isfile(whole) else sorted(map(Path, glob.glob(str(whole), recursive=True)))
     if files := [path for path in named if path.is_file()]:
         return files
@@ -187,9 +193,14 @@ def _prompt(data: Any, column: str, where: str, wording: Wording) -> Any:
         cause = f"{where}: there is no {column!r}, only {_names(data)}"
         raise UsageError(cause, "set `column` to one of them", field="column")
     if not isinstance(data[column], str) and not _is_chat(data[column]):
-        cure = "write a message as {role: user, content: …}"
-        raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", cure)
+        raise UsageError(f"{where}: {column!r} is neither a text nor a list of messages", _written_as(data[column]))
     return data[column]
+
+
+def _written_as(prompt: Any) -> str:
+    if prompt is None:
+        return "write a text, or leave the row out"
+    return "put it in quotes" if isinstance(prompt, int | float) else "write a message as {role: user, content: …}"
 
 
 def _require_writable(data: dict[str, Any], where: str) -> None:

@@ -196,8 +196,9 @@ class StageContext(Assignment):
         *,
         tokens: int | None = None,
         busy: float | None = None,
+        whole: int | None = None,
     ) -> None:
-        self.reporter.report(Progress(self.node, done, total, unit, task, self.rank, note, tokens, busy))
+        self.reporter.report(Progress(self.node, done, total, unit, task, self.rank, note, tokens, busy, whole))
 
     def log(self, line: str, *, detail: bool = False) -> None:
         self.reporter.report(LogLine(self.node, line, detail, self.rank))

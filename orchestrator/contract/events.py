@@ -75,6 +75,8 @@ class Progress(Event):
     """Tokens made so far, or read where none are made; null: none are counted."""
     busy: float | None = None
     """Seconds in which this rank computed so far; null: it does not say."""
+    whole: int | None = None
+    """How many there are for all ranks together, where `total` is what this one expects; null: the sum of theirs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 
 from bigpipe.orchestrator.contract import Bounded, Event
+from bigpipe.programs import busy
 from bigpipe.sizes import format_size
-from bigpipe.trust import Limits
+from bigpipe.trust import Limits, took_too_long
 
 from .processes import resident
 
@@ -18,23 +19,24 @@ from .processes import resident
 class Bounds:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._open: dict[tuple[int, int], tuple[Bounded, float, int]] = {}
-        """Process and number → what it does, since when (of the monotonic clock), and its resident bytes then."""
+        self._open: dict[tuple[int, int], tuple[Bounded, float, float, int]] = {}
+        """Process and number → what it does, since when (of the monotonic clock), the seconds in which the process had
+        had a processor then, and its resident bytes."""
 
     def take(self, event: Event) -> bool:
         """Return whether this event is about a limit; it is then noted."""
         if not isinstance(event, Bounded):
             return False
         if event.seconds:
-            self._open[event.pid, event.number] = event, time.monotonic(), resident(event.pid)
+            self._open[event.pid, event.number] = event, time.monotonic(), busy(event.pid), resident(event.pid)
         else:
             self._open.pop((event.pid, event.number), None)
         return True
 
     def check(self) -> None:
         """Raise InvalidCheckpoint where a worker takes more than it may."""
-        for (process, _), (event, since, before) in self._open.items():
-            if time.monotonic() - since > event.seconds:
+        for (process, _), (event, since, worked, before) in self._open.items():
+            if took_too_long(time.monotonic() - since, busy(process) - worked, event.seconds):
                 raise self._limits.exceeded("seconds", f"{event.what} takes more than {event.seconds:g} s")
             if resident(process) - before > event.memory:
                 raise self._limits.exceeded("memory", f"{event.what} takes more than {format_size(event.memory)}")

@@ -294,10 +294,11 @@ class _Walk:
         path = self.base / value
         if path.is_file():
             return f"sha256:{self.memo.sha256(path)}{path.suffix.lower()}"
-        if path.is_dir():
+        if path.is_dir() and not names:
             cure = f"name a file in it, or write {value}/*"
             raise UsageError(f"{where}: {value} is a directory, not a file", cure, field=where)
-        matching = glob.glob(value, root_dir=self.base, recursive=True) if glob.has_magic(value) else []
+        pattern = os.path.join(glob.escape(value), "*") if path.is_dir() else value
+        matching = glob.glob(pattern, root_dir=self.base, recursive=True) if glob.has_magic(pattern) else []
         found = sorted(name for name in matching if (self.base / name).is_file())
         if not found:
             raise self._missing(where, next(iter(matching), value))

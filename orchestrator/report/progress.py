@@ -137,6 +137,7 @@ class ProgressMeter:
         done = sum(rank.event.done for rank in self._ranks.values())
         totals = [rank.event.total for rank in self._ranks.values()]
         total = None if None in totals else sum(number for number in totals if number is not None)
+        total = event.whole if event.whole is not None else total
         counted = any(rank.event.tokens is not None for rank in self._ranks.values())
         paces = tuple(self._ranks[rank].pace(now) for rank in sorted(self._ranks)) if counted else ()
         return Reading(event.task, done, total, event.unit, self._rate(now, done), event.note, paces)

@@ -168,7 +168,8 @@ def missing(name: str, base: Path) -> tuple[str, str]:
     if os.path.islink(path) and not os.path.exists(path):  # for any name, as long as it may be
         cause = f"{name[:200]} is a link to {os.readlink(path)[:200]}, which is not there"
         return cause, "mend the link, or leave it out"
-    return f"there is no file {name[:200]}", f"relative paths start at {base}"
+    where = "in " if os.path.isdir(path) else ""
+    return f"there is no file {where}{name[:200]}", f"relative paths start at {base}"
 
 
 def real_folders(files: Collection[Path]) -> set[Path]:

@@ -36,6 +36,17 @@ class Ended:
     last: tuple[str, ...]
 
 
+def busy(process: int) -> float:
+    """Return the seconds in which a process has had a processor so far, over all its threads; 0 once it is gone."""
+    import psutil
+
+    try:
+        used = psutil.Process(process).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(used.user + used.system)
+
+
 def death_with_parent() -> Callable[[], None]:
     """Return a function after which the kernel ends this process once the thread that forked it has ended. Linux alone
     has it; elsewhere it does nothing. Loads what it needs at once, so that it may be called between fork and exec."""

@@ -33,6 +33,16 @@ class Limits:
         return InvalidCheckpoint(cause, cure)
 
 
+MOST_WAITING = 10
+"""Times the seconds that something may take, after which it is over although it hardly had a processor."""
+
+
+def took_too_long(elapsed: float, busy: float, seconds: float) -> bool:
+    """Return whether something has taken more than so many seconds. busy: those in which it had a processor. On a
+    machine where others want it too, waiting is nobody's fault, for ten times as long."""
+    return elapsed > seconds and (busy > seconds / 2 or elapsed > MOST_WAITING * seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Trust:
     """Python modules and repositories whose code may run."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bigpipe.bigmodel.inference import Bound, WorkPlan, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.inference import Bound, Pace, WorkPlan, compute_share, merge_results, plan_work
 from bigpipe.bigmodel.tasks import Answer, Row, read_prompts
 from bigpipe.errors import StageFailed
 
@@ -65,18 +65,19 @@ def test_one_rank_stops_and_others_take_over(tmp_path: Path) -> None:
 
 
 def test_a_timeline_says_when_each_rank_was_at_work_in_the_last_attempt(tmp_path: Path) -> None:
-    told: list[tuple[int, int, int, float]] = []
+    told: list[Pace] = []
     share_out(tmp_path, batch_size=2, ranks=2)
     compute_share(tmp_path, 1, 2, counting([]))
     share_out(tmp_path, batch_size=2, ranks=3)
     for rank in range(3):
-        compute_share(tmp_path, rank, 3, counting([]), progress=lambda *words: told.append(words))
+        compute_share(tmp_path, rank, 3, counting([]), progress=told.append)
     times = merge_results(tmp_path, tmp_path)[0]["timeline"]
     assert {rank: (each["prompts"], each["tokens"]) for rank, each in times.items()} == {"0": (2, 2), "1": (2, 2)}
     assert times["0"]["began"] == 0
     assert all(0 <= each["began"] <= each["ended"] and each["busy"] >= 0 for each in times.values())
-    assert [words[:3] for words in told] == [(0, 2, 0), (2, 2, 2), (2, 2, 2)] * 2
-    assert told[1][3] == pytest.approx(times["0"]["busy"], abs=0.001)
+    assert [(pace.done, pace.expected, pace.tokens) for pace in told] == [(0, 2, 0), (2, 2, 2), (2, 2, 2)] * 2
+    assert {pace.whole for pace in told} == {4}
+    assert told[1].busy == pytest.approx(times["0"]["busy"], abs=0.001)
 
 
 def test_a_rank_without_work_binds_nothing(tmp_path: Path) -> None:

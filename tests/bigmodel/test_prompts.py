@@ -117,6 +117,11 @@ def test_an_ending_that_says_nothing_is_an_error(tmp_path: Path, name: str) -> N
         ("p.jsonl", '{"text": "a"}', r"p\.jsonl:1: there is no 'prompt', only 'text'"),
         ("p.jsonl", '["a"]', r"p\.jsonl:1: a prompt is an object with 'prompt'"),
         ("p.jsonl", '{"prompt": 5}', r"p\.jsonl:1: 'prompt' is neither a text nor a list"),
+        ("p.jsonl", '{"prompt": 5}', "put it in quotes"),
+        ("p.jsonl", '{"prompt": null}', "write a text, or leave the row out"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}', r"p\.jsonl:2: not JSON: 'prompt' stands twice"),
+        ("p.jsonl", '{"prompt": "a", "x": [{"y": 1, "y": 1}]}', r"p\.jsonl:1: not JSON: 'y' stands twice"),
+        ("p.json", '[{"prompt": "b", "prompt": "c"}]', r"p\.json: not JSON: 'prompt' stands twice"),
         ("p.jsonl", '{"prompt": []}', r"p\.jsonl:1: 'prompt' is neither a text nor a list of messages"),
         ("p.jsonl", '{"prompt": ["a"]}', r"p\.jsonl:1: 'prompt' is neither a text nor a list of messages"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}', r"p\.jsonl:1: 'prompt' is neither a text nor a list"),
@@ -148,13 +153,26 @@ def test_half_a_pair_in_a_list_of_the_manifest(tmp_path: Path) -> None:
         read_prompts(["a", "b\ud83d"], "prompt", tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9", "caf\u00e9".encode("utf-16")])
-def test_missing_and_unreadable_files(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl", "json"])
+@pytest.mark.parametrize(("content", "place"), [(b"ab\ncaf\xe9\n", "2:4"), ("caf\u00e9".encode("utf-16"), "1:1")])
+def test_missing_and_unreadable_files(tmp_path: Path, ending: str, content: bytes, place: str) -> None:
     with pytest.raises(UsageError, match=r"there is no file nowhere\.jsonl"):
         read_prompts("nowhere.jsonl", "prompt", tmp_path)
-    (tmp_path / "latin.txt").write_bytes(content)
-    with pytest.raises(UsageError, match=r"latin\.txt cannot be read"):
-        read_prompts("latin.txt", "prompt", tmp_path)
+    name = f"latin.{ending}"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=rf"latin\.{ending}:({place}: this is no UTF-8|1: not JSON)"):
+        read_prompts(name, "prompt", tmp_path)
+
+
+def test_a_directory_stands_for_the_files_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "all [of] them"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "deeper/c.txt", ".hidden.txt"):
+        (folder / name).write_text(name)
+    assert [row.prompt for row in read_prompts(folder.name, "prompt", tmp_path)] == ["a.txt", "b.txt"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="there is no file in empty"):
+        read_prompts("empty", "prompt", tmp_path)
 
 
 @pytest.mark.parametrize("payload", [{"text": "half \ud83d"}, {"text": float("nan")}, {"text": b"bytes"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 from collections.abc import Iterator
@@ -144,3 +145,22 @@ def test_what_cannot_be_split_is_refused() -> None:
         split([], True, 0, 2)
     with pytest.raises(UsageError, match="rank 2 is none of 2"):
         split([1], False, 2, 2)
+    with pytest.raises(UsageError, match="rank '0' is none of 2"):
+        split([1], False, "0", 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_variable_of_torchrun_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(UsageError, match=f"the variable {name} is 'x', and no number"), (
+        bigpipe.split_between_processes([1])
+    ):  # fmt: skip
+        pass
+
+
+def test_a_dataset_is_split_by_its_rows(states: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    for length, rank, pad in itertools.product(range(1, 8), range(3), (False, True)):
+        given = datasets.Dataset.from_dict({"a": list(range(length))})
+        wanted = split(list(range(length)), pad, rank, 3)
+        assert split(given, pad, rank, 3)["a"] == wanted

@@ -10,7 +10,7 @@ import pytest
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.orchestrator.contract import Bounded, LogLine
 from bigpipe.orchestrator.launch.bounds import Bounds
-from bigpipe.trust import Limits
+from bigpipe.trust import Limits, took_too_long
 
 
 def begun(number: int = 0, **limits: float) -> Bounded:
@@ -24,10 +24,20 @@ def test_other_events_are_no_business_of_it():
 def test_too_many_seconds():
     bounds = Bounds(Limits(seconds=0.01))
     assert bounds.take(begun(seconds=0.01))
-    time.sleep(0.02)
+    sum(range(2_000_000))
     with pytest.raises(InvalidCheckpoint, match=r"the tokenizer takes more than 0\.01 s") as caught:
         bounds.check()
     assert "trust: {limits: {seconds: 0.02}}" in caught.value.cure
+
+
+def test_who_waits_for_a_processor_may_wait_ten_times_as_long():
+    assert [took_too_long(elapsed, busy, 2) for elapsed, busy in [(1, 1), (3, 0.9), (3, 1.1), (19, 0), (21, 0)]] == [
+        False, False, True, False, True,
+    ]  # fmt: skip
+    bounds = Bounds(Limits())
+    bounds.take(begun(seconds=0.2))
+    time.sleep(0.3)
+    bounds.check()
 
 
 def test_too_many_bytes():

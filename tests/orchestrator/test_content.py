@@ -81,6 +81,15 @@ def test_names_of_a_globs_files_enter_where_results_tell_them(base, memo):
     assert content(base, memo, pictures="b.png")["pictures"] == f"sha256:{hash_file(base / 'b.png')}.png"
 
 
+def test_a_directory_stands_for_its_files_where_a_glob_would(base, memo):
+    (base / "all").mkdir()
+    (base / "all" / "a.png").write_bytes(b"a")
+    assert content(base, memo, pictures="all")["pictures"] == content(base, memo, pictures="all/*")["pictures"]
+    (base / "none").mkdir()
+    with pytest.raises(UsageError, match="pictures: there is no file in none"):
+        content(base, memo, pictures="none")
+
+
 def test_a_file_enters_by_its_bytes_and_its_suffix(base, memo):
     before = content(base, memo)["prompts"]
     assert before == f"sha256:{hash_file(base / 'prompts.txt')}.txt"

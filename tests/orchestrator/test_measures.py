@@ -98,12 +98,13 @@ def test_a_number_given_from_python_is_bytes_and_a_text_has_its_unit() -> None:
     [
         ("prompts: prompts.txt", "prompts: prompt.txt", "16:39", "prompts: there is no file prompt.txt"),
         ("prompts: prompts.txt", "prompts: '*.jsonl'", "16:39", "there is no file *.jsonl"),
-        ("prompts: prompts.txt", "prompts: .", "16:39", "is a directory"),
+        ("prompts: prompts.txt", "prompts: nothing", "16:39", "there is no file in nothing"),
         ("mine", "no_such_module", "16:18", "task: there is no Python source of a module 'no_such_module'"),
         ("repo: owner/name", "synthetic: {config: conf.json}", "5:57", "synthetic.config: there is no file conf.json"),
     ],
 )
 def test_what_is_named_and_not_there_is_found(tmp_path: Path, right: str, wrong: str, place: str, told: str) -> None:
+    (tmp_path / "nothing").mkdir(exist_ok=True)
     (found,) = problems(tmp_path, RECIPE.replace(right, wrong))
     assert f"recipe.yaml:{place}" in found
     assert "error[BP111]" in found

@@ -103,6 +103,9 @@ def test_the_rate_follows_the_last_seconds_and_ranks_add_up() -> None:
         meter.update(Progress("n", second * 100, 10_000, "x", rank=0))
     reading = meter.update(Progress("n", 500, 10_000, "x", rank=1))
     assert (reading.done, reading.total) == (2400, 20_000)
+    told = [(1, 3, 0), (2, 2, 1), (3, 3, 0)]  # of what is left, each expects its part
+    shared = [Progress("n", done, total, "y", "shared", rank, whole=5) for done, total, rank in told]
+    assert [meter.update(event).total for event in shared] == [5, 5, 5]
     slow = ProgressMeter(clock)
     for second in range(100):
         clock.now = second
