@@ -282,6 +282,7 @@ ELSEWHERE = {
     "bigmodel/publishing/destinations.py: open": "fsspec's own files: object stores",
     "bigmodel/inference/sharing.py: os.open": "a queue of ranks",
     "bigmodel/inference/sharing.py: os.write": "a byte for each batch that was taken; records say what is finished",
+    "orchestrator/sinks/child.py: os.write": "a pipe to the command",
     "plugins/commanding.py: shutil.copy2": "what a tool works on, with its modes, in the folder of one attempt",
 }
 """What else writes, and what it writes to."""

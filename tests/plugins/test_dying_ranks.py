@@ -63,5 +63,5 @@ def test_a_prompt_that_kills_its_rank_three_times_is_an_error_in_its_place(tmp_p
     assert len([line for line in lines if "started again" in line]) == 3
     strict = tmp_path / "strict"
     strict.mkdir()
-    with pytest.raises(StageFailed, match="max_errors allows 0; prompt 2: RankDied"):
+    with pytest.raises(StageFailed, match=r"max_errors allows 0; prompt 2 \(prompts\[2\]\): RankDied"):
         answered(strict, model, 1)
