@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -67,6 +68,7 @@ def reading(name: str, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = str(error).strip().partition("\n")[0] or type(error).__name__
+        said = re.sub(rf"(?<=['\"])/[^'\"]*(?={re.escape(name)}['\"])", "", said)  # where it lies is nobody's business
         raise ValueError(f"{name} is no {what} that can be read: {said}") from error
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 LOWPASS_WIDTH, ROLLOFF = 6, 0.99
 """Zero crossings of the sinc on each side, and the part of the lower rate's band that is kept, as in torchaudio."""
+OGG_PAGE = 27 + 255 + 255 * 255
+"""Bytes of a page of Ogg, at most."""
+UNKNOWN = 2**31 - 2**16
+"""Bytes of a file from which on nobody has known how long it would be."""
 MOST = 2**26
 """Elements of the filters, which two rates with no common factor would make as large as their product."""
 
@@ -34,13 +38,37 @@ def read_sound(row: Row, sources: Sources, rate: int) -> NDArray[numpy.float32]:
 
 
 def _read(path: Path) -> tuple[NDArray[numpy.float32], int]:
-    """soundfile reads many formats; Python's own `wave` reads whole numbers in .wav alone."""
+    """soundfile reads many formats; Python's own `wave` reads whole numbers in .wav alone. Raise ValueError for a file
+    that is cut short, of which both read what is left."""
+    _require_whole(path)
     if find_spec("soundfile") is None:
         return _read_wav(path)
     import soundfile
 
-    samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    return samples.mean(1), rate
+    with soundfile.SoundFile(str(path)) as file:
+        samples = file.read(dtype="float32", always_2d=True)
+        if len(samples) < file.frames:
+            raise ValueError(f"it is cut short: {len(samples)} of {file.frames} samples are there")
+        return samples.mean(1), file.samplerate
+
+
+def _require_whole(path: Path) -> None:
+    """Raise ValueError where a file of RIFF or AIFF (of its first eight bytes, the last four are the size of the rest),
+    or the last page of Ogg (RFC 3533, 6), says that it is longer than it is. A size of nothing, or of all that 31 or 32
+    bits hold, is that of who wrote into a pipe."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        file.seek(max(0, size - OGG_PAGE))
+        tail = file.read()
+    told = size
+    if head[:4] in (b"RIFF", b"FORM"):
+        told = 8 + int.from_bytes(head[4:], "little" if head[:1] == b"R" else "big")
+        told = size if told == 8 or told > UNKNOWN else told
+    elif head[:4] == b"OggS" and (page := tail[tail.rfind(b"OggS") :]):
+        told = size - len(page) + 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else size + 1
+    if told > size:
+        raise ValueError(f"it is cut short: {size} bytes of {told} are there")
 
 
 def _read_wav(path: Path) -> tuple[NDArray[numpy.float32], int]:

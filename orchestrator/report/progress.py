@@ -98,6 +98,9 @@ class _RankMeter:
         self.event = event
         if event.tokens is None or not event.busy:  # before the model is there
             return
+        if self.samples and event.done < self.samples[-1][1]:  # another process has its place
+            self.samples.clear()
+            self.first = None
         self.first = self.first or (now, event.busy)
         self.samples.append((now, event.done, event.tokens, event.busy))
         while len(self.samples) > 2 and now - self.samples[1][0] >= WINDOW_SECONDS:
@@ -123,13 +126,14 @@ class ProgressMeter:
     """Adds up the ranks of one node's current task and measures its rate."""
 
     clock: Callable[[], float] = time.monotonic
-    _task: str | None = None
+    _task: tuple[str, int | None] | None = None
+    """What is done, and how much of it by all ranks: after a rank's death they begin again, with what is left."""
     _ranks: dict[int, _RankMeter] = field(default_factory=dict)
     _samples: deque[tuple[float, int]] = field(default_factory=deque)
 
     def update(self, event: Progress) -> Reading:
-        if event.task != self._task:
-            self._task = event.task
+        if (event.task, event.whole) != self._task:
+            self._task = event.task, event.whole
             self._ranks.clear()
             self._samples.clear()
         now = self.clock()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+import soundfile
 from support.media import make_vit, make_whisper, tones, write_wav
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
@@ -130,3 +131,32 @@ def test_a_model_that_does_not_hear_is_refused_before_it_is_loaded(
     pytest.importorskip("PIL")
     with pytest.raises(UsageError, match=f"ViTForImageClassification does no {NAME}"):
         list(task.checked({}, sounds, describe_checkpoint(make_vit(tmp_path / "vit"))))
+
+
+FORMATS = [
+    ("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("AIFF", "PCM_16"),
+    ("MP3", "MPEG_LAYER_III"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "kind"), FORMATS)
+def test_a_sound_that_is_cut_short_is_none(tmp_path: Path, form: str, kind: str) -> None:
+    path = tmp_path / "whole.wav"
+    soundfile.write(path, tones(2.0, 16_000, 3), 16_000, format=form, subtype=kind)
+    whole = path.read_bytes()
+    row = Row(0, "whole.wav", {}, reads="sound")
+    assert len(read_sound(row, Sources(base=tmp_path), 16_000)) == pytest.approx(32_000, abs=2000)
+    for left in (len(whole) // 2, len(whole) - 7):
+        path.write_bytes(whole[:left])
+        with pytest.raises(ValueError, match="no sound that can be read") as caught:
+            read_sound(row, Sources(base=tmp_path), 16_000)
+        assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 2**31 - 1, 2**32 - 1])
+def test_a_sound_of_whoever_did_not_know_its_length_is_read(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "piped.wav"
+    write_wav(path, tones(1.0, 16_000, 3))
+    path.write_bytes(path.read_bytes()[:4] + struct.pack("<I", size) + path.read_bytes()[8:])
+    row = Row(0, "piped.wav", {}, reads="sound")
+    assert len(read_sound(row, Sources(base=tmp_path), 16_000)) == 16_000

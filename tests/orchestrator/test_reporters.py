@@ -134,6 +134,24 @@ def test_ranks_that_count_tokens_are_told_one_by_one() -> None:
     assert ProgressMeter(Clock()).update(Progress("n", 1, 2, "x")).paces == ()
 
 
+def test_ranks_that_begin_again_after_a_death_are_no_slower_than_nothing() -> None:
+    clock, meter = Clock(), ProgressMeter(Clock())
+    meter.clock = clock
+    for second in range(1, 10):
+        clock.now = second
+        meter.update(Progress("n", second, 60, "prompts", tokens=100 * second, busy=float(second), whole=120))
+    for second in range(10, 15):
+        clock.now, done = second, second - 9
+        reading = meter.update(Progress("n", done, 50, "prompts", tokens=50 * done, busy=float(done), whole=100))
+        assert (reading.done, reading.total) == (done, 100)
+        assert not any((pace.tokens_per_second or 0) < 0 or (pace.idle or 0) > 0.01 for pace in reading.paces)
+    again = ProgressMeter(clock)
+    again.update(Progress("n", 5, 9, "prompts", tokens=500, busy=5.0))
+    clock.now += 1
+    (pace,) = again.update(Progress("n", 1, 9, "prompts", tokens=10, busy=1.0)).paces
+    assert pace.tokens_per_second is None
+
+
 @pytest.mark.parametrize(
     ("done", "total", "unit", "text"),
     [
