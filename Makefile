@@ -6,7 +6,7 @@ PICTURE := 960,1575
 
 ON_GPU = PYTHONPATH=build/gpu timeout --signal INT $(1) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: quickstart test browser check types layers docs picture format bench slow fault attack exports gpu reference snapshot clean
+.PHONY: quickstart test browser check types layers docs picture format bench slow fault cluster attack exports gpu reference snapshot clean
 
 quickstart: $(VENV)/.ready  ## run the main job on the model that ships with the repository
 	$(BIN)/bigpipe run manifests/quickstart.yaml
@@ -24,6 +24,9 @@ slow: $(VENV)/.ready-dev  ## tests that take minutes
 
 fault: $(VENV)/.ready-dev  ## kills, broken disks and lost power at full numbers; BIGPIPE_SEED repeats a run
 	$(BIN)/python -m pytest -q -m fault --timeout 7200
+
+cluster: $(VENV)/.ready-dev  ## recipes on Ray, two machines on this one's loopback device, and one of them lost at twenty moments
+	$(BIN)/python -m pytest -q -m "fault or not fault" --timeout 7200 tests/cluster
 
 attack: $(VENV)/.ready-dev  ## hostile servers, files and arguments at full numbers; BIGPIPE_SEED repeats a run
 	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'  # else the fuzzing is skipped

@@ -64,6 +64,9 @@ JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Nodes side by si
 SMOKE = click.option(
     "--smoke", is_flag=True, help="All of it small: made-up models, few rows, a store of its own; gates are only told."
 )
+EXECUTOR = click.option(
+    "--executor", metavar="NAME[:ADDRESS]", help="Run nodes on a cluster: ray, or ray:HOST:PORT. Else they run here."
+)
 YES = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would go.")
 OFFLINE = click.option("--offline", is_flag=True, help="Never use the network.")

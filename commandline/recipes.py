@@ -16,7 +16,7 @@ from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
 
 from .completing import NODES, RUNS, TARGETS
-from .options import JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, SMOKE, STORE
+from .options import EXECUTOR, JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, SMOKE, STORE
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ NAMED_ELSEWHERE = "-"
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock file.")
 @OFFLINE
 @JOBS
+@EXECUTOR
 @click.option("--keep-going", is_flag=True, help="Let other branches finish when a node fails.")
 @SMOKE
 @JSON
@@ -50,10 +51,11 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
 
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
-    with closing(report.choose_reporter(own_stderr())) as reporter:
-        status = None if options["smoke"] else _attend(manifest, nodes, reporter=reporter, **options)
-    if status is not None:
-        sys.exit(status)
+    if options["executor"] is None and not options["smoke"]:  # else nobody waits to be called
+        with closing(report.choose_reporter(own_stderr())) as reporter:
+            status = _attend(manifest, nodes, reporter=reporter, **options)
+        if status is not None:
+            sys.exit(status)
     with closing(report.choose_reporter(own_stderr(), events=events)) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)
     if as_json:
@@ -83,6 +85,7 @@ def _attend(
 @SMOKE
 @click.option("--probe", is_flag=True, help="Take what is foreseen, for some seconds, on the real devices.")
 @JOBS
+@EXECUTOR
 @OFFLINE
 @JSON
 @STORE

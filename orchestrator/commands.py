@@ -13,12 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import (
-    GateFailed,
-    ManifestError,
-    Stale,
-    UsageError,
-)
+from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -65,6 +60,7 @@ def run(
     offline: bool = False,
     jobs: int | None = None,
     keep_going: bool = False,
+    executor: str | None = None,
     reporter: Reporter | None = None,
     progress: bool | Callable[[Event], None] = False,
     check: bool = True,
@@ -78,6 +74,7 @@ def run(
     progress: True: bars on a terminal, else lines, on standard error, as the command has them; or what is called with
       each event. reporter: the same as an object with `report(event)`.
     remote: address or path of a store that others share, in place of $BIGPIPE_REMOTE and the recipe's; empty: none.
+    executor: a cluster whose machines the nodes run on: `ray`, or `ray:HOST:PORT`; else they run here.
     check: raise the first error (GateFailed, StageFailed, …); otherwise errors are in the result.
     smoke: run all of it small, on made-up models and a few rows, in a store of its own that is gone afterwards, unless
       it failed. Gates are told, and fail nothing.
@@ -88,8 +85,9 @@ def run(
     """
     with closing(Following.of(progress, reporter)) as following:
         result = _run(
-            manifest, nodes, jobs=jobs, keep_going=keep_going, params=params, store=store, remote=remote, force=force,
-            offline=offline, locked=locked, smoke=smoke, reporter=following.reporter, text=text, typed=typed,
+            manifest, nodes, jobs=jobs, keep_going=keep_going, executor=executor, params=params, store=store,
+            remote=remote, force=force, offline=offline, locked=locked, smoke=smoke, reporter=following.reporter,
+            text=text, typed=typed,
         )  # fmt: skip
     if check and result.errors:
         raise result.errors[0]
@@ -98,18 +96,20 @@ def run(
 
 def _run(
     manifest: str | Path, nodes: Sequence[str], *, jobs: int | None, keep_going: bool, locked: bool, smoke: bool,
-    **options: Any,
+    executor: str | None, **options: Any,
 ) -> RunResult:  # fmt: skip
     session = _open(manifest, nodes, locked=locked, **options)
     if smoke:
         from .running import run_small  # of what is only tried
 
+        if executor:
+            raise UsageError("a smoke run is small, and runs here", "leave out --executor")
         if locked:
             lock_file.enforce(session)
         return run_small(session, refuse, jobs=jobs, keep_going=keep_going)
     reporter = session.reporter
-    with session.store, explained(session.store.root), _other_machines(session):
-        session.side_by_side = jobs != 1 and session.store.keeps_others_out
+    with session.store, explained(session.store.root), _machines(session, executor):
+        session.side_by_side &= jobs != 1 and session.store.keeps_others_out
         if locked:
             lock_file.enforce(session)
         planned = with_parameters(make_plan(session))
@@ -134,13 +134,13 @@ def _telling(session: Session, reporter: Reporter) -> AbstractContextManager[Rep
     return telling_sinks(session, reporter)
 
 
-def _other_machines(session: Session) -> AbstractContextManager[None]:
-    """While it is open they wait to be called, if there are any."""
-    if not session.may_span_machines:
+def _machines(session: Session, executor: str | None) -> AbstractContextManager[None]:
+    """While it is open, those of a cluster run the nodes, and others that a scheduler started wait to be called."""
+    if not executor and not session.may_span_machines:
         return nullcontext()
-    from .machines import driving
+    from .machines import several
 
-    return driving(session)
+    return several(session, executor)
 
 
 @checked(reporter=REPORTER)
@@ -247,22 +247,26 @@ def plan(
     offline: bool = False,
     machine: Machine | None = None,
     jobs: int | None = None,
+    executor: str | None = None,
     preflight: bool = True,
     smoke: bool = False,
     reporter: Reporter | None = None,
 ) -> Plan:
     """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
     preflight: also ask each running kind's `check`, which may use the network for metadata. smoke: say it of
-    `run(smoke=True)`."""
+    `run(smoke=True)`. executor: plan for the machines of this cluster, as `run` names it."""
+    if executor and (machine or smoke):
+        raise UsageError("a plan is for a machine, for a cluster or of a smoke run", "give one of the options")
     session = _open(
         manifest, nodes, params=params, store=store, remote=remote, offline=offline, given_machine=machine,
         side_by_side=jobs != 1, reporter=reporter,
     )  # fmt: skip
-    if smoke:
+    with _machines(session, executor) if executor else nullcontext():
+        if not smoke:
+            return with_parameters(make_plan(session, preflight=preflight))
         from .running import plan_small
 
         return plan_small(session, preflight=preflight)
-    return with_parameters(make_plan(session, preflight=preflight))
 
 
 def _written(params: Mapping[str, Any] | None) -> dict[str, str]:

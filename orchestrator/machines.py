@@ -1,4 +1,5 @@
-"""A run over the machines that a scheduler started: which one drives, and what the others do meanwhile.
+"""A run over several machines: those of a cluster, or those that a scheduler started; which of these drives, and what
+the others do meanwhile.
 
 `bigpipe run` is started on each of them, over one store. Machine 0 runs the recipe as ever; the others start ranks of
 the nodes whose `launch.num_machines` is more than 1, when they are called.
@@ -7,14 +8,14 @@ the nodes whose `launch.num_machines` is more than 1, when they are called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from bigpipe.errors import UsageError
 from bigpipe.redaction import conceal_environment
 
 from .contract import LogLine
-from .launch import Meeting, attend as attend_meeting, meeting_place, start_here
+from .launch import Meeting, attend as attend_meeting, meeting_place, open_cluster, start_here
 from .planning import Session
 
 
@@ -33,6 +34,24 @@ def _shared(session: Session) -> tuple[int, float]:
 def _meeting_place(session: Session) -> Path:
     assert session.place is not None  # noqa: S101  there are several machines
     return meeting_place(session.store.memo, session.place, session.recipe.path.name)
+
+
+@contextmanager
+def several(session: Session, executor: str | None) -> Iterator[None]:
+    """While it is open, the machines of a cluster run the nodes, if one is named; else those that a scheduler started
+    wait to be called, if there are any. Raise what both of them do."""
+    with on_cluster(session, executor) if executor else driving(session):
+        yield
+
+
+@contextmanager
+def on_cluster(session: Session, executor: str) -> Iterator[None]:
+    """While it is open, nodes run on a cluster, as `--executor` names it. Files do not pass from node to node there as
+    they are made: both would have to be at work. Raise what connecting does."""
+    session.cluster = open_cluster(executor, session.store.root)
+    session.side_by_side = False
+    with closing(session.cluster):
+        yield
 
 
 @contextmanager

@@ -32,6 +32,7 @@ RUN_BY = {
     "docs/how-to/finetune.md": "test_docs.py",
     "docs/how-to/free-space.md": "test_freeing.py",
     "docs/how-to/know-before-you-download.md": "test_newcomer.py",
+    "docs/how-to/on-a-cluster.md": "cluster/test_ray.py",
     "docs/how-to/prove-the-origin.md": "test_examples.py",
     "docs/how-to/share-a-cache.md": "orchestrator/test_remote_s3.py",
     "docs/how-to/the-page.md": "webpage/test_how_to.py",

@@ -6,10 +6,11 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .acceleration import effective_launch, require_heeded
+    from .clusters import Cluster, Host, open_cluster
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
     from .holding import RAM, gpu_name
-    from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome, ran_out
+    from .jobs import AttemptFolder, Failure, Job, JobFile, Needs, Outcome, ran_out
     from .lifeline import PARENT_VARIABLE
     from .meeting import Meeting, attend, meeting_place
     from .processes import MEMORY, WarmWorker, worker_command

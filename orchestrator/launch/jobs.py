@@ -85,6 +85,18 @@ class AttemptFolder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What an attempt holds on each machine while it runs: what a cluster must find for it."""
+
+    cpus: int = 1
+    gpus: int = 0
+    ram: int = 0
+    """Bytes."""
+    hosts: tuple[str, ...] = ()
+    """The machines that may run it, by what the cluster calls them; empty: any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job(Assignment):
     """One attempt of a node, as it is given to an executor."""
 
@@ -103,6 +115,8 @@ class Job(Assignment):
     """Once set, workers are ended and Interrupted is raised."""
     report: Callable[[Event], None]
     """Called from the thread of the executor's `start` only."""
+    needs: Needs = field(default_factory=Needs)
+    """For executors that send it elsewhere."""
     meeting: Meeting | None = None
     """Where the other machines can be called, if a scheduler started them."""
     warm: WarmWorker | None = None

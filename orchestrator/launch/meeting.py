@@ -182,16 +182,18 @@ class Meeting:
 
 def attend(
     folder: Path, place: Standing, limit: float, start: Callable[[Path, str, Callable[[], None]], int],
-    say: Callable[[str], None],
+    say: Callable[[str], None], check: Callable[[], None] = lambda: None,
 ) -> int:  # fmt: skip
     """The side of any other machine: start ranks when called, until the run has ended; return the status that machine 0
     ended with. start: (job file, node, a function to call now and then, which raises when it is over) → exit status.
-    say: gets a line. Raise Transient where machine 0 does not come within `limit` seconds, or has gone."""
-    session = _find_session(folder, place, limit)
+    say: gets a line. check: called now and then; may raise. Raise Transient where machine 0 does not come in `limit` s,
+    or has gone."""
+    session = _find_session(folder, place, limit, check)
     say(f"{place.name(place.rank)} waits for calls of {place.name(0)}")
     pulse = _Pulse(session / "alive-0")
 
     def over() -> None:
+        check()
         if (end := _read(session / "end.json")) is not None:
             raise _Over(int(end["status"]))
         if pulse.stopped:
@@ -221,11 +223,12 @@ class _Over(Exception):
         self.status = status
 
 
-def _find_session(folder: Path, place: Standing, limit: float) -> Path:
+def _find_session(folder: Path, place: Standing, limit: float, check: Callable[[], None]) -> Path:
     make_directory(folder, mode=0o700)
     here = {"number": secrets.token_hex(8), "host": host()}
     deadline, written = time.monotonic() + limit, folder / f"here-{place.rank}.json"
     while time.monotonic() < deadline:
+        check()
         if _read(written) != here:  # of an earlier run, or machine 0 of one has tidied up
             with suppress(OSError):
                 make_directory(folder, mode=0o700)

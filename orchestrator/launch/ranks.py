@@ -71,11 +71,17 @@ def _run_replacing(supervisor: Supervisor, acceleration: Acceleration) -> list[O
     raise AssertionError  # `count` has no end
 
 
+def _to_standard_error(line: str) -> None:
+    sys.stderr.write(f"{printable(line)}\n")
+    sys.stderr.flush()
+
+
 def start_here(
-    stage: Stage[Any], surroundings: Surroundings, parent: Mapping[str, str], job_file: Path, over: Callable[[], None]
-) -> int:
+    stage: Stage[Any], surroundings: Surroundings, parent: Mapping[str, str], job_file: Path, over: Callable[[], None],
+    tell: Callable[[str], None] = _to_standard_error,
+) -> int:  # fmt: skip
     """Start this machine's ranks of a job that machine 0 calls to; return the exit status of their launcher. over:
-    called now and then; raises when the ranks are to end. What they print goes to standard error."""
+    called now and then; raises when the ranks are to end. tell: gets the lines that they print."""
     launch = surroundings.launch
     acceleration = Acceleration(launch, cpu=False, settings={})
     environment = worker_environment(stage, surroundings, parent)
@@ -83,26 +89,29 @@ def start_here(
         worker_command(job_file, "launch", str(launch.machine_rank)),
         folder=surroundings.base,
         environment={**acceleration.environment(surroundings.machine), **environment},
-        output=_ToStandardError(),
+        output=_Lines(tell),
         grace=GRACE_SECONDS,
+        apart=True,  # it signs in, and who ends a worker ends its session; this process may share one with others
     ) as program:
         while (ended := program.ended(LOOK_SECONDS)) is None:
             over()
     return ended.status
 
 
-class _ToStandardError:
-    """Passes on whole lines, secrets masked, to whatever standard error is."""
+class _Lines:
+    """Passes on whole lines, secrets masked."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
         self._begun = b""
 
     def write(self, data: bytes) -> None:
         *lines, self._begun = (self._begun + data).split(b"\n")
-        sys.stderr.write("".join(f"{printable(redact(line.decode('utf-8', 'replace')))}\n" for line in lines))
+        for line in lines:
+            self._tell(redact(line.decode("utf-8", "replace")))
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        """Every line was passed on when it was whole."""
 
 
 class _Ranks:

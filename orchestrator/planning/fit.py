@@ -14,7 +14,7 @@ from bigpipe.errors import BigpipeError
 from bigpipe.fit import Cure, Misfit, fits, nearest
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.contract import Forecast, OneOf
-from bigpipe.orchestrator.recipe import ResourcesSpec
+from bigpipe.orchestrator.recipe import Node, ResourcesSpec
 from bigpipe.sizes import counted, exact_size, format_size, format_transfer
 
 from .rehearsal import Rehearsal
@@ -32,15 +32,27 @@ def find_misfits(rehearsal: Rehearsal) -> tuple[tuple[str, Misfit], ...]:
     found: list[tuple[str, Misfit]] = []
     for state in rehearsal.states.nodes.values():
         if rehearsal.decisions[state.name].action.works:
-            machine, asked = rehearsal.session.machine, state.node.resources
+            machine, asked = rehearsal.session.machine_of(state.node), state.node.resources
             foreseen = list(foreseen_misfits(machine, asked, state.forecast))
             cure = _smaller(rehearsal, state) if foreseen else ""
             own = [
                 *(Misfit(cause, cure) for cause in foreseen),
                 *(asked_misfits(machine, asked) if asked.model_fields_set else ()),
+                *_too_few(rehearsal.session, state.node),
             ]
             found += [(state.name, misfit) for misfit in (*state.forecast.misfits, *own)]
     return (*found, *_disk(rehearsal))
+
+
+def _too_few(session: Session, node: Node) -> Iterator[Misfit]:
+    """A cluster has fewer machines than ranks are to run on."""
+    if session.cluster is None or (asked := session.surroundings(node).launch.num_machines) == 1:
+        return
+    from .spreading import labelled  # of what has a cluster
+
+    if not fits(asked, there := len(labelled(session.cluster, node))):
+        cause = f"asks for {counted(asked, 'machine')}; {session.cluster.name} has {there} that may take it"
+        yield Misfit(cause, Cure({"launch.num_machines": there}))
 
 
 def asked_misfits(machine: Machine, asked: ResourcesSpec) -> Iterator[Misfit]:
@@ -81,7 +93,7 @@ def _ram(needed: int, machine: Machine) -> str:
 
 def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
     """The change of one field of the node's own under which its forecast fits; each is forecast anew."""
-    node, machine, context = state.node, rehearsal.session.machine, rehearsal.contexts[state.name]
+    node, machine, context = state.node, rehearsal.session.machine_of(state.node), rehearsal.contexts[state.name]
 
     def holds(name: str, value: Any) -> bool:
         try:

@@ -201,7 +201,7 @@ def plan_text(plan: Plan, *, explain: bool = False, screen: Screen = PLAIN) -> s
     if remote := plan.session.remote:
         lines.append(f"remote store: {remote.name}" + (f", which is not used: {remote.away}" if remote.away else ""))
     if plan.to_run:
-        lines.append(f"machine: {machine_line(plan.session.machine)}")
+        lines += machine_lines(plan.session)
     elif not any(each.action is Action.REMOTE for each in plan.nodes.values()):
         lines.append("nothing to do")
     return "\n".join([*lines, *(plan.smoke.told() if plan.smoke else ())])
@@ -278,9 +278,21 @@ def _explanations(plan: Plan) -> list[str]:
     return [*lines, ""]
 
 
+def machine_lines(session: Session) -> list[str]:
+    """Return the machines that are planned for: this one, or a cluster's, those that are alike in one line."""
+    if session.cluster is None:
+        return [f"machine: {machine_line(session.machine)}"]
+    kinds = Counter(_computes_with(host.machine) for host in session.cluster.hosts)
+    there = [f"    {count} × {kind}" if count > 1 else f"    {kind}" for kind, count in kinds.items()]
+    return [f"machines of {session.cluster.name}:", *there]
+
+
 def machine_line(machine: Machine) -> str:
     """Return what a machine has: GPUs of a kind together."""
+    return f"{_computes_with(machine)}, {format_free(machine.disk_free, 'disk')}"
+
+
+def _computes_with(machine: Machine) -> str:
     kinds = Counter(f"{gpu.name} {format_size(gpu.memory)}" for gpu in machine.gpus)
     gpus = ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()) or "no GPU"
-    disk = format_free(machine.disk_free, "disk")
-    return f"{machine.cpus} CPUs, {format_size(machine.memory)} RAM, {gpus}, {disk}"
+    return f"{machine.cpus} CPUs, {format_size(machine.memory)} RAM, {gpus}"

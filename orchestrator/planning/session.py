@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,8 @@ NOTHING_PINNED = Pinned({}, "")
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.launch import Meeting, Standing
+    from bigpipe.orchestrator.contract import Forecast, Stage
+    from bigpipe.orchestrator.launch import Cluster, Executor, Meeting, Needs, Standing
 
 
 @dataclass(kw_only=True, repr=False)
@@ -55,6 +57,8 @@ class Session:
     locked_answers: Mapping[str, Mapping[str, Json]] = field(default_factory=dict, repr=False)
     """Node → what its source said when it was locked, for where that cannot be asked."""
     given_machine: Machine | None = None
+    cluster: Cluster | None = None
+    """Whose machines the nodes run on, but for those that run in the command itself; None: on this one."""
     meeting: Meeting | None = None
     """Of the machines that a scheduler started, where this is the one that drives."""
     side_by_side: bool = True
@@ -90,6 +94,30 @@ class Session:
     def machine(self) -> Machine:
         return self.given_machine or detect(self.store.root)
 
+    def machine_of(self, node: Node) -> Machine:
+        """Return the machine that a node is planned for. Raise DoesNotFit where none of a cluster has its labels."""
+        if self.cluster is None or node.kind.runs_in == "inline":
+            return self.machine
+        from .spreading import planned_for
+
+        return planned_for(self.cluster, node).machine
+
+    def executor(self, kind: Stage[Any]) -> Executor:
+        """Return what runs attempts of a kind: the cluster, or, of a kind that is light, the command itself."""
+        from bigpipe.orchestrator.launch import executor
+
+        return executor(kind.runs_in) if self.cluster is None or kind.runs_in == "inline" else self.cluster.executor
+
+    def needs(self, node: Node, forecast: Forecast) -> Needs:
+        """Return what an attempt of a node takes of a cluster's machines."""
+        from bigpipe.orchestrator.launch import Needs
+
+        if self.cluster is None:
+            return Needs()
+        from .spreading import needs
+
+        return needs(self.cluster, node, forecast, self.surroundings(node).launch.local_processes)
+
     @cached_property
     def memo(self) -> StatMemo:
         return StatMemo(self.store.memo, self._announce)
@@ -104,10 +132,11 @@ class Session:
 
     @cached_property
     def place(self) -> Standing | None:
-        """Where this machine stands among those that a scheduler started. Raise UsageError for odd variables."""
+        """Where this machine stands among those that a scheduler started; None where a cluster has them all. Raise
+        UsageError for odd variables."""
         from bigpipe.orchestrator.launch import standing
 
-        return standing(self.environment)
+        return standing(self.environment) if self.cluster is None else None
 
     @property
     def may_span_machines(self) -> bool:
@@ -138,7 +167,7 @@ class Session:
                     raise
             self._surroundings[node.name] = Surroundings(
                 base=self.base,
-                machine=self.machine,
+                machine=self.machine_of(node),
                 memo=self.store.memo,
                 trust=self.recipe.trust,
                 offline=self.offline,
@@ -154,10 +183,18 @@ class Session:
         )  # fmt: skip
 
     def room(self, jobs: int) -> dict[str, int]:
-        """Return what all running nodes together may hold here, see `schedule.States`."""
+        """Return what all running nodes together may hold here, see `schedule.States`. A cluster keeps account of what
+        it has: there all start at once."""
         machine = self.machine
+        if self.cluster is not None:
+            return {"jobs": jobs, **dict.fromkeys(("CPUs", "RAM", "GPUs"), sys.maxsize), "disk": machine.disk_free}
         holds = {"CPUs": max(machine.cpus, 1), "RAM": machine.memory_available, "GPUs": 1, "disk": machine.disk_free}
         return {"jobs": jobs, **holds}
+
+    @property
+    def jobs(self) -> int:
+        """Return how many nodes run side by side where nobody says."""
+        return max(2, self.machine.cpus if self.cluster is None else sum(h.machine.cpus for h in self.cluster.hosts))
 
     def ask(self, node: Node, function: Callable[..., T], *arguments: Any) -> T:
         """Return what a kind answers before anything runs. What it raises gets the place of its stage; of what is no
@@ -231,7 +268,7 @@ class Session:
             self._identifying = node.name
             try:
                 self._identities[node.name] = identity(
-                    node, base=self.base, memo=self.memo, machine=self.machine, trust=self.recipe.trust,
+                    node, base=self.base, memo=self.memo, machine=self.machine_of(node), trust=self.recipe.trust,
                     pins=self.pinned(node).values, ranks=self._ranks(node), recorded=self._recorded(node),
                 )  # fmt: skip
             except BigpipeError as error:

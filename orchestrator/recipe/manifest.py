@@ -136,6 +136,10 @@ class ResourcesSpec(Spec):
     """Bytes on each of them."""
     disk: Size | None = None
     """Bytes that it writes on the disk of the store."""
+    labels: dict[Text, Text] = Field(
+        default_factory=dict,
+        description="Labels of the machines of a cluster that may run it (`--executor`); elsewhere they say nothing.",
+    )
 
 
 def _one_axis(value: Json) -> Json:

@@ -14,6 +14,7 @@ from bigpipe.sizes import counted, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns
 
 if TYPE_CHECKING:
+    from bigpipe.orchestrator.launch import Cluster
     from bigpipe.orchestrator.planning import Fetch, Smoke
     from bigpipe.orchestrator.running import Held, NodeRun, RunResult
     from bigpipe.orchestrator.running.sharing import Exchange
@@ -27,6 +28,7 @@ def plan_json(plan: Plan, probed: Sequence[Held] | None = None) -> dict[str, Jso
         "schema": "bigpipe.plan/1",
         "manifest": str(plan.session.recipe.path),
         "machine": asdict(plan.session.machine),
+        "cluster": _cluster_json(plan.session.cluster),
         "fits": not plan.misfits,
         "remote": remote_json(plan.session.remote),
         "fetch_bytes": plan.fetch_bytes,
@@ -38,6 +40,12 @@ def plan_json(plan: Plan, probed: Sequence[Held] | None = None) -> dict[str, Jso
         "probe": None if probed is None else probe_json(probed),
         "nodes": {name: _planned_json(node) for name, node in plan.nodes.items()},
     }
+
+
+def _cluster_json(cluster: Cluster | None) -> dict[str, Json] | None:
+    if cluster is None:
+        return None
+    return {"name": cluster.name, "machines": [asdict(host.machine) for host in cluster.hosts]}
 
 
 FORESEEN = ("download_bytes", "write_bytes", "ram", "vram", "seconds", "metrics", "unknown", "details")

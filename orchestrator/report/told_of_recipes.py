@@ -216,13 +216,24 @@ class KnownBytes(Strict):
     """At any time, of those."""
 
 
+class PlannedCluster(Strict):
+    """Machines that nodes are sent to."""
+
+    name: str
+    """What kind it is, and where."""
+    machines: list[Machine]
+    """What each has that the cluster gives out."""
+
+
 class Plan(Answer):
     """What a run would do."""
 
     manifest: str
     """Its path."""
     machine: Machine
-    """That it is planned for."""
+    """That it is planned for: this one, or that of `--machine`."""
+    cluster: PlannedCluster | None
+    """Whose machines run the nodes, of `--executor`; None: `machine` does."""
     fits: bool
     """Nothing is among the misfits."""
     remote: UsedRemote | None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bigpipe.errors import Interrupted, StageFailed, Transient
 from bigpipe.orchestrator.contract import Event, Lineage, LogLine, NodeRetried
-from bigpipe.orchestrator.launch import AttemptFolder, Job, Outcome, WarmWorker, executor
+from bigpipe.orchestrator.launch import AttemptFolder, Job, Needs, Outcome, WarmWorker
 from bigpipe.orchestrator.planning import Session
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord, Work
@@ -48,6 +48,8 @@ class Attempt:
     cancelled: threading.Event
     stream: Stream | None = None
     """Where its files go to, one by one, if somebody may follow."""
+    needs: Needs
+    """What it takes of a cluster's machines."""
     warm: WarmWorker | None = None
     """Waits for the first try."""
     follows: Stream | None = None
@@ -169,7 +171,7 @@ def _with_retries(attempt: Attempt, work: Work) -> Outcome:
     wait, number = FIRST_WAIT, 1
     while True:
         try:
-            return executor(attempt.node.kind.runs_in).start(_job(attempt, work, number))
+            return attempt.session.executor(attempt.node.kind).start(_job(attempt, work, number))
         except Transient as error:
             if number > attempt.node.retries:
                 raise
@@ -215,6 +217,7 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
         timeout=node.timeout,
         cancelled=attempt.cancelled,
         report=attempt.report,
+        needs=attempt.needs,
         meeting=session.meeting,
         warm=attempt.warm if number == 1 else None,
     )

@@ -114,7 +114,7 @@ def run_plan(
     started = time.monotonic()
     run_id = new_run_id()
     recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe, session.checkout)
-    jobs = jobs or max(2, session.machine.cpus) if plan.to_run else 1
+    jobs = jobs or session.jobs if plan.to_run else 1
     states = States(
         nodes={
             name: NodeState(one.node, one.forecast or Forecast(), one.processes) for name, one in plan.nodes.items()
@@ -260,6 +260,7 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
         cancelled=followed.cancelled if followed else run.cancelled,
         stream=stream,
         warm=run.warming.take(node) if run.warming else None,
+        needs=session.needs(node, state.forecast),
         follows=followed,
     )
     run.working[_pool(run).submit(_timed, state, partial(_worked, attempt))] = state

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Status
-from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, executor, worker_environment
+from bigpipe.orchestrator.launch import MEMORY, AttemptFolder, WarmWorker, worker_environment
 from bigpipe.orchestrator.planning import GOOD, Action, NodeState, Plan, Session, States
 from bigpipe.orchestrator.recipe import Node
 
@@ -65,7 +65,7 @@ class Warming:
         node = state.node
         if state.status is not Status.PENDING or state.demanded_by or node.when is not None:
             return False
-        if node.kind.warms is None or not executor(node.kind.runs_in).waits:
+        if node.kind.warms is None or not self._session.executor(node.kind).waits:
             return False
         running = [each for each in state.predecessors if each.status is Status.RUNNING]
         if not running or any(each.status not in GOOD and each not in running for each in state.predecessors):

@@ -121,15 +121,16 @@ def running_program(
     environment: Mapping[str, str],
     output: Output | None = None,
     grace: float = 0.0,
+    apart: bool = False,
 ) -> Iterator[Program]:
     """Run a program in `folder`, in this process's session, while the context is open, and pass on what it prints, both
     streams. output: where to; by default this process's own. grace: seconds between SIGTERM and SIGKILL where it still
-    runs at the end. Call it from a thread that lives until then. If this process is killed before, the program ends; so
-    does what that started, where this process leads its group, as workers do. Raise OSError where it cannot be
-    started."""
+    runs at the end. apart: in a session of its own, for who may end all that is in its session. Call it from a thread
+    that lives until then. If this process is killed before, the program ends; so does what that started, where this
+    process leads its group, as workers do. Raise OSError where it cannot be started."""
     leads = os.getpgrp() == os.getpid()
     with _keeper() if leads else contextlib.nullcontext():  # else others are in the group
-        program = Program(_start(argv, folder, environment), output or sys.stdout.buffer)
+        program = Program(_start(argv, folder, environment, apart), output or sys.stdout.buffer)
         try:
             yield program
         finally:
@@ -149,7 +150,7 @@ def _keeper() -> Iterator[None]:
             keeper.kill()  # before its input ends
 
 
-def _start(argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(argv: Sequence[str], folder: Path, environment: Mapping[str, str], apart: bool) -> subprocess.Popen[bytes]:
     import subprocess
 
     parent, tie = os.getpid(), death_with_parent()
@@ -161,7 +162,7 @@ def _start(argv: Sequence[str], folder: Path, environment: Mapping[str, str]) ->
 
     return subprocess.Popen(
         list(argv), cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, preexec_fn=begin,
+        stderr=subprocess.STDOUT, preexec_fn=begin, start_new_session=apart,
     )  # fmt: skip
 
 
