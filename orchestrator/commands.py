@@ -32,7 +32,6 @@ from .planning import (
     lock_path,
     make_plan,
     open_session,
-    problems_beside,
     with_parameters,
 )
 from .recipe import Recipe, load_recipe
@@ -430,6 +429,8 @@ def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) 
 def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, UsageError]:
     """Return what is wrong with each manifest that is not right: its problems, files and modules that are not there
     among them; or that it is not there itself."""
+    from .planning import problems_beside  # of what is not run
+
     errors: dict[Path, UsageError] = {}
     for path in manifests:
         try:

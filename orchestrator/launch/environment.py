@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from bigpipe.environment import inherited
+from bigpipe.environment import inherited, python_path
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Stage, Surroundings
 from bigpipe.redaction import HUB_TOKENS
@@ -54,7 +53,7 @@ def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Ma
         environment["HF_HUB_OFFLINE"] = "1"
     if not speaks:
         environment |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN_PATH": os.devnull}
-    return {**environment, **own, "PYTHONPATH": _python_path(own.get("PYTHONPATH", parent.get("PYTHONPATH", "")))}
+    return {**environment, **own, "PYTHONPATH": python_path(own.get("PYTHONPATH", parent.get("PYTHONPATH", "")))}
 
 
 def visible_secrets(stage: Stage[Any], secrets: Iterable[str], parent: Mapping[str, str]) -> dict[str, str]:
@@ -69,12 +68,3 @@ def visible_secrets(stage: Stage[Any], secrets: Iterable[str], parent: Mapping[s
 def sees_hub_token(stage: Stage[Any], environment: Iterable[str]) -> bool:
     """May this node use the Hub token, be it from the environment or the file that `hf auth login` wrote?"""
     return any(name in HUB_TOKENS for name in (*stage.secrets, *environment))
-
-
-def _python_path(written: str) -> str:
-    """Where workers import from: as the command does, made absolute since they run in another directory."""
-    entries = [os.path.abspath(entry) for entry in written.split(os.pathsep) if entry]
-    home = str(Path(__file__).parents[3])  # of the package, which the command may have found by a changed `sys.path`
-    if home not in entries and "site-packages" not in home:
-        entries.append(home)
-    return os.pathsep.join(entries)

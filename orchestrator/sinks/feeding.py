@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from bigpipe.environment import inherited
+from bigpipe.environment import inherited, python_path
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import redact, redact_json
 
@@ -87,7 +87,7 @@ class Feeds:
             elif not sink.installed:
                 self.say(name, f"not told of this run: it needs {sink.package}: {install(name)}")
             else:
-                self._start(name, {**inherited(environment, passwords=True), **own})
+                self._start(name, _seen({**inherited(environment, passwords=True), **own}))
 
     def _start(self, name: str, environment: Mapping[str, str]) -> None:
         try:
@@ -106,3 +106,8 @@ class Feeds:
         for feed in self.feeds:
             if wrong := feed.end(max(0.0, until - time.monotonic())):
                 self.say(feed.name, f"told of this run in part at most: {redact(wrong)[:LONGEST]}")
+
+
+def _seen(environment: dict[str, str]) -> dict[str, str]:
+    """With what keeps an `mlflow.py` in the working directory from being imported for mlflow."""
+    return {**environment, "PYTHONSAFEPATH": "1", "PYTHONPATH": python_path(environment.get("PYTHONPATH", ""))}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .values import flat, text
@@ -103,7 +104,7 @@ class _Teller:
         self.of_recipe("ABORT")
 
     def of_recipe(self, state: str) -> None:
-        self._emit(state, self.about["recipe"], self.about["run"], "RECIPE", {})
+        self._emit(state, self.about["recipe"], self.about["run"], "RECIPE", self.about["params"])
 
     def of_node(self, state: str, node: str, event: Mapping[str, Any] | None = None) -> None:
         name, run = f"{self.about['recipe']}.{node}", f"{self.about['run']}/{node}"
@@ -114,7 +115,7 @@ class _Teller:
         )
         facets: dict[str, RunFacet] = {"parent": recipe, **(_became(event) if event else {})}
         outputs = [self._output(node, event)] if event and event["digest"] else []
-        self._emit(state, name, run, "STAGE", facets, self._inputs(node), outputs)
+        self._emit(state, name, run, "STAGE", self.about["nodes"][node]["params"], facets, self._inputs(node), outputs)
 
     def _inputs(self, node: str) -> list[InputDataset]:
         from openlineage.client.event_v2 import InputDataset
@@ -141,9 +142,10 @@ class _Teller:
         name: str,
         run: str,
         kind: str,
-        facets: Mapping[str, RunFacet],
-        inputs: list[InputDataset] | None = None,
-        outputs: list[OutputDataset] | None = None,
+        params: Mapping[str, Any],
+        facets: Mapping[str, RunFacet] = MappingProxyType({}),
+        inputs: Sequence[InputDataset] = (),
+        outputs: Sequence[OutputDataset] = (),
     ) -> None:
         from openlineage.client.event_v2 import Job, Run, RunEvent, RunState
         from openlineage.client.facet_v2 import (
@@ -153,9 +155,7 @@ class _Teller:
             source_code_location_job,
         )
 
-        of_node = self.about["nodes"].get(name.removeprefix(f"{self.about['recipe']}."), {}) if kind == "STAGE" else {}
-        given = of_node.get("params") if of_node else self.about["params"]
-        values = [parameters.ExecutionParameter(key, value=text(value)) for key, value in flat(given or {})]
+        values = [parameters.ExecutionParameter(key, value=text(value)) for key, value in flat(params)]
         run_facets: dict[str, RunFacet] = {
             "processing_engine": processing_engine_run.ProcessingEngineRunFacet(self.about["version"], "bigpipe"),
             **({"executionParameters": parameters.ExecutionParametersRunFacet(values)} if values else {}),
@@ -172,8 +172,8 @@ class _Teller:
                 eventTime=datetime.fromtimestamp(self.now, UTC).isoformat(),
                 run=Run(_identifier(run), run_facets),
                 job=Job(self.namespace, name, job_facets),
-                inputs=inputs or [],
-                outputs=outputs or [],
+                inputs=list(inputs),
+                outputs=list(outputs),
             )
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from .redaction import has_password, without_passwords
 
@@ -35,3 +37,13 @@ def _allowed(name: str) -> bool:
     if name.startswith(("HF_", "HUGGINGFACE_", "HUGGING_FACE_")) and name != "HF_TOKEN_PATH" and "TOKEN" in name:
         return name == "HF_HUB_DISABLE_IMPLICIT_TOKEN"
     return name in EXACT or (name.startswith(PREFIXES) and name not in KEPT_OUT)
+
+
+def python_path(written: str) -> str:
+    """Return where children import from: as the command does, made absolute since they may run in another directory.
+    written: PYTHONPATH as it is."""
+    entries = [os.path.abspath(entry) for entry in written.split(os.pathsep) if entry]
+    home = str(Path(__file__).parents[1])  # of the package, which the command may have found by a changed `sys.path`
+    if home not in entries and "site-packages" not in home:
+        entries.append(home)
+    return os.pathsep.join(entries)

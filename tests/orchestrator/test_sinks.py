@@ -370,6 +370,15 @@ def test_no_secret_and_no_variable_of_others_reaches_a_sink(
     assert seen["OPENLINEAGE_NAMESPACE"] == "team"
 
 
+def test_a_module_beside_the_recipe_is_not_taken_for_a_client(told: Workshop, lineage: Path) -> None:
+    told.manifest.write_text(RECIPE.replace("SINK", "openlineage"))
+    for name in ("openlineage", "requests"):
+        (told.folder / f"{name}.py").write_text("open('taken', 'w')\n")
+    assert "told of this run" not in told.command("run", "recipe.yaml").stderr
+    assert of(lineage)[-1] == ("told", "COMPLETE")
+    assert not (told.folder / "taken").exists()
+
+
 def test_a_sink_that_cannot_be_told_is_said_and_no_more(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     result, said = run(told, "openlineage, mlflow")
     assert result.status == "succeeded"
