@@ -22,7 +22,7 @@ from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, HubSource, So
 from bigpipe.bigmodel.quantization import Settings, quantize_described, understand
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import SyntheticModel, Traffic, planned_bytes
-from bigpipe.errors import UsageError
+from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.passing import NOBODY
 from bigpipe.sizes import format_transfer
@@ -92,7 +92,10 @@ def miniature(source: Source, sources: Sources) -> Miniature:
         raise UsageError(f"{name} has no config.json, which a small model would be made from", ELSEWHERE)
     settings, whole = _settings(name, described), describe_architecture(described.config, sources=sources)
     config = shrunk(described.config, whole.config)
-    architecture = describe_architecture(config, sources=sources)
+    try:
+        architecture = describe_architecture(config, sources=sources)
+    except (UsageError, InvalidCheckpoint) as error:
+        raise UsageError(f"{name}: no small model of its class can be built: {error.cause}", ELSEWHERE) from error
     form: FileFormat = "bin" if described.format == "bin" else "safetensors"
     model = SyntheticModel(config, architecture, dtype=_dtype(described), format=form)
     size = model.description.nbytes or 0

@@ -38,7 +38,7 @@ STACK = re.compile(
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 WIDE = ("hidden_size", "d_model", "n_embd", "n_embed")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads")
-HEAD_SIZES = ("head_dim", "d_kv", "attention_head_dim", "kv_channels", "qk_nope_head_dim", "qk_rope_head_dim",
+HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_dim", "kv_channels", "qk_nope_head_dim", "qk_rope_head_dim",
               "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_head", "mamba_head_dim",
               "mamba_headdim", "global_head_dim")  # fmt: skip
 RANKS = ("q_lora_rank", "kv_lora_rank", "state_size", "ssm_state_size", "mamba_d_state", "mamba_dt_rank",
@@ -116,8 +116,9 @@ def _count(value: Any) -> bool:
 def _part(config: Config, narrow: Mapping[int, int]) -> dict[str, Any]:
     """One config, with those inside it."""
     small = {name: _part(value, narrow) if _holds_sizes(value) else value for name, value in config.items()}
+    in_stages = any(isinstance(config.get(name), list) for name in HEADS)  # each with widths of its own
     for name, value in config.items():
-        if _is_width(name):
+        if _is_width(name) and not in_stages:
             made = [narrow.get(each, each) if _count(each) else each for each in _listed(value)]
             small[name] = made if isinstance(value, list) else made[0]
     _take_layers(config, small)
@@ -145,6 +146,10 @@ def _take_layers(config: Config, small: dict[str, Any]) -> None:
     for name, value in config.items():
         if name in SOME and isinstance(value, list):
             small[name] = [each for each in value if not _count(each) or each < kept]
+        elif name == "stage_names" and isinstance(value, list):
+            small[name] = value[: kept + 1]  # before the first layer, too
+        elif name == "out_features" and isinstance(value, list):
+            small[name] = list(dict.fromkeys(_spread(str(each), kept, layers) for each in value))
         elif SPREAD.search(name) and isinstance(value, list):
             small[name] = list(dict.fromkeys(each * kept // layers if _count(each) else each for each in value))
         elif _per_layer(name, value, layers) and layers > kept:
@@ -155,6 +160,12 @@ def _take_layers(config: Config, small: dict[str, Any]) -> None:
             small[name] = value * kept // layers
         elif name == "max_window_layers" and _count(value):
             small[name] = kept
+
+
+def _spread(stage: str, kept: int, layers: int) -> str:
+    """`stage12` as the name of one of fewer."""
+    name, digits, _ = re.split(r"(\d+)$", stage) if stage[-1:].isdecimal() else (stage, "", "")
+    return f"{name}{int(digits) * kept // layers}" if digits else stage
 
 
 def _needed(config: Config, layers: int) -> Iterator[int]:

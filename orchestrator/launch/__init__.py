@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .executors import Executor, executor, run_alone
     from .holding import RAM, gpu_name
     from .jobs import AttemptFolder, Failure, Job, JobFile, Needs, Outcome, ran_out
-    from .lifeline import PARENT_VARIABLE
     from .meeting import Meeting, attend, meeting_place
     from .processes import MEMORY, WarmWorker, worker_command
     from .ranks import start_here

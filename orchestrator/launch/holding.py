@@ -3,8 +3,8 @@
     python -m bigpipe.orchestrator.launch.holding '{"RAM": 1000000, "GPU 0": 2000000}'
 
 It prints a line of JSON for each piece that it has, `{"device", "held"}`, one with `failed` where there is no more, and
-`{"done": true}`; then it waits until its standard input ends. It dies with its parent, and is the one that the kernel
-kills where memory runs out.
+`{"done": true}`; then it waits until its standard input ends, as it does when its parent is gone. It is the one that
+the kernel kills where memory runs out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bigpipe.fit import out_of_memory
-from bigpipe.orchestrator.launch.lifeline import stand_in_for_parent, tie_to_parent
+from bigpipe.orchestrator.launch.lifeline import stand_in_for_parent
 from bigpipe.orchestrator.launch.processes import resident
 
 RAM = "RAM"
@@ -31,7 +31,6 @@ def gpu_name(index: int) -> str:
 
 def main(asked: str) -> None:
     """asked: JSON, device → bytes."""
-    tie_to_parent()
     stand_in_for_parent()
     kept: list[Any] = []
     for device, size in json.loads(asked).items():

@@ -11,7 +11,6 @@ Nothing of it outlives the command: processes die with it, and the file has no n
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from bigpipe.errors import DoesNotFit, Transient, UsageError
 from bigpipe.files import existing, free_space, room_held
 from bigpipe.machine import Machine, detect
 from bigpipe.orchestrator.contract import LogLine, OneAtATime, Reporter
-from bigpipe.orchestrator.launch import PARENT_VARIABLE, RAM, gpu_name
+from bigpipe.orchestrator.launch import RAM, gpu_name
 from bigpipe.orchestrator.planning import Plan, PlannedNode, make_plan, with_parameters
 from bigpipe.sizes import format_size
 
@@ -183,10 +182,9 @@ class _Holder:
     @classmethod
     def started(cls, share: Mapping[str, int]) -> _Holder:
         command = [sys.executable, "-m", "bigpipe.orchestrator.launch.holding", json.dumps(share)]
-        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
         return cls(
             subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True, start_new_session=True,
             )
         )  # fmt: skip

@@ -68,6 +68,7 @@ def awaited_holder(running: subprocess.Popen[str], size: int) -> psutil.Process:
 def test_every_need_is_taken_and_let_go(shop: Workshop) -> None:
     running = command(shop, "--json")
     taken = awaited_holder(running, 190 * MIB)
+    assert int(Path(f"/proc/{taken.pid}/oom_score_adj").read_text()) == 500, "the kernel kills it rather than others"
     told, _ = running.communicate()
     assert running.returncode == 0
     rows = json.loads(told)["probe"]

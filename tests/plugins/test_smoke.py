@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ def small_model(source: Path, root: Path, **given: Any) -> Path:
 
 
 def test_a_small_model_comes_as_its_large_one_is_stored(pickled: Path, tmp_path: Path) -> None:
-    made = open_checkpoint(small_model(pickled, tmp_path))
+    source = Path(shutil.copytree(pickled, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))  # as nobody stored it
+    made = open_checkpoint(small_model(source, tmp_path))
     assert made.format == "bin"
     assert len(made.files) > 1
     assert {tensor.dtype for tensor in made.tensors.values()} == {"float32"}
