@@ -59,8 +59,8 @@ def probe(plan: Plan, reporter: Reporter | None = None, *, seconds: float = 2.0)
     """Take what a plan foresees on this machine, node after node, each for so many seconds. Return a row per node and
     device, in the order of the plan, the disk last. Raise Transient while another run goes on over the store, whose
     memory it would take, UsageError where the plan is for another machine."""
-    if plan.session.given_machine is not None:
-        raise UsageError("another machine cannot be probed from here", "run it there, without --machine")
+    if plan.session.given_machine is not None or plan.session.cluster is not None:
+        raise UsageError("other machines cannot be probed from here", "probe there, without --machine and --executor")
     _refuse_beside_others(plan)
     reporter = reporter or OneAtATime()
     found = [row for group in groups(plan) for row in _try(plan, group, reporter, seconds)]
