@@ -14,6 +14,8 @@ import requests
 from support.systems import program
 from support.workshop import Workshop
 
+from bigpipe.orchestrator.sinks import feeding
+
 pytestmark = pytest.mark.exports
 RECIPE = """\
 version: 1
@@ -64,6 +66,9 @@ def asked(address: str, path: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_a_server_of_mlflow_shows_the_runs(workshop: Workshop, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is: how long a run waits is tested elsewhere."""
+    monkeypatch.setattr(feeding, "PATIENCE", 120.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     (workshop.folder / "words").write_text("!")
     said: list[Any] = []
