@@ -169,10 +169,12 @@ def test_never_beside_another_run(shop: Workshop) -> None:
         run.wait(30)
 
 
-def test_another_machine_cannot_be_probed(shop: Workshop) -> None:
-    planned = bigpipe.plan(shop.manifest, machine=detect(shop.folder))
-    with pytest.raises(UsageError, match="another machine"):
-        probe(planned, seconds=0)
+def test_other_machines_cannot_be_probed(shop: Workshop) -> None:
+    here, there = bigpipe.plan(shop.manifest), bigpipe.plan(shop.manifest, machine=detect(shop.folder))
+    on_cluster = replace(here, session=replace(here.session, cluster=True))  # type: ignore[arg-type]  # any is enough
+    for planned in (there, on_cluster):
+        with pytest.raises(UsageError, match="other machines"):
+            probe(planned, seconds=0)
 
 
 def test_ranks_take_their_shares_and_gpus_of_their_own(shop: Workshop) -> None:
