@@ -22,7 +22,7 @@ version: 1
 name: noted
 params: {text: hello}
 stages:
-  write: {uses: write, with: {text: "${params.text}"}, matrix: {n: [1, 2]}}
+  write: {uses: write, with: {text: "${params.text}"}, matrix: {n: [1, 2]}, env: {N: "${matrix.n}"}}
   join: {uses: join, inputs: {first: "write@n=1"}}
 """
 WHAT = """

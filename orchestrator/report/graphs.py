@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def write_graph(recipe: Recipe, out: Path, form: str | None = None, became: Mapp
         cause = f"{out} ends as {ENDINGS[out.suffix]} does, and --format is {form}"
         ending = next(ending for ending, stands_for in ENDINGS.items() if stands_for == form)
         raise UsageError(cause, f"leave --format out, or name a file with -o that ends in {ending}")
-    if out.resolve() == recipe.path.resolve():
+    if os.path.realpath(out) == os.path.realpath(recipe.path):
         raise UsageError(f"{out} is the recipe itself", "name another file with -o, such as graph.svg")
     text = graph_text(recipe, form or form_of(out, ENDINGS, "a graph"), became)
     return write_page(out, text if text.endswith("\n") else text + "\n")
