@@ -28,7 +28,7 @@ class Raylets:
 
     folder: Path
     environment: Mapping[str, str]
-    """With which its machines and whoever asks it run."""
+    """Variables of its machines, and of whoever asks it."""
     port: int
     machines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     """Address → what keeps its processes."""
@@ -56,7 +56,7 @@ class Raylets:
         with self._log(address).open("wb") as out:
             self.machines[address] = subprocess.Popen(
                 [str(script), "start", *joins, *own, "--node-ip-address", address, *SMALL, *options, "--block"],
-                env=dict(self.environment), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **self.environment}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def await_machines(self) -> None:
@@ -102,7 +102,6 @@ def raylets(*machines: tuple[str, ...], token: str | None = "0123456789abcdef" *
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     guard = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # Beside other tests, workers that yield to everybody (15 is Ray's choice) would not come to start.
         "RAY_worker_niceness": "0",
