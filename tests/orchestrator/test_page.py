@@ -246,7 +246,7 @@ def test_fifty_nodes_are_less_than_200_kilobytes(workshop):
     numbers = list(range(49))
     workshop.run(
         f"version: 1\nname: many\nstages:\n  a: {{uses: write}}\n"
-        f"  b: {{uses: join, matrix: {{n: {numbers}}}, inputs: {{first: a}}, needs: []}}\n"
+        f"  b: {{uses: join, matrix: {{n: {numbers}}}, inputs: {{first: a}}, needs: [], env: {{N: '${{matrix.n}}'}}}}\n"
     )
     text = report_runs(store=workshop.folder / "store")
     assert text.count('class="node') == 50
@@ -390,7 +390,7 @@ def test_a_graph_is_drawn_as_its_form_says_whatever_the_name(workshop):
     done = workshop.command("graph", "recipe.yaml", "--format", "svg", "-o", "picture")
     assert done.stdout.startswith("picture: ")
     assert (workshop.folder / "picture").read_text().startswith("<svg ")
-    for odd in ("recipe.yaml", "folder.svg"):
+    for odd in ("other.yaml", "folder.svg"):
         (workshop.folder / "folder.svg").mkdir(exist_ok=True)
         refused = workshop.command("graph", "recipe.yaml", "-o", odd)
         assert refused.returncode == 2

@@ -153,7 +153,7 @@ def when(condition: str) -> str:
 
 
 TRY = """\
-  a: {uses: make, matrix: {s: [x, y, z]}}
+  a: {uses: make, matrix: {s: [x, y, z]}, env: {S: "${matrix.s}"}}
   j: {uses: use, inputs: {first: a}, gates: ["score > 0"]}
   c: {uses: use, inputs: {first: a}, first: {axis: s, of: j}}
 """
@@ -441,7 +441,7 @@ def test_another_variant_is_taken_where_the_judge_comes_to_another_verdict(tmp_p
 )
 def test_bytes_of_a_variant_go_once_it_is_left(x: str, dropped: bool, tmp_path: Path) -> None:
     """Who might have taken it takes another now, or waits for that."""
-    stages = TRY.replace("matrix", "cache: false, matrix")
+    stages = TRY.replace("matrix:", "cache: false, matrix:")
     assert (next_of(scene(tmp_path, stages, {"a@s=x": "succeeded", "j@s=x": x}), "a@s=x") is Do.DROP) == dropped
 
 
