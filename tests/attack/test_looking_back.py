@@ -185,7 +185,8 @@ def test_names_stay_within_their_quotes(workshop: Workshop) -> None:
     from bigpipe.orchestrator.recipe import load_recipe
 
     workshop.manifest.write_text(
-        "version: 1\nname: q\nstages:\n  a: {uses: write, with: {text: '${matrix.t}'}, matrix: {t: ['\"]; evil', 'x\\']}}\n"
+        "version: 1\nname: q\nstages:\n"
+        "  a: {uses: write, with: {text: '${matrix.t}'}, matrix: {t: ['\"]; evil', 'x\\']}}\n"
     )
     recipe = load_recipe(workshop.manifest)
     assert r'"a@t=\"]; evil" [label="a@t=\"]; evil\nwrite"];' in graph_text(recipe, "dot")
