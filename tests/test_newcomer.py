@@ -27,6 +27,7 @@ RUN_BY = {
     "docs/how-to/a-stage-kind-of-your-own.md": "test_docs.py",
     "docs/how-to/any-tool.md": "test_examples.py",
     "docs/how-to/evaluate.md": "test_examples.py",
+    "docs/how-to/check-a-pull-request.md": "test_newcomer.py",
     "docs/how-to/export.md": "orchestrator/test_exports.py",
     "docs/how-to/fall-back.md": "test_examples.py",
     "docs/how-to/finetune.md": "test_docs.py",
@@ -159,7 +160,12 @@ def settled(newcomer: Newcomer) -> Newcomer:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "page",
-    ["docs/how-to/know-before-you-download.md", "docs/how-to/a-local-checkpoint.md", "docs/reference/store.md"],
+    [
+        "docs/how-to/know-before-you-download.md",
+        "docs/how-to/a-local-checkpoint.md",
+        "docs/reference/store.md",
+        "docs/how-to/check-a-pull-request.md",
+    ],
 )
 def test_pages_after_it(page: str, settled: Newcomer) -> None:
     settled.types(*commands(page), folder=settled.clone)

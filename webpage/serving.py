@@ -19,6 +19,7 @@ from bigpipe.redaction import conceal_environment
 
 LOOPBACK = "127.0.0.1"
 PORT = 8765
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CONNECTIONS = 64
 """At once; more are refused."""
 
@@ -66,14 +67,21 @@ def serve(
         server_header=False, proxy_headers=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=5,
     )  # fmt: skip
     with _listening(host or LOOPBACK, port) as listener:
-        announce(_address(host, listener.getsockname()[1], rules.token))
-        number = asyncio.run(_until_interrupted(Server(config).serve(sockets=[listener])))
+        address = _address(host, listener.getsockname()[1], rules.token)
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until they have the handlers below
+
+        def ready() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            announce(address)
+
+        number = asyncio.run(_until_interrupted(Server(config).serve(sockets=[listener]), ready))
     raise KeyboardInterrupt(number)
 
 
-async def _until_interrupted(serving: Coroutine[Any, Any, None]) -> int:
+async def _until_interrupted(serving: Coroutine[Any, Any, None], ready: Callable[[], None]) -> int:
     """Serve until a signal comes, and return it; where it comes again, end at once. An exception that a handler raises,
-    as other commands do it, could come up in a request, which would take it for its own."""
+    as other commands do it, could come up in a request, which would take it for its own, or in the loop, which would
+    lose a step of a task and wait for it without end. ready: called once signals may come."""
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[int] = loop.create_future()
 
@@ -84,9 +92,10 @@ async def _until_interrupted(serving: Coroutine[Any, Any, None]) -> int:
             logging.getLogger(name).disabled = True
         signalled.set_result(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, end, number)
+    ready()
     task = asyncio.ensure_future(serving)
     waiting: list[asyncio.Future[Any]] = [task, signalled]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

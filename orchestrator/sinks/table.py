@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 
@@ -18,7 +18,7 @@ class Sink:
     """The module that it cannot do without; the extra that brings it is called as the sink is."""
     address: tuple[str, ...]
     """Variables of the environment of which one must say where the system is."""
-    environment: tuple[str, ...]
+    environment: tuple[str, ...] = field(repr=False)
     """What the names of variables begin with that only its process sees, beside what any child sees."""
 
     @property

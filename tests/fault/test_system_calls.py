@@ -98,11 +98,13 @@ def enter(root: Path) -> None:
 
 def with_garbage(root: Path) -> None:
     (root.parent / "kept.yaml").write_text("")
+    (root.parent / "gone.yaml").write_text("")
     with Store(root) as store:
         for name, files in (("a", FILES), ("b", OTHER), ("c", {"y": b"only here"})):
             publish(store, name, files)
         store.remember(root.parent / "kept.yaml", None, "kept", {"a": record("a").key})
         store.remember(root.parent / "gone.yaml", None, "gone", {"b": record("b").key})
+    (root.parent / "gone.yaml").unlink()
 
 
 def collect(root: Path) -> None:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from bigpipe.orchestrator.launch import Needs
 from bigpipe.orchestrator.planning.session import open_session
 from bigpipe.orchestrator.running.execution import Attempt, execute
 
@@ -21,7 +22,8 @@ def attempt(workshop):
     def made(**given) -> Attempt:
         return Attempt(
             session=session, node=session.nodes[0], key=record.key, inputs={}, lineage=(), run="later",
-            folder=workshop.folder / "attempts", report=lambda event: None, cancelled=threading.Event(), **given,
+            folder=workshop.folder / "attempts", report=lambda event: None, cancelled=threading.Event(), needs=Needs(),
+            **given,
         )  # fmt: skip
 
     with session.store:

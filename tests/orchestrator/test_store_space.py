@@ -156,7 +156,10 @@ class TestGarbage:
         kept = publish(store, "kept", {"a": b"kept", "c": b"shared"})
         other = publish(store, "other", {"b": b"other", "c": b"shared"})
         store.remember(recipe, None, "recipe", {"x": kept.key})
-        store.remember(tmp_path / "deleted.yaml", None, "deleted", {"x": other.key})
+        deleted = tmp_path / "deleted.yaml"
+        deleted.write_text("version: 1\n")
+        store.remember(deleted, None, "deleted", {"x": other.key})
+        deleted.unlink()
         promised = store.gc(locked_digests, dry_run=True)
         assert store.intact(other)
         assert store.gc(locked_digests) == type(promised)(

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,23 @@ def test_programs_ask_as_it_is_written(tmp_path):
         options = ("--dtypes", "int8", "--batch-size", "4", "--memory", "16GiB", "--json")
         told = json.loads(workshop.command("estimate", "facebook/opt-13b", *options, **around).stdout)
         assert json.loads(done.stdout) == {**told, "fetched_bytes": json.loads(done.stdout)["fetched_bytes"]}
+
+
+AT_ONCE = """
+import os, signal, sys
+from bigpipe.webpage import serve
+try:
+    serve(sys.argv[1], port=0, announce=lambda address: os.kill(os.getpid(), int(sys.argv[2])))
+except KeyboardInterrupt as interrupted:
+    print("ended by", *map(int, interrupted.args))
+"""
+
+
+@pytest.mark.parametrize("number", [2, 15, 1])
+def test_who_interrupts_as_soon_as_the_address_is_told_is_heard(tmp_path, number):
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path), str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"ended by {number}\n"
 
 
 def test_there_is_something_to_start():
