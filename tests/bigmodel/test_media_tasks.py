@@ -74,6 +74,7 @@ def test_a_picture_that_cannot_be_read_is_an_error_of_its_row(tmp_path: Path, pi
     found = [answer.payload for answer in answer_batch(bind("image-classification", path, tmp_path), pictures, str)]
     assert "label" in found[0]
     assert found[1]["error"].startswith("ValueError: pictures/b.JPG is no picture that can be read: cannot identify")
+    assert str(tmp_path) not in found[1]["error"]
     assert found[2]["error"].startswith("ValueError: pictures/c.png is no picture that can be read")
     assert found[3]["error"].startswith("ValueError: pictures/d.gif is no picture that can be read: [Errno 2]")
 
