@@ -147,9 +147,10 @@ def test_the_readme_and_the_tutorial_from_top_to_bottom(newcomer: Newcomer) -> N
 
 @pytest.fixture(scope="module")
 def settled(newcomer: Newcomer) -> Newcomer:
-    """Has done the tutorial, or at least what pages after it stand on."""
+    """Has done the tutorial; also where the test of that runs in another process."""
     if not (newcomer.clone / "my/opt.yaml.lock").exists():
-        pytest.skip("the tutorial came to no end")
+        read_the_readme(newcomer)
+        do_the_tutorial(newcomer)
     newcomer.types(
         "mkdir -p checkpoints recipes machines", "cp -r models/quickstart checkpoints/my-model",
         "cp my/opt.yaml recipe.yaml", "cp my/opt.yaml recipes/opt.yaml", folder=newcomer.clone,
