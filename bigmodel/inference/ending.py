@@ -1,7 +1,9 @@
-"""A rank that is told to end, as a launcher tells all where one died: what is under way is finished, if it soon is."""
+"""A rank that is told to end, as a launcher tells all where one died and the system where the launcher did: what is
+under way is finished, if it soon is."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -15,16 +17,17 @@ FINISH_SECONDS = 4.0
 
 @contextmanager
 def finishing() -> Iterator[threading.Event]:
-    """Inside, the first SIGTERM sets the event that is given; the process ends of it on leaving, after `FINISH_SECONDS`
-    at the latest, and of a second SIGTERM at once. Nothing changes in other threads than the main one, and where
-    somebody else listens to the signal."""
+    """Inside, SIGTERM sets the event that is given; the process ends of it on leaving, after `FINISH_SECONDS` at the
+    latest. Several may say so: the system, a launcher, the command. Nothing changes in other threads than the main one,
+    and where somebody else listens to the signal."""
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield told
         return
 
     def listen(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if told.is_set():
+            return
         told.set()
         late = threading.Timer(FINISH_SECONDS, _end)
         late.daemon = True
@@ -34,12 +37,16 @@ def finishing() -> Iterator[threading.Event]:
     try:
         yield told
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if told.is_set():
             _end()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end() -> None:
+    """End of SIGTERM now, in any thread and whatever the main one does, in which alone `signal.signal` works."""
+    set_handler = ctypes.pythonapi.PyOS_setsig
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    set_handler(signal.SIGTERM, int(signal.SIG_DFL))
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -2,9 +2,10 @@
 
 A process that outlives its command holds memory and may write where its successor works. Three ties:
 
-- on Linux the kernel kills the process when its parent ends (`PR_SET_PDEATHSIG`, prctl(2)). The signal is sent when the
-  parent's *thread* that forked ends, so whoever starts a child must wait for it in the same thread;
-- everywhere a thread looks twice a second whether the parent is still the same one;
+- on Linux the kernel ends the process when its parent ends (`PR_SET_PDEATHSIG`, prctl(2)). The signal is sent when the
+  parent's *thread* that forked ends, so whoever starts a child must wait for it in the same thread. It is SIGKILL; for
+  a rank SIGTERM, so that one which listens may finish what it has under way, as where its launcher ends it;
+- everywhere a thread looks twice a second whether the parent is still the same one, and leaves no process either;
 - the process holds a shared lock on `lock` in its work folder; a successor takes that lock exclusively first.
 
 The parent of a rank is the launcher, whose parent is the command, so a death anywhere above travels down.
@@ -24,6 +25,8 @@ from bigpipe.programs import death_with_parent
 PARENT_VARIABLE = "BIGPIPE_PARENT"
 """Environment variable with the process id of the parent that a worker must have."""
 WATCH_SECONDS = 0.5
+GRACE_SECONDS = 5.0
+"""Between SIGTERM and SIGKILL."""
 PROCESSES = Path("/proc")
 """Linux's own account of its processes; it is not there on other systems."""
 ORPHANED = 113
@@ -32,10 +35,10 @@ UNTOLD = 114
 """Exit status of a worker that could not write into its attempt's folder: a full disk, for example."""
 
 
-def tie_to_parent() -> None:
-    """Die when the parent dies. Exits at once where it is gone already."""
+def tie_to_parent(number: int = signal.SIGKILL) -> None:
+    """Get this signal when the parent dies, and SIGKILL where that is no end. Exits at once where it is gone now."""
     expected = int(os.environ.pop(PARENT_VARIABLE, "") or os.getppid())
-    death_with_parent()()
+    death_with_parent(number)()
     if os.getppid() != expected:
         os._exit(ORPHANED)
     threading.Thread(target=watch_parent, args=(expected,), name="lifeline", daemon=True).start()
@@ -53,9 +56,13 @@ def stand_in_for_parent() -> None:
 
 
 def watch_parent(expected: int, seconds: float = WATCH_SECONDS) -> None:
-    """Return never, but end this process and its group once `expected` is no longer its parent."""
+    """Return never, but end this process and its group once `expected` is no longer its parent: what listens to SIGTERM
+    is sent that first."""
     while os.getppid() == expected:
         time.sleep(seconds)
+    if callable(signal.getsignal(signal.SIGTERM)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

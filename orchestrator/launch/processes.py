@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .lifeline import PARENT_VARIABLE, PROCESSES, host, start_mark
+from .lifeline import GRACE_SECONDS, PARENT_VARIABLE, PROCESSES, host, start_mark
 
 MEMORY = 1 << 30
 """Bytes that a waiting worker is reckoned with (a bound): torch, transformers and accelerate take 420 MB."""
 GO = b"go\n"
-GRACE_SECONDS = 5.0
-"""Between SIGTERM and SIGKILL."""
 GONE_SECONDS = 10.0
 """How long a killed process may take to vanish (the kernel frees its memory first)."""
 

@@ -24,7 +24,8 @@ from bigpipe.redaction import printable, redact
 from .acceleration import Acceleration, accelerate
 from .environment import worker_environment
 from .jobs import Failure, Job, Outcome
-from .processes import GRACE_SECONDS, worker_command
+from .lifeline import GRACE_SECONDS
+from .processes import worker_command
 from .supervision import LOOK_SECONDS, Supervisor, how_it_ended, supervise
 
 LAG_SECONDS = 5.0

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
 def begin(path: Path, mode: Mode, more: list[str]) -> int:
     """Sign in, wait for the word where it is told to, and work; return the exit status. Raise OSError where nothing can
     be written to or read from the attempt's folder."""
-    tie_to_parent()
+    tie_to_parent(signal.SIGTERM if mode == "rank" else signal.SIGKILL)
     stand_in_for_parent()
     rank = int(os.environ.get("RANK", "0")) if mode == "rank" else None  # torchrun's; a single one is started without
     sign_in(path.parent / "processes", rank)

@@ -47,16 +47,17 @@ def busy(process: int) -> float:
     return float(used.user + used.system)
 
 
-def death_with_parent() -> Callable[[], None]:
-    """Return a function after which the kernel ends this process once the thread that forked it has ended. Linux alone
-    has it; elsewhere it does nothing. Loads what it needs at once, so that it may be called between fork and exec."""
+def death_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
+    """Return a function after which the kernel sends this process the signal once the thread that forked it has ended.
+    Linux alone has it; elsewhere it does nothing. Loads what it needs at once: it may be called between fork and exec.
+    """
     if not sys.platform.startswith("linux"):
         return lambda: None
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
         control = ctypes.CDLL(None).prctl
-        return lambda: control(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0) and None
+        return lambda: control(_SET_PARENT_DEATH_SIGNAL, number, 0, 0, 0) and None
     return lambda: None
 
 

@@ -48,12 +48,16 @@ def test_a_worker_dies_with_its_command(tmp_path: Path, action: str) -> None:
     wait_for(lambda: gone(worker), 10)
 
 
-def test_what_has_no_kernel_tie_notices_by_itself(tmp_path: Path) -> None:
-    """The way of systems without PR_SET_PDEATHSIG, with a child of its own that goes along."""
-    pids = tmp_path / "pids"
+@pytest.mark.parametrize("listens", [False, True])
+def test_what_has_no_kernel_tie_notices_by_itself(tmp_path: Path, listens: bool) -> None:
+    """The way of systems without PR_SET_PDEATHSIG, with a child of its own that goes along. What listens to SIGTERM is
+    sent that first."""
+    pids, told = tmp_path / "pids", tmp_path / "told"
+    listen = f"signal.signal(signal.SIGTERM, lambda *_: open({str(told)!r}, 'w').close())" if listens else ""
     orphan = f"""
-import os, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time
 from bigpipe.orchestrator.launch.lifeline import watch_parent
+{listen}
 threading.Thread(target=watch_parent, args=(os.getppid(), 0.1), daemon=True).start()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open({str(pids)!r} + ".new", "w").write(f"{{os.getpid()}} {{child.pid}}")
@@ -69,6 +73,7 @@ subprocess.Popen([sys.executable, "-c", {orphan!r}], start_new_session=True).wai
     process.kill()
     process.wait()
     wait_for(lambda: all(gone(int(pid)) for pid in pids.read_text().split()), 10)
+    assert told.exists() == listens
 
 
 def test_a_worker_whose_parent_is_gone_already_does_nothing(tmp_path: Path) -> None:
