@@ -131,7 +131,7 @@ def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool)
     """
     from bigpipe.orchestrator import commands
 
-    errors = commands.validate(manifests, params)
+    errors = commands.validate(manifests, params, lambda line: say(line, err=True))
     problems = [each for error in errors.values() if isinstance(error, ManifestError) for each in error.problems]
     absent = [error for error in errors.values() if not isinstance(error, ManifestError)]
     wrong = [*([ManifestError(problems)] if problems else []), *absent]
@@ -257,10 +257,15 @@ def lock(manifest: Path, as_json: bool, **options: Any) -> None:
 @MANIFEST
 @PARAMS
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write it there; else it is printed.")
+@click.option(
+    "--check", is_flag=True, help="Only say whether the file still is what would be written; exit 10 where not."
+)
 @MACHINE
 @OFFLINE
 @JSON
-def export(target: str, manifest: Path, out: Path | None, machine: Path | None, as_json: bool, **options: Any) -> None:
+def export(
+    target: str, manifest: Path, out: Path | None, check: bool, machine: Path | None, as_json: bool, **options: Any
+) -> None:  # fmt: skip
     """Write a recipe for another system that runs it. TARGET: github, airflow, argo, dockerfile.
 
     Its parameters become inputs there; `-p` says what holds where none is given.
@@ -270,16 +275,22 @@ def export(target: str, manifest: Path, out: Path | None, machine: Path | None, 
     from bigpipe.machine import read_machine
     from bigpipe.orchestrator import commands
 
+    if check and out is None:
+        raise UsageError("--check compares with a file", "name it: -o FILE")
     there = read_machine(machine) if machine else None
     with closing(report.choose_reporter(own_stderr())) as reporter:
         found = commands.export(target, manifest, machine=there, out=out, reporter=reporter, **options)
-    size = report.write_page(out, found.text) if out else 0
+    if check and out:
+        found.require_same(out)
+    size = report.write_page(out, found.text) if out and not check else 0
     for fact in found.unknown:
         say(f"not known: {fact}", err=True)
     show(
         as_json,
         lambda: found.as_json(manifest, out),
-        lambda: f"{out}: {format_transfer(size)}" if out else found.text.rstrip("\n"),
+        lambda: (
+            f"{out}: {'as it would be written' if check else format_transfer(size)}" if out else found.text.rstrip("\n")
+        ),
     )
 
 

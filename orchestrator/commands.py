@@ -362,7 +362,8 @@ def export(
     reporter: Reporter | None = None,
 ) -> Exported:
     """Return a recipe as the file of a target, such as `github`; `out`: where it will lie. machine: the one that its
-    tasks are sized for. Raise ManifestError, and UsageError for what the target cannot hold or do."""
+    tasks are sized for. Raise ManifestError, and UsageError for what the target cannot hold or do, or where a file of
+    somebody else's lies at `out`."""
     from tempfile import TemporaryDirectory
 
     from .export import export as export_to
@@ -426,15 +427,19 @@ def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) 
     return load_recipe(Path(path).absolute(), _written(params))
 
 
-def validate(manifests: Sequence[Path], params: Mapping[str, Any] | None = None) -> dict[Path, UsageError]:
+def validate(
+    manifests: Sequence[Path], params: Mapping[str, Any] | None = None, note: Callable[[str], None] = lambda line: None
+) -> dict[Path, UsageError]:
     """Return what is wrong with each manifest that is not right: its problems, files and modules that are not there
-    among them; or that it is not there itself."""
-    from .planning import problems_beside  # of what is not run
+    among them; or that it is not there itself. note: told, in a line, of each sink that a run here does without."""
+    from .planning import problems_beside, untold  # of what is not run
 
     errors: dict[Path, UsageError] = {}
     for path in manifests:
         try:
             recipe = load_recipe(path, _written(params))
+            for line in untold(recipe):
+                note(line)
             found = {problem.place: problem for problem in problems_beside(recipe)}  # once for all variants of a stage
             if found:
                 raise ManifestError(list(found.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ Report = Callable[[int, int], None]
 def beside(directory: Path) -> Path:
     """Return where the attestations of a directory lie, unless it is said otherwise: beside it, so that it stays as it
     was published."""
-    return (directory if directory.name else directory.absolute()).parent / f"{model_name(directory)}.attestations"
+    named = directory if directory.name not in ("", "..") else Path(os.path.abspath(directory))
+    return named.parent / f"{model_name(directory)}.attestations"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -213,6 +215,9 @@ def check_directory(
     names = [name for name in (SIGNED, BUILT) if (place / name).is_file()]
     if public is not None and SIGNED not in names:
         raise UsageError(f"a key is given, and there is no {place / SIGNED}", "say where it is: --attestations DIR")
+    if attestations is not None and not names:
+        cause = f"there is neither {SIGNED} nor {BUILT} in {place}"
+        raise UsageError(cause, "name the directory that `bigpipe attest` wrote: --attestations DIR")
     for name in names:
         opened = open_bundle(place / name, public)
         sealed[name] = "signed" if opened.checked else "not checked" if opened.signed else "not signed"

@@ -44,12 +44,13 @@ class Opened:
 def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """Return the key in a PEM file. Raise UsageError where there is none that a bundle can be signed with."""
     require_cryptography("signing")
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
         key = load_pem_private_key(_read(path), None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is not a private key that can be read: {error}", MAKE_KEY) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _hashes():
         raise UsageError(f"{path} is not a key on the curve P-256, P-384 or P-521", MAKE_KEY)
@@ -59,12 +60,13 @@ def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def read_public_key(path: Path) -> ec.EllipticCurvePublicKey:
     """Return the public key in a PEM file. Raise UsageError as `read_private_key`."""
     require_cryptography("checking a signature")
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         key = load_pem_public_key(_read(path))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is not a public key that can be read: {error}", OTHER_KEY) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _hashes():
         raise UsageError(f"{path} is not a public key on the curve P-256, P-384 or P-521", OTHER_KEY)

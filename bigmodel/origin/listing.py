@@ -21,7 +21,7 @@ def files_of(directory: Path, progress: Callable[[int, int], None] = lambda done
     if not directory.is_dir():
         raise UsageError(f"there is no directory {directory}", "name one that holds a published model")
     with explained(directory):
-        paths = [path for path in sorted(directory.rglob("*")) if path.relative_to(directory).parts[0] not in OF_GIT]
+        paths = paths_below(directory)
         if links := [path for path in paths if path.is_symlink()]:
             cause = f"{links[0]} is a link, and what it leads to may change"
             raise UsageError(cause, "take a directory of real files, as `save` and `bigpipe get` write them")
@@ -32,6 +32,11 @@ def files_of(directory: Path, progress: Callable[[int, int], None] = lambda done
             done += size
             progress(done, sum(sizes.values()))
     return found
+
+
+def paths_below(directory: Path) -> list[Path]:
+    """Return files and directories of a model in order, without what belongs to a clone."""
+    return [path for path in sorted(directory.rglob("*")) if path.relative_to(directory).parts[0] not in OF_GIT]
 
 
 def root_digest(files: Mapping[str, Stored]) -> str:

@@ -23,6 +23,7 @@ from bigpipe.trust import Trust
 
 from .comparing import Comparison, compare
 from .expecting import Expected, expect_of_others, expect_ours
+from .listing import paths_below
 from .records import ADDRESS, CURE, Record, Source, read_record
 from .results import Became, ComparedFile, Difference, Reproduction
 
@@ -132,6 +133,8 @@ def _reproduced(
         there.checkpoint, source, expected.parts, settings, lambda done, total: progress(done, total, "recompute")
     )
     files = [*_weight_files(comparison), *_side_files(comparison, there, origin, expected, record.ours)]
+    if record.ours:
+        comparison.differences.extend(_absent(there, origin, expected))
     pinned = asked.commit is not None and COMMIT.fullmatch(asked.commit) is not None
     return Reproduction(
         published=there.name,
@@ -178,7 +181,7 @@ def _side_files(
     """Everything else. What bigpipe published is known to the byte, but for the card and what says how it was made."""
     made = {"config.json": encode_config(expected.config)} if expected.config is not None else {}
     carried = {extra.relative_to(origin.folder).as_posix(): extra for extra in origin.checkpoint.extras}
-    for file in sorted(path for path in there.folder.rglob("*") if path.is_file()):
+    for file in (path for path in paths_below(there.folder) if path.is_file()):
         name = file.relative_to(there.folder).as_posix()
         if file in comparison.published.files:
             continue
@@ -194,6 +197,15 @@ def _side_files(
             comparison.differences.append(Difference("", name, "text", f"is not {note}"))
         note = note if same is not False else f"not {note}"
         yield ComparedFile(name=name, became=became, bytes=size, equal_bytes=size if same else 0, note=note)
+
+
+def _absent(there: Found, origin: Found, expected: Expected) -> Iterator[Difference]:
+    """Files that bigpipe would have published beside the weights, and that are not there."""
+    carried = [extra.relative_to(origin.folder).as_posix() for extra in origin.checkpoint.extras]
+    made = ["config.json"] if expected.config is not None else []
+    for name in dict.fromkeys([*made, *carried]):
+        if name not in (CARD, PROVENANCE) and not (there.folder / name).is_file():
+            yield Difference("", name, "missing", "the source gives it, and it is not there")
 
 
 def _became(same: bool | None, ours: bool) -> Became:

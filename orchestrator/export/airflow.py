@@ -59,7 +59,8 @@ class Nodes(BaseOperator):
         secrets = {name: value for name, value in found.items() if value is not None}
         with tempfile.TemporaryFile() as answer:
             self.child = subprocess.Popen(
-                command, cwd=FOLDER, env={**os.environ, **secrets}, stdout=answer, stderr=subprocess.PIPE, text=True
+                command, cwd=FOLDER, env={**os.environ, **secrets}, stdout=answer, stderr=subprocess.PIPE,
+                encoding="utf-8", errors="replace",
             )
             for line in self.child.stderr:
                 self.log.info("%s", line.rstrip())

@@ -21,19 +21,27 @@ HEAD = """\
 """
 MOST_INPUTS = 25
 """That a workflow may ask for when it is started by hand."""
+THIS = "${{ github.run_id }}-${{ github.run_attempt }}"
+"""What a key ends in: it can be written once, and what is made depends on more than recipe and lock file."""
 STORE = ("~/.cache/bigpipe", "~/.cache/huggingface")
 """What is kept from run to run: the store, and the Hub's cache, into which it links."""
 RUN = """\
+status=0
 {run} > "$RUNNER_TEMP/result.json" || status=$?
 echo "result=$(tail -n 1 "$RUNNER_TEMP/result.json")" >> "$GITHUB_OUTPUT"
-exit "${{status:-0}}"
+exit "$status"
 """
+OWN_TOKEN = "GITHUB_TOKEN"  # noqa: S105  its name
+"""A secret that every workflow has, and that none may declare."""
+MADE = "contains(fromJSON(steps.run.outputs.result).nodes.*.status, 'succeeded')"
+"""Something was made, which the cache has not. Asked of a run that succeeded: only then there surely is a result."""
 
 
 def workflow(work: Work) -> str:
     """Return the workflow. It starts by hand, from other workflows, and when the recipe or its lock file changes."""
     inputs = {each.plain: _input(each) for each in work.parameters[:MOST_INPUTS]}
     runner = "self-hosted" if work.gpus else "ubuntu-latest"
+    secrets = {name: {"required": False} for name in work.secrets if name != OWN_TOKEN}
     return HEAD + yaml_text({
         "name": work.recipe,
         "on": {
@@ -41,7 +49,7 @@ def workflow(work: Work) -> str:
             "workflow_dispatch": {"inputs": inputs} if inputs else {},
             "workflow_call": {
                 **({"inputs": inputs} if inputs else {}),
-                **({"secrets": {name: {"required": False} for name in work.secrets}} if work.secrets else {}),
+                **({"secrets": secrets} if secrets else {}),
                 "outputs": {
                     "result": {
                         "description": "What the run did, as one line of JSON.",
@@ -64,8 +72,8 @@ def workflow(work: Work) -> str:
 
 def _steps(work: Work) -> list[Json]:
     files = ", ".join(_quoted(_pattern(name)) for name in (work.manifest, f"{work.manifest}.lock"))
-    key, paths = f"bigpipe-{work.plain}-", "\n".join(STORE)
-    own = f"{key}${{{{ hashFiles({files}) }}}}"
+    key, paths = f"bigpipe-{work.plain}_", "\n".join(STORE)  # `_` is in no plain name: no key begins as another's
+    own = f"{key}${{{{ hashFiles({files}) }}}}-"
     environment = {"env": _environment(work)} if work.parameters or work.secrets else {}
     plan = work.shell(["bigpipe", "plan", work.manifest, "--markdown"])
     return [
@@ -74,22 +82,16 @@ def _steps(work: Work) -> list[Json]:
         {"name": "Install", "run": f"pip install {shlex.quote(work.requirement)}"},
         {
             "name": "Take the store from the cache",
-            "id": "store",
             "uses": "actions/cache/restore@v5",
-            "with": {"path": paths, "key": own, "restore-keys": f"{own}-\n{key}"},
+            "with": {"path": paths, "key": f"{own}{THIS}", "restore-keys": f"{own}\n{key}"},
         },
         {"name": "Plan", **environment, "run": f'{plan} >> "$GITHUB_STEP_SUMMARY"\n'},
         {"name": "Run", "id": "run", **environment, "run": RUN.format(run=work.shell(work.run()))},
         {
             "name": "Keep the store in the cache",
-            "if": "always() && steps.store.outputs.cache-hit != 'true'",
             "uses": "actions/cache/save@v5",
-            "with": {
-                "path": paths,
-                # A key is written once: a run that failed must not take that of the one that will succeed.
-                "key": f"{own}${{{{ job.status != 'success' && format('-{{0}}-{{1}}', github.run_id, "
-                "github.run_attempt) || '' }}",
-            },
+            "if": f"always() && (job.status != 'success' || {MADE})",
+            "with": {"path": paths, "key": f"{own}{THIS}"},
         },
     ]
 
@@ -122,4 +124,6 @@ def _pattern(path: str) -> str:
     return re.sub(r"([*?+!\[\]\\])", r"\\\1", path)
 
 
-TARGET = Target(title="GitHub Actions", write=workflow, evaluates="${{")
+TARGET = Target(
+    title="GitHub Actions", write=workflow, evaluates="${{", reserved="GITHUB_", given=(OWN_TOKEN,)
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 A task is what one process of `bigpipe run` does: a node, after those that it stands on, which the store has by then.
 Where a node takes the first variant that passes, its task also makes the variants: only so are those after it left.
+Where several nodes take one whose bytes are let go, one task makes all of them: the next would make it again.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Work:
 
 def work_of(session: Session, beside: Path | None) -> Work:
     """beside: the directory from which the recipe's path begins; None: the top of its checkout, where it lies in one,
-    else the working directory. Raise UsageError for a recipe that cannot be planned."""
+    else the working directory, or its own folder where it lies outside of that. Raise UsageError for a recipe that
+    cannot be planned."""
     recipe, plan = session.recipe, make_plan(session, preflight=False)
     for name in (name for name, value in session.arguments.items() if not value):
         cause = f"-p {name}= is empty, and what is left empty there means the recipe's own value"
@@ -124,8 +126,8 @@ def work_of(session: Session, beside: Path | None) -> Work:
 
 def _found_from(manifest: Path, beside: Path | None) -> str:
     origin = None if beside else origin_of(manifest)
-    found = origin.inside if origin else os.path.relpath(manifest, beside or Path.cwd())
-    return Path(found).as_posix()
+    found = Path(origin.inside if origin else os.path.relpath(manifest, beside or Path.cwd()))
+    return manifest.name if found.parts[0] == ".." and not beside else found.as_posix()  # nothing is above the top
 
 
 def _requirement(recipe: Recipe) -> str:
@@ -168,12 +170,15 @@ Group = tuple[str, ...]
 
 def _groups(recipe: Recipe) -> list[Group]:
     """Return the nodes in groups that one command runs, in an order in which they can run: variants that are tried go
-    with whoever takes one, and so does what cannot be before or after that."""
+    with whoever takes one, what is let go (`cache: false`) with all who take it, where they are several, and so does
+    what cannot be before or after that."""
     import networkx as nx
 
     graph = recipe.graph.copy()
     for taker, tried in _tried(recipe).items():
         graph.add_edges_from((taker, name) for name in tried)  # the way back: whatever lies between them is one
+    for name, takers in _let_go(recipe).items():
+        graph.add_edges_from((taker, name) for taker in takers)
     whole = nx.condensation(graph)
     position = {name: index for index, name in enumerate(recipe.nodes)}
     found = {number: sorted(data["members"], key=position.__getitem__) for number, data in whole.nodes(data=True)}
@@ -190,6 +195,16 @@ def _tried(recipe: Recipe) -> Mapping[str, Collection[str]]:
         for trial in state.trials:
             found[takers[id(trial.first)]].append(state.name)
     return found
+
+
+def _let_go(recipe: Recipe) -> Mapping[str, Collection[str]]:
+    """Return node whose bytes are dropped once all have them → those who take it, where they are several: the first
+    command would drop it, and each further one make it again."""
+    nodes = recipe.nodes
+    takers = {
+        name: [each for each in nodes if name in nodes[each].producers] for name in nodes if not nodes[name].cache
+    }
+    return {name: found for name, found in takers.items() if len(found) > 1}
 
 
 def _asked(recipe: Recipe, group: Group) -> tuple[str, ...]:

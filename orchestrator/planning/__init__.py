@@ -6,7 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import fallback, schedule
-    from .beside import problems_beside
+    from .beside import problems_beside, untold
     from .decision import Action, Decision, GateVerdict, decide, difference_json
     from .doctor import doctor_text, examine, unsound
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown

@@ -16,17 +16,17 @@ from .session import Session
 
 
 def problems_beside(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what is not there, packages of sinks among it, and destinations that two nodes share."""
+    """Yield what is not there, and destinations that two nodes share."""
     recipe = replace(recipe, path=recipe.path.absolute())
-    yield from _not_installed(recipe)
     yield from _missing(recipe)
     yield from _written_twice(recipe)
 
 
-def _not_installed(recipe: Recipe) -> Iterator[Problem]:
+def untold(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each sink whose package is not installed here: no fault of the recipe's, and none of a run's."""
     for name, place in recipe.sinks.items():
         if not SINKS[name].installed:
-            yield Problem(Fault.NOT_THERE, place, f"the sink {name} needs {SINKS[name].package}", install(name))
+            yield f"{place}: {name} is told of no run here: it needs {SINKS[name].package}: {install(name)}"
 
 
 def _missing(recipe: Recipe) -> Iterator[Problem]:

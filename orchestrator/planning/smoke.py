@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import GateFailed, Offline
+from bigpipe.errors import GateFailed, Offline, UsageError
 from bigpipe.orchestrator.contract import SMOKE, Forecast, ForecastContext, Json, Launch, Machine
 from bigpipe.orchestrator.recipe import UNKNOWN, Condition, Node, Recipe, ResourcesSpec, metric
 from bigpipe.orchestrator.store import Store
@@ -102,7 +102,8 @@ def _lookup(own: str, metrics: Mapping[str, Mapping[str, Json]]) -> Callable[[st
 
 def smaller(session: Session, folder: Path) -> tuple[Session, Smoke]:
     """Return the session of the small recipe, over a store in `folder`. Raise as the kinds do for what cannot be tried,
-    and NotAuthorised, Offline and Transient where a source cannot be asked."""
+    UsageError for one that writes outside of the store and does not say what else it could do, and NotAuthorised,
+    Offline and Transient where a source cannot be asked."""
     written, pins = session.recipe, {node.name: session.pinned(node) for node in session.nodes}
     nodes = {node.name: _plain(node, folder, session) for node in session.nodes}
     tried = replace(
@@ -148,6 +149,11 @@ def _shrink(session: Session, node: Node, forecasts: Mapping[str, Forecast]) -> 
     if node.kind.smoke is not None:
         params = session.ask(node, node.kind.smoke, context)
         node = replace(node, params=params, kind=node.kind.with_params(params))
+    elif node.kind.planning.writes is not None:
+        cause = f"{node.name} ({node.kind.kind}) writes outside of the store, and its kind does not say how it is tried"
+        error = UsageError(cause, "give its Stage a `smoke`, or name the nodes that are to be tried")
+        error.place, error.node = node.places.of("uses"), node.name
+        raise error
     try:
         return node, session.ask(node, node.kind.forecast, context)
     except Offline as error:

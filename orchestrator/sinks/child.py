@@ -4,7 +4,8 @@
 
 
 The first line is what is known when the run begins (`telling.known`), each further one an event. Lines end with the
-run's; where they end without `run_finished`, the run was killed. What goes wrong is one line on standard output.
+run's; where they end without `run_finished`, the run was killed. What goes wrong first is said on standard output as it
+happens; the rest is told all the same, so that a system which was away for a while learns how the run ended.
 """
 
 from __future__ import annotations
@@ -46,14 +47,20 @@ def main(name: str) -> int:
     answer = os.dup(1)
     os.dup2(2, 1)  # what libraries print is nobody's answer
     module, _, function = SINKS[name].tell.partition(":")
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        if not failures:
+            os.write(answer, said_by(error).encode())
+        failures.append(error)
+
     try:
         told = events()
         if (about := next(told, None)) is not None:
-            getattr(import_module(module), function)(about, told)
+            getattr(import_module(module), function)(about, told, failed)
     except Exception as error:  # of any library, about any server
-        os.write(answer, said_by(error).encode())
-        return 1
-    return 0
+        failed(error)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -61,13 +61,15 @@ class Feed:
         assert self.child.stdout is not None  # noqa: S101  it is a pipe
         with self.child.stdout as answer:
             try:
-                status = self.child.wait(seconds)
+                status, otherwise = self.child.wait(seconds), "its process ended with {}"
             except subprocess.TimeoutExpired:
                 self.child.kill()
-                self.child.wait()
-                return f"it did not answer within {PATIENCE:.0f} s of the end of the run"
+                status, otherwise = (
+                    self.child.wait(),
+                    f"it did not answer within {PATIENCE:.0f} s of the end of the run",
+                )
             said = answer.read(4 * LONGEST).decode("utf-8", "replace").strip()
-        return "" if status == 0 else said or f"its process ended with {status}"
+        return "" if status == 0 else said or otherwise.format(status)
 
 
 @dataclass(slots=True)

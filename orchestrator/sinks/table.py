@@ -12,8 +12,8 @@ class Sink:
     """A system that wants to know of runs."""
 
     tell: str
-    """`module:function`, called in a process of its own with what is known when the run begins and an iterator of
-    its events, both JSON; see `child`."""
+    """`module:function`, called in a process of its own with what is known when the run begins, an iterator of its
+    events, both JSON, and what to call with an error that it survives; see `child`."""
     package: str
     """The module that it cannot do without; the extra that brings it is called as the sink is."""
     address: tuple[str, ...]

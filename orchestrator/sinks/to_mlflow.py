@@ -6,9 +6,13 @@ Where: MLFLOW_TRACKING_URI; the experiment also by MLFLOW_EXPERIMENT_NAME.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +27,15 @@ AT_A_TIME = 100
 """Params or tags of one request (https://mlflow.org/docs/latest/api_reference/rest-api.html#request-limits)."""
 LONGEST = 5000
 """Characters of a param's or tag's value."""
+LONGEST_NAME = 250
+"""Characters of a param's or metric's."""
 ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 CLIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """Seconds and further attempts of its client, unless the environment says otherwise."""
 
 
-def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
+def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]], failed: Callable[[Exception], None]) -> None:
+    """failed: told of what could not be logged; how the run ended is told all the same."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -36,17 +43,27 @@ def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
     client = MlflowClient()
     experiment, began = _experiment(client, about["recipe"]), _milliseconds(about)
     run = client.create_run(experiment, began, tags=_tags(about), run_name=about["run"]).info.run_id
-    _log(client, run, began, params=_params(about))
+    with _surviving(failed):
+        _log(client, run, began, params=_params(about))
     plain, status, ended = plain_names(about["nodes"]), "KILLED", None
     for event in events:
         ended = _milliseconds(event)
         if event["event"] == "node_finished":
             node = plain[event["node"]]
-            _log(client, run, ended, metrics=_metrics(node, event), tags=_became(node, event))
+            with _surviving(failed):
+                _log(client, run, ended, metrics=_metrics(node, event), tags=_became(node, event))
         elif event["event"] == "run_finished":
             status = ENDS[event["status"]]
             break
     client.set_terminated(run, status=status, end_time=ended)
+
+
+@contextmanager
+def _surviving(failed: Callable[[Exception], None]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of its client, about any server
+        failed(error)
 
 
 def _milliseconds(what: Mapping[str, Any]) -> int:
@@ -86,14 +103,24 @@ def _params(about: Mapping[str, Any]) -> dict[str, str]:
     found = dict(flat(about["params"]))
     for node, each in about["nodes"].items():
         found |= {f"{plain[node]}.{name}": value for name, value in flat(each["params"]) if value is not None}
-    return {_name(name): text(value)[:LONGEST] for name, value in found.items()}
+    names = _names(found)
+    return {names[name]: text(value)[:LONGEST] for name, value in found.items()}
 
 
 def _metrics(node: str, event: Mapping[str, Any]) -> dict[str, float]:
     measured = {**event["metrics"], "seconds": event["seconds"], "peak_rss": event["peak_rss"]}
     gates = {f"gate.{number}": gate["passed"] for number, gate in enumerate(event["gates"], 1)}
-    numbers = {name: value for name, value in flat({**measured, **gates}) if isinstance(value, int | float)}
-    return {_name(f"{node}.{name}"): float(value) for name, value in numbers.items()}
+    values = {f"{node}.{name}": value for name, value in flat({**measured, **gates})}
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    names = _names(numbers)
+    return {names[name]: _float(value) for name, value in numbers.items()}
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _became(node: str, event: Mapping[str, Any]) -> dict[str, str]:
@@ -105,8 +132,19 @@ def _became(node: str, event: Mapping[str, Any]) -> dict[str, str]:
     return {f"bigpipe.{name}.{node}": text(value)[:LONGEST] for name, value in found.items() if value}
 
 
-def _name(name: str) -> str:
-    return re.sub(r"[^\w./ -]", "-", name, flags=re.ASCII)[:250]
+def _names(names: Iterable[str]) -> dict[str, str]:
+    """Return of each name one that MLflow takes, without `/`, by which it would be a path. No two are the same,
+    whatever their case: those that would be, or are too long, end in a digest."""
+    plain = {name: re.sub(r"[^\w. -]", "-", name, flags=re.ASCII) for name in names}
+    often = Counter(each.lower() for each in plain.values())
+    return {
+        name: text if often[text.lower()] == 1 and len(text) <= LONGEST_NAME else _told_apart(text, name)
+        for name, text in plain.items()
+    }
+
+
+def _told_apart(text: str, name: str) -> str:
+    return f"{text[: LONGEST_NAME - 7]}-{sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _log(

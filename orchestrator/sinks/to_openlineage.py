@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .values import flat, text
 
@@ -26,11 +28,12 @@ GOOD = ("succeeded", "cached")
 NAMESPACE = "bigpipe"
 
 
-def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]]) -> None:
+def tell(about: Mapping[str, Any], events: Iterator[Mapping[str, Any]], failed: Callable[[Exception], None]) -> None:
+    """failed: told of events that could not be sent; those after them are sent all the same."""
     from openlineage.client import set_producer
 
     set_producer(f"{PRODUCER}{about['version']}")
-    teller = _Teller(about, _client(), os.environ.get("OPENLINEAGE_NAMESPACE") or NAMESPACE)
+    teller = _Teller(about, _client(), os.environ.get("OPENLINEAGE_NAMESPACE") or NAMESPACE, failed)
     teller.now = about["time"]
     teller.of_recipe("START")
     ended = False
@@ -68,6 +71,7 @@ class _Teller:
     about: Mapping[str, Any]
     client: OpenLineageClient
     namespace: str
+    failed: Callable[[Exception], None]
     digests: dict[str, str] = field(default_factory=dict)
     """Node → the digest of what it gave."""
     now: float = 0.0
@@ -162,25 +166,27 @@ class _Teller:
             **facets,
         }
         job_facets: dict[str, Any] = {"jobType": job_type_job.JobTypeJobFacet("BATCH", "BIGPIPE", kind)}
-        if git := self.about["git"]:
+        if (git := self.about["git"]) and self.about["repository"]:
             job_facets["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(
                 "git", _address(self.about["repository"]), path=self.about["manifest"], version=git["commit"]
             )
-        self.client.emit(
-            RunEvent(
-                eventType=RunState[state],
-                eventTime=datetime.fromtimestamp(self.now, UTC).isoformat(),
-                run=Run(_identifier(run), run_facets),
-                job=Job(self.namespace, name, job_facets),
-                inputs=list(inputs),
-                outputs=list(outputs),
-            )
+        event = RunEvent(
+            eventType=RunState[state],
+            eventTime=datetime.fromtimestamp(self.now, UTC).isoformat(),
+            run=Run(_identifier(run), run_facets),
+            job=Job(self.namespace, name, job_facets),
+            inputs=list(inputs),
+            outputs=list(outputs),
         )
+        try:
+            self.client.emit(event)
+        except Exception as error:  # of any transport, about any server
+            self.failed(error)
 
 
 def _address(repository: str) -> str:
     """`github.com/owner/name`, or the folder of a checkout without a remote, as a URI."""
-    return f"file://{repository}" if repository.startswith("/") else f"https://{repository}"
+    return Path(repository).as_uri() if repository.startswith("/") else f"https://{quote(repository, safe='/:~')}"
 
 
 def _identifier(run: str) -> str:
@@ -192,8 +198,8 @@ def _became(event: Mapping[str, Any]) -> dict[str, RunFacet]:
     """What came of a node: numbers and keys as tags, gates as tests, and why it failed."""
     from openlineage.client.facet_v2 import error_message_run, tags_run, test_run
 
-    told = {**{name: event[name] for name in ("status", "key", "digest", "verdict")}, **dict(flat(event["metrics"]))}
-    told |= {"seconds": event["seconds"], "peak_rss": event["peak_rss"]}
+    own = ("status", "key", "digest", "verdict", "seconds", "peak_rss")
+    told = {**dict(flat(event["metrics"])), **{name: event[name] for name in own}}
     tags = [
         tags_run.TagsRunFacetFields(key, text(value), "BIGPIPE") for key, value in told.items() if value is not None
     ]

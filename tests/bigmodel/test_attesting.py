@@ -228,6 +228,9 @@ def test_what_cannot_be_attested(saved: Path, tmp_path: Path) -> None:
     _, public = make_keys(tmp_path)
     with pytest.raises(UsageError, match="is not a private key that can be read"):
         bigpipe.attest(saved, key=public)
+    private, _ = make_keys(tmp_path, "secp112r1", "old")  # a curve that cryptography does not know
+    with pytest.raises(UsageError, match="is not a private key that can be read"):
+        bigpipe.attest(saved, key=private)
     with pytest.raises(UsageError, match="lies in the model that is attested"):
         bigpipe.attest(saved, saved / "attestations")
     with pytest.raises(UsageError, match="there is no directory"):

@@ -302,6 +302,13 @@ def test_what_bigpipe_published_says_itself_where_it_comes_from(hub: LoopbackHub
         (saved / name).write_bytes(whole.replace(b"{", b"{ ", 1))
         assert [each.file for each in bigpipe.reproduce(saved).differences] == [name]
         (saved / name).write_bytes(whole)
+    (saved / ".git").mkdir()
+    (saved / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (saved / "tokenizer.json").unlink()
+    absent = bigpipe.reproduce(saved)
+    assert [(each.file, each.what) for each in absent.differences] == [("tokenizer.json", "missing")]
+    assert ".git/HEAD" not in {file.name for file in absent.files}
+    (saved / "tokenizer.json").write_bytes(whole)
 
     told = json.loads((saved / "provenance.json").read_text())
     (saved / "provenance.json").write_text(json.dumps(told | {"steps": [{"node": 1}]}))

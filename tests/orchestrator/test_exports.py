@@ -19,6 +19,7 @@ import pytest
 import yaml
 from hypothesis import given, strategies as st
 from support.actions import BASH, PLAIN, Runner
+from support.pods import expanded, variables
 from support.workshop import Workshop, environment
 
 from bigpipe.errors import UsageError
@@ -43,7 +44,17 @@ stages:
   begin: {uses: write}
   join: {uses: join, inputs: {first: begin, rest: [write]}}
 """
-HOSTILE = ["two words", "a'b", '"; touch pwned; "', "$(touch pwned)", "`touch pwned`", "x\ny: [", "-p", "${HOME} $HOME"]
+HOSTILE = [
+    "two words",
+    "a'b",
+    '"; touch pwned; "',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "x\ny: [",
+    "-p",
+    "${HOME} $HOME",
+    "$$x$$ $(HF_HOME)",
+]
 
 
 @pytest.fixture
@@ -190,28 +201,22 @@ def test_a_workflow_of_argo_of_every_shipped_recipe_is_one(recipe: Path, argo_sc
     jsonschema.validate(yaml.safe_load(commands.export("argo", recipe, offline=True).text), argo_schema)
 
 
-def containers(workflow: dict[str, Any]) -> dict[str, tuple[dict[str, Any], list[str]]]:
-    """Task → its container, and the tasks before it, in an order in which they can run."""
+def in_order(workflow: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task → its template, in an order in which they can run."""
     templates = {each["name"]: each for each in workflow["spec"]["templates"]}
     tasks = {each["name"]: each for each in templates[workflow["spec"]["entrypoint"]]["dag"]["tasks"]}
     before = {name: task["depends"].split(" && ") if "depends" in task else [] for name, task in tasks.items()}
-    order = TopologicalSorter(before).static_order()
-    return {name: (templates[tasks[name]["template"]]["container"], before[name]) for name in order}
+    return {name: templates[tasks[name]["template"]] for name in TopologicalSorter(before).static_order()}
 
 
 def pod(
-    container: dict[str, Any], folder: Path, path: dict[str, str], arguments: dict[str, str]
+    template: dict[str, Any], folder: Path, path: dict[str, str], arguments: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
     """Run a container's command with its own variables, as a pod does, in a store of the test's."""
-    own = {
-        each["name"]: re.sub(r"\{\{workflow\.parameters\.(\w+)\}\}", lambda found: arguments[found[1]], each["value"])
-        for each in container["env"]
-        if "value" in each and each["name"] not in ("BIGPIPE_HOME", "HF_HOME")
-    }
-    return subprocess.run(
-        [*container["command"], *container["args"]], cwd=folder, env={**path, **own}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    container, seen = template["container"], variables(template, arguments)
+    words = [expanded(word, seen) for word in (*container["command"], *container["args"])]
+    own = {name: value for name, value in seen.items() if name not in ("BIGPIPE_HOME", "HF_HOME")}
+    return subprocess.run(words, cwd=folder, env={**path, **own}, capture_output=True, text=True, check=False)
 
 
 def arguments_of(workflow: dict[str, Any]) -> dict[str, str]:
@@ -220,26 +225,24 @@ def arguments_of(workflow: dict[str, Any]) -> dict[str, str]:
 
 def test_the_containers_of_argo_run_one_after_the_other(words: Workshop, path: dict[str, str]) -> None:
     workflow = yaml.safe_load(exported("argo", words))
-    found = containers(workflow)
+    found = in_order(workflow)
     ran = []
-    for container, _ in found.values():
-        done = pod(container, words.folder, path, {**arguments_of(workflow), "text": "bye"})
+    for template in found.values():
+        done = pod(template, words.folder, path, {**arguments_of(workflow), "text": "bye"})
         assert done.returncode == 0, done.stderr
         ran.append({name: node["status"] for name, node in json.loads(done.stdout)["nodes"].items()})
     assert len(ran) == 5
     assert all(list(each.values()).count("succeeded") == 1 for each in ran), "each node in its own pod"
     assert ran[-1]["join"] == "succeeded"
     assert not (words.folder / "pwned").exists()
-    asked = [{each["name"] for each in container["env"] if "valueFrom" in each} for container, _ in found.values()]
+    asked = [{each["name"] for each in template["container"]["env"]} for template in found.values()]
     assert all("API_KEY" in names for names in asked)
 
 
 def test_a_pod_holds_what_is_foreseen_or_asked(words: Workshop) -> None:
     words.manifest.write_text(RECIPE.replace("[write]}}", "[write]}, resources: {cpus: 3, ram: 1GiB}}"))
-    held = {
-        name: container["resources"]
-        for name, (container, _) in containers(yaml.safe_load(exported("argo", words))).items()
-    }
+    found = in_order(yaml.safe_load(exported("argo", words)))
+    held = {name: template["container"]["resources"] for name, template in found.items()}
     assert held["node-join"] == {"requests": {"cpu": "3", "memory": "1280Mi"}, "limits": {"memory": "1280Mi"}}
     assert [each["requests"] for name, each in held.items() if "write" in name] == [{"cpu": "1", "memory": "257Mi"}] * 3
 
@@ -247,8 +250,8 @@ def test_a_pod_holds_what_is_foreseen_or_asked(words: Workshop) -> None:
 def test_values_reach_the_recipe_of_a_pod_as_they_are(words: Workshop, path: dict[str, str]) -> None:
     words.manifest.write_text(MANY_PARAMS)
     workflow = yaml.safe_load(exported("argo", words, params=MANY))
-    ((container, _),) = containers(workflow).values()
-    done = pod(container, words.folder, path, arguments_of(workflow))
+    (template,) = in_order(workflow).values()
+    done = pod(template, words.folder, path, arguments_of(workflow))
     assert json.loads(done.stdout)["params"] == MANY
     assert not (words.folder / "pwned").exists()
 
