@@ -177,6 +177,16 @@ def test_a_provenance_that_was_changed_is_found_by_the_signature(saved: Path, tm
     assert {each.file for each in found.findings} == {"provenance.json"}
 
 
+def test_attestations_that_are_asked_for_must_be_there(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """What lies in the model says the same of it whoever changed it."""
+    with pytest.raises(UsageError, match=r"there is neither model\.sig nor"):
+        bigpipe.check_directory(saved, tmp_path / "nowhere")
+    (saved / "unet").mkdir()
+    monkeypatch.chdir(saved / "unet")
+    made = bigpipe.attest("..")
+    assert str(saved.parent / "model.attestations" / "model.sig") in made.files
+
+
 def test_signatures_that_do_not_hold(saved: Path, tmp_path: Path) -> None:
     private, public = make_keys(tmp_path)
     _, other = make_keys(tmp_path, "secp384r1", "other")

@@ -96,6 +96,16 @@ def test_each_kind_does_little_and_what_a_real_run_made_is_never_taken_for_it(sh
     assert not Path(seen[0]).exists()
 
 
+def test_a_kind_that_writes_elsewhere_and_does_not_say_how_it_is_tried_is_refused(shop: Workshop) -> None:
+    kind = KIND.replace("smoke=smoke", "planning=Planning(writes=lambda params, context: {'most': ['/nowhere']})")
+    (shop.folder / "counting.py").write_text(kind.replace("Params, Stage,", "Params, Planning, Stage,"))
+    with pytest.raises(UsageError, match="writes outside of the store") as refused:
+        shop.run(smoke=True)
+    assert refused.value.node == "count"
+    assert not (shop.folder / "seen").exists()
+    assert left(shop) == []
+
+
 def test_nothing_stays_and_the_store_knows_nothing_of_it(shop: Workshop) -> None:
     shop.run(smoke=True)
     assert left(shop) == []
