@@ -21,7 +21,10 @@ version: 1
 name: apart
 params: {image: a, store: b, secrets: c}
 stages:
-  a: {uses: write, matrix: {word: ["$$ $(BIGPIPE_HOME) $$$(x", plain]}, with: {text: "${params.image}"}}
+  a:
+    uses: write
+    matrix: {word: ["$$ $(BIGPIPE_HOME) $$$(x", plain]}
+    with: {text: "${matrix.word} ${params.image} ${params.store} ${params.secrets}"}
 """
 LET_GO = """\
 version: 1
@@ -86,7 +89,7 @@ def test_no_cache_of_a_recipe_begins_as_that_of_another(there: Workshop) -> None
 
 def test_a_workflow_declares_no_secret_that_github_gives(there: Workshop) -> None:
     declared = RECIPE.replace("stages", "secrets: [GITHUB_TOKEN, OTHER]\nstages")
-    there.manifest.write_text(declared.replace("uses: write", "uses: write, secrets: [GITHUB_TOKEN, OTHER]"))
+    there.manifest.write_text(declared.replace("uses: write", "uses: write\n    secrets: [GITHUB_TOKEN, OTHER]"))
     workflow = read("github", there)
     assert [*workflow["on"]["workflow_call"]["secrets"]] == ["OTHER"]
     assert "${{ secrets.GITHUB_TOKEN }}" in json.dumps(workflow["jobs"])
@@ -98,7 +101,7 @@ def test_a_workflow_declares_no_secret_that_github_gives(there: Workshop) -> Non
 )
 def test_a_secret_whose_name_is_taken_is_refused(there: Workshop, target: str, secret: str, said: str) -> None:
     declared = RECIPE.replace("stages", f"secrets: [{secret}]\nstages")
-    there.manifest.write_text(declared.replace("uses: write", f"uses: write, secrets: [{secret}]"))
+    there.manifest.write_text(declared.replace("uses: write", f"uses: write\n    secrets: [{secret}]"))
     with pytest.raises(UsageError, match=said):
         read(target, there)
 
