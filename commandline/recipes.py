@@ -105,6 +105,8 @@ def plan(
     if markdown and (as_json or explain):
         other = "--json" if as_json else "--explain"
         raise UsageError(f"--markdown and {other} are two ways to say it", "leave one out")
+    if probe:
+        running.refuse_elsewhere(machine, options["executor"])
     there = read_machine(machine) if machine else None
     with closing(report.choose_reporter(own_stderr())) as reporter:
         planned = bigpipe.plan(manifest, nodes, machine=there, reporter=reporter, **options)

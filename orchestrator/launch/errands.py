@@ -16,6 +16,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,13 +26,14 @@ from bigpipe.environment import inherited
 from bigpipe.errors import Interrupted, UsageError
 from bigpipe.machine import Machine, detect
 from bigpipe.modules import import_attribute
-from bigpipe.orchestrator.contract import Assignment, Event, LogLine, Stage
+from bigpipe.orchestrator.contract import Assignment, Event, LogLine, Params, Stage
 from bigpipe.versions import package_version
 
 from .executors import executor
 from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
 from .lifeline import host
 from .meeting import Meeting, attend as attend_meeting, meeting_place
+from .output import Log
 from .schedulers import Standing
 
 if TYPE_CHECKING:
@@ -64,8 +66,8 @@ class Errand:
     """The node's, with its secrets."""
     parent: Mapping[str, str] = field(repr=False)
     """What the command's own environment says of how to work, not of its machine."""
-    version: str | None
-    """Of bigpipe, here."""
+    versions: Mapping[str, str]
+    """Of bigpipe and the packages that the kind names, here, as far as they are installed: its key holds them."""
     standing: Standing | None = None
     """Of machine 0, where ranks are on several."""
 
@@ -77,23 +79,24 @@ class Errand:
             timeout=job.timeout,
             gpus=job.needs.gpus,
             environment=dict(job.environment),
-            parent={name: value for name, value in inherited(job.parent_environment, passwords=True).items() if
-                    name not in OF_A_MACHINE and not name.startswith(OF_DEVICES)},
-            version=package_version("bigpipe-ml"),
+            parent=_travels(job.parent_environment),
+            versions={name: found for name in ("bigpipe-ml", *job.stage.packages) if (found := package_version(name))},
         )  # fmt: skip
 
-    def job(self, report: Callable[[Event], None], cancelled: threading.Event) -> Job:
-        """Return the job again, on this machine. Raise UsageError where it cannot be done here."""
-        self._require_same_version()
+    def job(self, report: Callable[[Event], None], cancelled: threading.Event, cpus: int | None = None) -> Job:
+        """Return the job again, on this machine. cpus: that the cluster gives out here. Raise UsageError where it
+        cannot be done here."""
+        self._require_same_versions()
         file = JobFile.model_validate_json(self.file)
         assignment = file.assignment
         for what, path in (("the store", self.folder), ("the recipe's directory", assignment.base)):
             _require_seen(what, path)
         self._import_as_there()
-        machine = self._machine(assignment.out)
-        assignment = assignment.within(environment=self.environment, machine=machine)
+        machine = self._machine(assignment.out, cpus)
         kind: Stage[Any] = import_attribute(file.module, assignment.trust.home(file.module, assignment.base))
         params = kind.params.model_validate(file.params)
+        _require_alike(kind, params, assignment.machine, machine)
+        assignment = assignment.within(environment=self.environment, machine=machine)
         return Job(
             **{item.name: getattr(assignment, item.name) for item in fields(Assignment)},
             stage=kind.with_params(params), module=file.module, params=params, folder=AttemptFolder(self.folder),
@@ -101,24 +104,48 @@ class Errand:
             report=report,
         )  # fmt: skip
 
-    def _require_same_version(self) -> None:
-        found = package_version("bigpipe-ml")
-        if found != self.version:
-            cause = f"{host()} has bigpipe-ml {found}, and the command is of {self.version}"
-            raise UsageError(cause, "install the same version on all machines of the cluster")
+    def _require_same_versions(self) -> None:
+        found = {name: package_version(name) for name in self.versions}
+        if other := [name for name in self.versions if found[name] != self.versions[name]]:
+            there = ", ".join(f"{name} {found[name]}" if found[name] else f"no {name}" for name in other)
+            here = ", ".join(f"{name} {self.versions[name]}" for name in other)
+            cure = "install the same versions on all machines of the cluster: one constraints.txt does it"
+            raise UsageError(f"{host()} has {there}, and the command {here}", cure)
 
     def _import_as_there(self) -> None:
         """Find the modules of a kind where the command does."""
         written = self.parent.get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:0] = [entry for entry in written if entry and entry not in sys.path]
 
-    def _machine(self, out: Path) -> Machine:
+    def _machine(self, out: Path, cpus: int | None) -> Machine:
+        """As it was planned with: the CPUs that are given out here, and the GPUs that it sees."""
         machine = detect(out)
-        return replace(machine, gpus=machine.gpus[: self.gpus])
+        return replace(machine, cpus=cpus or machine.cpus, gpus=machine.gpus[: self.gpus])
 
     def _environment(self) -> dict[str, str]:
         own = {name: value for name, value in os.environ.items() if name not in SET_BY_CLUSTERS}
         return {**own, **self.parent, **({} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""})}
+
+
+def _travels(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the command's environment is not of its machine. Modules are found where the command finds them, whatever
+    directory a worker is in."""
+    found = inherited(environment, passwords=True).items()
+    kept = {name: value for name, value in found if name not in OF_A_MACHINE and not name.startswith(OF_DEVICES)}
+    if written := kept.get("PYTHONPATH"):
+        kept["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in written.split(os.pathsep) if entry)
+    return kept
+
+
+def _require_alike(kind: Stage[Any], params: Params, planned: Machine, machine: Machine) -> None:
+    """Raise UsageError where what a node's key says of the machine is not so here."""
+    facts = kind.planning.facts
+    if facts is None or (wanted := facts(params, planned)) == (found := facts(params, machine)):
+        return
+    other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    told = ", ".join(f"{name} {found.get(name)}, and not {wanted.get(name)}" for name in other)
+    cure = "run it again: a plan counts with the machines that are there then"
+    raise UsageError(f"{host()} is not as the node was planned for: {told}", cure)
 
 
 def _require_seen(what: str, path: Path) -> None:
@@ -134,18 +161,18 @@ Told = Iterator[list[Event] | str]
 """Events as they come, some at a time, and last the Outcome as JSON, a failure in it."""
 
 
-def work(errand: Errand, address: str) -> Told:
-    """Do the errand. address: of this machine, for the others."""
-    return _telling(lambda report, cancelled: _started(errand, errand.job(report, cancelled), address))
+def work(errand: Errand, address: str, cpus: int | None = None) -> Told:
+    """Do the errand. address: of this machine, for the others. cpus: that the cluster gives out here."""
+    return _telling(errand, lambda report, over: _started(errand, errand.job(report, over, cpus), address))
 
 
-def attend(errand: Errand, rank: int) -> Told:
+def attend(errand: Errand, rank: int, cpus: int | None = None) -> Told:
     """On machine `rank` of several: start its ranks when they are called, until machine 0 has ended. The outcome has a
-    failure where that does not come, or is gone."""
-    return _telling(lambda report, cancelled: _attended(errand, errand.job(report, cancelled), rank))
+    failure where that does not come, or is gone. cpus: that the cluster gives out here."""
+    return _telling(errand, lambda report, over: _attended(errand, errand.job(report, over, cpus), rank))
 
 
-def _telling(do: Callable[[Callable[[Event], None], threading.Event], Outcome]) -> Told:
+def _telling(errand: Errand, do: Callable[[Callable[[Event], None], threading.Event], Outcome]) -> Told:
     """Do it, and yield what it reports. Where the generator is closed before its end, it is cancelled: no process of it
     is left when that returns."""
     told: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -155,7 +182,10 @@ def _telling(do: Callable[[Callable[[Event], None], threading.Event], Outcome]) 
         try:
             came.append(do(told.put, cancelled))
         except BaseException as error:
-            came.append(Outcome(failure=Failure.of(error)))
+            failure = Failure.of(error)
+            if not failure.expected and errand.folder.is_dir():  # its error says that the log has it
+                Log(AttemptFolder(errand.folder).log).write(traceback.format_exc())
+            came.append(Outcome(failure=failure))
 
     # Workers die with the thread that started them, and this one may be stopped at any time.
     thread = threading.Thread(target=run, name="attempt")

@@ -36,10 +36,9 @@ def main(asked: str) -> None:
     for device, size in json.loads(asked).items():
         try:
             (_take_ram if device == RAM else _take_gpu)(device, size, kept)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            _say(device=device, failed=str(error) or type(error).__name__)
+        except Exception as error:  # a driver, a device or a package that is not as it should be too: it is told why
+            told = str(error).partition("\n")[0] or type(error).__name__
+            _say(device=device, failed=told if out_of_memory(error) else f"{type(error).__name__}: {told}")
     _say(done=True)
     sys.stdin.read()
 

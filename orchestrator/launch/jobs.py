@@ -93,7 +93,9 @@ class Needs:
     ram: int = 0
     """Bytes."""
     hosts: tuple[str, ...] = ()
-    """The machines that may run it, by what the cluster calls them; empty: any."""
+    """The machines that may run it, by what the cluster calls them; empty: any with these labels."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the machines that may run it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

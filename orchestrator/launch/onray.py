@@ -3,21 +3,17 @@
 Ray decides where and when a task runs. It does not run it again: that is done here, where the work folder is known to
 be free and what was lost can be told. A task yields what its attempt tells as it goes, see `errands`.
 
-Ray's own interfaces: docs.ray.io, "Ray Core"; token authentication: docs.ray.io, "Ray security".
+Ray's own interfaces: docs.ray.io, "Ray Core".
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -33,6 +29,8 @@ from .clusters import Cluster, Host, await_end
 from .errands import Errand, attend, work
 from .executors import Executor
 from .jobs import Job, Needs, Outcome
+from .rayguard import GUARD, PROBE_SECONDS, lets_in, require_guard
+from .rayhead import ANSWER_SECONDS, CONNECT, NONE_NAMED, Head, is_same, require_answer, stay_with_it
 from .schedulers import Standing
 
 RESTARTS = 3
@@ -40,28 +38,12 @@ RESTARTS = 3
 LOOK_SECONDS = 0.1
 PATIENCE = 5.0
 """Seconds after which it is told that a task waits for its turn."""
-ANSWER_SECONDS = 10.0
-PROBE_SECONDS = 60.0
 END_SECONDS = 20.0
 """How long a cancelled task may take to end its processes, before its worker is killed."""
 NODE = "ray.io/node-id"
 """The label that Ray gives each machine."""
-LETS_IN, REFUSES = 0, 3
-PROBE = f"""
-import sys
-from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError
-try:
-    GcsClient(address=sys.argv[1])
-except AuthenticationError:
-    sys.exit({REFUSES})
-"""
-"""In a process of its own, since Ray reads its variables once."""
-CONNECT = "`ray start --head` starts one; bigpipe runs on one of its machines, with --executor ray:HOST:PORT"
-GUARD = (
-    "make a token with `ray get-auth-token --generate`, copy it to ~/.ray/auth_token on every machine, and set "
-    "RAY_AUTH_MODE=token wherever Ray starts and here"
-)
+OTHER_VERSIONS = "Version mismatch:"
+"""How Ray begins its error for another Python, or another Ray (2.60, `check_version_info`)."""
 
 
 class Lost(Exception):
@@ -73,24 +55,32 @@ def connect(address: str, root: os.PathLike[str]) -> Cluster:
     Raise UsageError where there is none, or it is open to everybody; NotAuthorised for a token that is not its own."""
     ray = _ray()
     ours = not ray.is_initialized()
-    if ours:
-        _join(ray, address)
+    leave = _join(ray, address) if ours else lambda: None
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
         at = ray.get_runtime_context().gcs_address
-        _require_guard(at, [node["NodeManagerAddress"] for node in nodes])
+        if not ours and address not in NONE_NAMED and not is_same(address, at):
+            cause = f"this process is connected to the Ray cluster at {at}, and not to the one at {address}"
+            raise UsageError(cause, "call ray.shutdown() before, or leave out the address")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        require_guard(at, [node["NodeManagerAddress"] for node in nodes])
         hosts = _hosts(ray, nodes, Path(root))
+        if not hosts:
+            cause = f"no machine of the Ray cluster at {at} gives out CPUs"
+            raise UsageError(cause, "start Ray there with --num-cpus")
     except BaseException:
-        _leave(ray, ours)
+        leave()
         raise
-    if not hosts:
-        _leave(ray, ours)
-        raise UsageError(f"no machine of the Ray cluster at {at} gives out CPUs", "start Ray there with --num-cpus")
-    executor = Executor(run=_Tasks(ray).run)
-    return Cluster(name=f"Ray at {at}", hosts=hosts, executor=executor, close=lambda: _leave(ray, ours))
+    head = Head(at)
+
+    def close() -> None:
+        head.close()
+        leave()
+
+    return Cluster(name=f"Ray at {at}", hosts=hosts, executor=Executor(run=_Tasks(ray, head).run), close=close)
 
 
 def _ray() -> Any:
+    stay_with_it()
     try:
         import ray
     except ImportError as error:
@@ -98,81 +88,59 @@ def _ray() -> Any:
     return ray
 
 
-def _join(ray: Any, address: str) -> None:
+def _join(ray: Any, address: str) -> Callable[[], None]:
+    """Return what leaves it again."""
     address = address or os.environ.get("RAY_ADDRESS", "")
     where = f"at {address}" if address else "on this machine"
-    _require_answer(address)
+    require_answer(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address or "auto", log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-        if isinstance(error, ray.exceptions.AuthenticationError) or (
-            address and _lets_in(address, os.environ) is False
-        ):
-            cause = f"the Ray cluster {where} refuses: its token is another, or is not here"
-            raise NotAuthorised(cause, GUARD) from error
-        raise UsageError(f"no Ray cluster answers {where}: {str(error).partition(chr(10))[0]}", CONNECT) from error
+        raise _refusal(ray, address, where, error) from error
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own would end the command without a word
-    _quiet()
+    speak = _quiet()
+
+    def leave() -> None:
+        _in_time(ray.shutdown)
+        speak()
+
+    return leave
 
 
-def _require_answer(address: str) -> None:
-    """Raise UsageError where nobody listens at an address: Ray would try for minutes."""
-    if address in ("", "auto"):
-        return
-    name, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((name.strip("[]"), int(port)), ANSWER_SECONDS):
-            pass
-    except (OSError, ValueError, OverflowError) as error:
-        raise UsageError(f"no Ray cluster answers at {address}: {error}", CONNECT) from error
+def _refusal(ray: Any, address: str, where: str, error: Exception) -> UsageError | NotAuthorised:
+    """What it means that one cannot join."""
+    if isinstance(error, ray.exceptions.AuthenticationError) or (address and lets_in(address, os.environ) is False):
+        return NotAuthorised(f"the Ray cluster {where} refuses: its token is another, or is not here", GUARD)
+    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if told[0].startswith(OTHER_VERSIONS):
+        cause = f"the Ray cluster {where} is of other versions: {' '.join(told).removeprefix(OTHER_VERSIONS).strip()}"
+        return UsageError(cause, "install the same Python and the same ray on all machines, and here")
+    return UsageError(f"no Ray cluster answers {where}: {told[0]}", CONNECT)
 
 
-def _quiet() -> None:
+def _quiet() -> Callable[[], None]:
     """Ray prints on standard output what its daemons say of lost workers, whatever `log_to_driver` says (2.60); it is
-    told in our own words, and standard output is for results."""
+    told in our own words, and standard output is for results. Return what lets it print again."""
     from ray._private import worker
 
+    before = worker.print_to_stdstream
     worker.print_to_stdstream = lambda *given, **options: None
+    return lambda: setattr(worker, "print_to_stdstream", before)
 
 
-def _leave(ray: Any, ours: bool) -> None:
-    if ours:
-        ray.shutdown()
+def _in_time(work: Callable[[], object], seconds: float = ANSWER_SECONDS) -> None:
+    """Do what a head is asked for, which may be gone: nobody waits for it longer."""
 
+    def run() -> None:
+        with suppress(Exception):  # what it says then helps nobody
+            work()
 
-def _require_guard(at: str, addresses: list[str]) -> None:
-    """Raise UsageError for a cluster that others can reach and that lets everybody in. Ray listens on all interfaces;
-    who may send it a task may run any code there."""
-    if all(map(_is_loopback, addresses)):
-        return
-    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    lets_in = _lets_in(at, {**stranger, "RAY_AUTH_MODE": "disabled"})
-    if lets_in:
-        raise UsageError(f"the Ray cluster at {at} takes tasks from anybody who can reach it", GUARD)
-    if lets_in is None:
-        raise Transient(f"the Ray cluster at {at} does not say whether it is guarded by a token", "try again")
-
-
-def _lets_in(address: str, environment: Mapping[str, str]) -> bool | None:
-    """Return whether a cluster answers a process with these variables; None where it says neither."""
-    try:
-        asked = subprocess.run(
-            [sys.executable, "-c", PROBE, address], env=environment, check=False, capture_output=True,
-            timeout=PROBE_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return None
-    return {LETS_IN: True, REFUSES: False}.get(asked.returncode)
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:  # a name may lead anywhere
-        return False
+    thread = threading.Thread(target=run, name="cluster", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _hosts(ray: Any, nodes: list[Any], root: Path) -> tuple[Host, ...]:
@@ -218,11 +186,19 @@ def _short(error: BaseException) -> str:
 def _work(errand: Errand) -> Iterator[Any]:
     import ray
 
-    yield from work(errand, str(ray.util.get_node_ip_address()))
+    yield from work(errand, str(ray.util.get_node_ip_address()), _given_here(ray))
 
 
 def _attend(errand: Errand, rank: int) -> Iterator[Any]:
-    yield from attend(errand, rank)
+    import ray
+
+    yield from attend(errand, rank, _given_here(ray))
+
+
+def _given_here(ray: Any) -> int | None:
+    """In a task: the CPUs that its machine gives out, as `_host` has them. None where nobody knows."""
+    own = ray.get_runtime_context().get_node_id()
+    return next((int(node["Resources"]["CPU"]) for node in ray.nodes() if node["NodeID"] == own), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +206,17 @@ class _Tasks:
     """Attempts as tasks. Used by a thread for each."""
 
     ray: Any
+    head: Head
 
     def run(self, job: Job) -> Outcome:
-        """Run an attempt as a task; again, where its worker was lost. Raise what `Executor.start` does."""
+        """Run an attempt as a task; again, where its worker was lost. Raise what `Executor.start` does, and Transient
+        where the head is gone."""
+        self.head.begin()
         for time_number in count(1):
             try:
                 return self._once(job, time_number)
             except Lost as error:
+                self._await_head(job)
                 if time_number > RESTARTS:
                     cause = f"{job.node}: its worker was lost {time_number} times; the last time: {error}"
                     raise StageFailed(cause, "look at Ray's own logs there, and whether memory ran out") from error
@@ -247,6 +227,7 @@ class _Tasks:
         raise AssertionError  # `count` has no end
 
     def _once(self, job: Job, time_number: int) -> Outcome:
+        self._await_head(job)
         outcome = self._on_several(job, time_number) if job.launch.num_machines > 1 else self._on_one(job)
         if outcome.failure is not None:
             raise outcome.failure.error(job.node, job.folder.log)
@@ -256,7 +237,9 @@ class _Tasks:
         # Where any machine may do it, none is named, and those that join later may too.
         selector = _selector(job.needs)
         options = {"label_selector": selector} if selector else {}
-        return self._follow(job, [self._task(_work, job.needs, **options).remote(Errand.of(job))])
+        with self._told():
+            stream = self._task(_work, job.needs, **options).remote(Errand.of(job))
+        return self._follow(job, [stream])
 
     def _on_several(self, job: Job, time_number: int) -> Outcome:
         """Ranks on several machines, a bundle of what each needs on each: the first calls the others."""
@@ -264,23 +247,31 @@ class _Tasks:
         ranks = range(job.launch.num_machines)
         selector = _selector(needs)
         bundle = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.ram}
-        group = util.placement_group(
-            [{name: size for name, size in bundle.items() if size} for _ in ranks],
-            strategy="STRICT_SPREAD",
-            bundle_label_selector=[selector for _ in ranks] if selector else None,
-        )
+        with self._told():
+            group = util.placement_group(
+                [{name: size for name, size in bundle.items() if size} for _ in ranks],
+                strategy="STRICT_SPREAD",
+                bundle_label_selector=[selector for _ in ranks] if selector else None,
+            )
         pinned = util.scheduling_strategies.PlacementGroupSchedulingStrategy
         places = [pinned(placement_group=group, placement_group_bundle_index=rank) for rank in ranks]
         try:
             self._await(job, group)
             standing = Standing("Ray", f"{group.id.hex()} {time_number}", 0, len(ranks), None)
             errand = replace(Errand.of(job), standing=standing)
-            others = [
-                self._task(_attend, needs, scheduling_strategy=places[rank]).remote(errand, rank) for rank in ranks[1:]
-            ]
-            return self._follow(job, [self._task(_work, needs, scheduling_strategy=places[0]).remote(errand), *others])
+            streams: list[Any] = []
+            try:
+                with self._told():
+                    streams.append(self._task(_work, needs, scheduling_strategy=places[0]).remote(errand))
+                    for rank in ranks[1:]:
+                        task = self._task(_attend, needs, scheduling_strategy=places[rank])
+                        streams.append(task.remote(errand, rank))
+            except BaseException:
+                self._end(streams)
+                raise
+            return self._follow(job, streams)
         finally:
-            util.remove_placement_group(group)
+            _in_time(lambda: util.remove_placement_group(group))
 
     def _task(self, function: Callable[..., Any], needs: Needs, **options: Any) -> Any:
         return self.ray.remote(
@@ -292,24 +283,33 @@ class _Tasks:
             **options,
         )(function)
 
+    def _await_head(self, job: Job) -> None:
+        """Of a head that is gone its machines are lost first, and again, wherever they are sought."""
+        while not self.head.ask():
+            self._waits(job).look()
+            time.sleep(LOOK_SECONDS)
+
+    def _waits(self, job: Job) -> _Waits:
+        return _Waits(job, self.head, self.ray)
+
     def _await(self, job: Job, group: Any) -> None:
-        waits, ready = _Waits(job), group.ready()
+        waits = self._waits(job)
         with self._told():
+            ready = group.ready()
             while not self.ray.wait([ready], timeout=LOOK_SECONDS)[0]:
                 waits.look()
 
     def _follow(self, job: Job, streams: list[Any]) -> Outcome:
         """Pass on what tasks tell, and return what the first came to, or the failure of another; end all of them where
         the run is interrupted. Raise Lost where one is gone."""
-        waits, going = _Waits(job), [*streams]
+        waits, going = self._waits(job), [*streams]
         try:
             while True:
                 ready, _ = self.ray.wait(going, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
                 waits.look()
                 for stream in ready:
                     waits.over = True
-                    with self._told():
-                        told = self.ray.get(next(stream))
+                    told = self._next(stream, waits)
                     if isinstance(told, list):
                         for event in told:
                             job.report(event)
@@ -320,6 +320,16 @@ class _Tasks:
                     going.remove(stream)
         finally:
             self._end(streams)
+
+    def _next(self, stream: Any, waits: _Waits) -> Any:
+        """Return what a task has told. Bytes of a machine that is gone may never come."""
+        with self._told():
+            item = next(stream)
+            while True:
+                try:
+                    return self.ray.get(item, timeout=PATIENCE)
+                except self.ray.exceptions.GetTimeoutError:
+                    waits.look()
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -354,16 +364,24 @@ class _Waits:
     """The time before a task begins."""
 
     job: Job
+    head: Head
+    ray: Any
     since: float = field(default_factory=time.monotonic)
     over: bool = False
+    _told: bool = False
 
     def look(self) -> None:
-        """Tell once that it waits. Raise Interrupted."""
+        """Tell once that it waits. Raise Interrupted, and Transient where it would wait in vain."""
         job = self.job
         if job.cancelled.is_set():
             raise Interrupted("interrupted", "the same command continues where it stopped")
-        if not self.over and time.monotonic() - self.since > PATIENCE:
-            self.over = True
+        self.head.check()
+        if self.over or time.monotonic() - self.since <= PATIENCE:
+            return
+        self.since = time.monotonic()
+        self._require_machines()
+        if not self._told:
+            self._told = True
             what = ", ".join(filter(None, [
                 counted(job.needs.cpus, "CPU"), counted(job.needs.gpus, "GPU") if job.needs.gpus else "",
                 f"{format_size(job.needs.ram)} of RAM" if job.needs.ram else "",
@@ -372,6 +390,16 @@ class _Waits:
             where = f"each of {machines} machines" if machines > 1 else "one machine"
             job.report(LogLine(job.node, f"waits until {where} of the cluster has {what} free"))
 
+    def _require_machines(self) -> None:
+        """A machine that comes again is another one to Ray."""
+        named, asked = self.job.needs.hosts, self.job.launch.num_machines
+        if not named or not self.head.answers:
+            return
+        alive = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
+        if len(alive & {*named}) < asked:
+            cause = f"{self.job.node}: of the machines that may run it, too few are left in the cluster"
+            raise Transient(cause, "run it again: a plan counts with the machines that are there then")
+
 
 def _selector(needs: Needs) -> dict[str, str]:
-    return {NODE: f"in({','.join(needs.hosts)})"} if needs.hosts else {}
+    return {**needs.labels, **({NODE: f"in({','.join(needs.hosts)})"} if needs.hosts else {})}

@@ -12,11 +12,10 @@ from pydantic.fields import FieldInfo
 
 from bigpipe.errors import BigpipeError
 from bigpipe.fit import Cure, Misfit, fits, nearest
-from bigpipe.machine import Machine
-from bigpipe.orchestrator.contract import Forecast, OneOf
-from bigpipe.orchestrator.recipe import Node, ResourcesSpec
-from bigpipe.sizes import counted, exact_size, format_size, format_transfer
+from bigpipe.orchestrator.contract import OneOf
+from bigpipe.sizes import counted, format_transfer
 
+from .misfits import asked_misfits, foreseen_misfits
 from .rehearsal import Rehearsal
 from .session import Session
 from .states import NodeState
@@ -34,61 +33,36 @@ def find_misfits(rehearsal: Rehearsal) -> tuple[tuple[str, Misfit], ...]:
         if rehearsal.decisions[state.name].action.works:
             machine, asked = rehearsal.session.machine_of(state.node), state.node.resources
             foreseen = list(foreseen_misfits(machine, asked, state.forecast))
+            if foreseen and _held_elsewhere(rehearsal.session, state):
+                foreseen = []
             cure = _smaller(rehearsal, state) if foreseen else ""
             own = [
                 *(Misfit(cause, cure) for cause in foreseen),
                 *(asked_misfits(machine, asked) if asked.model_fields_set else ()),
-                *_too_few(rehearsal.session, state.node),
+                *_too_few(rehearsal.session, state),
             ]
             found += [(state.name, misfit) for misfit in (*state.forecast.misfits, *own)]
     return (*found, *_disk(rehearsal))
 
 
-def _too_few(session: Session, node: Node) -> Iterator[Misfit]:
+def _held_elsewhere(session: Session, state: NodeState) -> bool:
+    """Does another machine of a cluster than the one that it is planned for hold it?"""
+    if session.cluster is None or state.node.kind.runs_in == "inline":
+        return False
+    from .spreading import able  # of what has a cluster
+
+    return bool(able(session.cluster, state.node, state.forecast))
+
+
+def _too_few(session: Session, state: NodeState) -> Iterator[Misfit]:
     """A cluster has fewer machines than ranks are to run on."""
-    if session.cluster is None or (asked := session.surroundings(node).launch.num_machines) == 1:
+    if session.cluster is None or (asked := session.surroundings(state.node).launch.num_machines) == 1:
         return
-    from .spreading import labelled  # of what has a cluster
+    from .spreading import able
 
-    if not fits(asked, there := len(labelled(session.cluster, node))):
+    if not fits(asked, there := len(able(session.cluster, state.node, state.forecast))):
         cause = f"asks for {counted(asked, 'machine')}; {session.cluster.name} has {there} that may take it"
-        yield Misfit(cause, Cure({"launch.num_machines": there}))
-
-
-def asked_misfits(machine: Machine, asked: ResourcesSpec) -> Iterator[Misfit]:
-    """What a stage's `resources` ask for that the machine does not have."""
-    if asked.ram is not None and not fits(asked.ram, machine.memory):
-        yield Misfit(_ram(asked.ram, machine), Cure({"resources.ram": exact_size(machine.memory)}))
-    if asked.cpus is not None and not fits(asked.cpus, machine.cpus):
-        cause = f"asks for {asked.cpus} CPUs; {machine.name} has {machine.cpus}"
-        yield Misfit(cause, Cure({"resources.cpus": machine.cpus}))
-    if asked.gpus is not None and not fits(asked.gpus, len(machine.gpus)):
-        cause = f"asks for {counted(asked.gpus, 'GPU')}; {machine.name} has {len(machine.gpus)}"
-        yield Misfit(cause, Cure({"resources.gpus": len(machine.gpus)}))
-    largest = max((gpu.memory for gpu in machine.gpus), default=None)
-    if asked.gpu_memory is not None and largest is not None and not fits(asked.gpu_memory, largest):
-        cause = f"asks for {format_size(asked.gpu_memory)} of GPU memory; no GPU here has it"
-        yield Misfit(cause, Cure({"resources.gpu_memory": exact_size(largest)}))
-
-
-def foreseen_misfits(machine: Machine, asked: ResourcesSpec, forecast: Forecast) -> Iterator[str]:
-    """What was forecast, where `resources` do not say it, and the machine does not have. Of GPUs nothing is said where
-    the kind itself has found misfits."""
-    if asked.ram is None and not fits(forecast.ram or 0, machine.memory):
-        yield _ram(forecast.ram or 0, machine)
-    if forecast.misfits:
-        return
-    vram = forecast.vram or {}
-    if asked.gpus is None and not fits(len(vram), len(machine.gpus)):
-        yield f"needs {counted(len(vram), 'GPU')}; {machine.name} has {len(machine.gpus)}"
-    for gpu in machine.gpus:
-        if not fits(needed := vram.get(gpu.index, 0), gpu.memory):
-            size, there = format_size(needed), format_size(gpu.memory)
-            yield f"needs {size} on GPU {gpu.index} ({gpu.name}), which has {there}"
-
-
-def _ram(needed: int, machine: Machine) -> str:
-    return f"needs {format_size(needed)} of RAM; {machine.name} has {format_size(machine.memory)}"
+        yield Misfit(cause, Cure({"launch.num_machines": there}) if there else "")
 
 
 def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
@@ -148,8 +122,10 @@ def _disk_changes(rehearsal: Rehearsal) -> Iterator[str]:
 
     kept = sorted((each for each in states if each.node.cache and each.consumers), key=lambda each: -each.writes)
     names = [each.name for each in kept if each.writes][:MOST_DROPPED]
-    other = replace(session, side_by_side=not session.side_by_side)
-    tries = [(f"run {'with' if session.side_by_side else 'without'} `--jobs 1`", other, names[:0])]
+    tries: list[tuple[str, Session, Sequence[str]]] = []
+    if session.cluster is None:  # there, files do not pass from node to node while they are made
+        other = replace(session, side_by_side=not session.side_by_side)
+        tries = [(f"run {'with' if session.side_by_side else 'without'} `--jobs 1`", other, names[:0])]
     tries += [
         (f"`cache: false` on {' and '.join(each)}", session, each) for each in (*([name] for name in names), names)
     ]

@@ -112,11 +112,12 @@ class Session:
         """Return what an attempt of a node takes of a cluster's machines."""
         from bigpipe.orchestrator.launch import Needs
 
-        if self.cluster is None:
+        if self.cluster is None or node.kind.runs_in == "inline":
             return Needs()
         from .spreading import needs
 
-        return needs(self.cluster, node, forecast, self.surroundings(node).launch.local_processes)
+        launch = self.surroundings(node).launch
+        return needs(self.cluster, node, forecast, launch.local_processes, launch.num_machines)
 
     @cached_property
     def memo(self) -> StatMemo:

@@ -7,7 +7,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from . import records, sharing
     from .nodes import HEADS, Gate, NodeRun, metrics_line, node_rows, sentence
-    from .probing import Held, probe, shortages
+    from .probing import Held, probe, refuse_elsewhere, shortages
     from .records import RunRecord
     from .result import RunResult, run_json
     from .runner import run_plan

@@ -11,6 +11,7 @@ Nothing of it outlives the command: processes die with it, and the file has no n
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -59,13 +60,18 @@ def probe(plan: Plan, reporter: Reporter | None = None, *, seconds: float = 2.0)
     """Take what a plan foresees on this machine, node after node, each for so many seconds. Return a row per node and
     device, in the order of the plan, the disk last. Raise Transient while another run goes on over the store, whose
     memory it would take, UsageError where the plan is for another machine."""
-    if plan.session.given_machine is not None or plan.session.cluster is not None:
-        raise UsageError("other machines cannot be probed from here", "probe there, without --machine and --executor")
+    refuse_elsewhere(plan.session.given_machine, plan.session.cluster)
     _refuse_beside_others(plan)
     reporter = reporter or OneAtATime()
     found = [row for group in groups(plan) for row in _try(plan, group, reporter, seconds)]
     order = {name: number for number, name in enumerate(plan.nodes)}
     return [*sorted(found, key=lambda row: order[row.node]), *_try_disk(plan)]
+
+
+def refuse_elsewhere(*elsewhere: object) -> None:
+    """Raise UsageError where a plan is, or is to be, for another machine or a cluster."""
+    if any(each is not None for each in elsewhere):
+        raise UsageError("other machines cannot be probed from here", "probe there, without --machine and --executor")
 
 
 def _refuse_beside_others(plan: Plan) -> None:
@@ -228,7 +234,8 @@ class _Holder:
             return self._refused[device]
         if not self.alive:
             code = self._child.returncode
-            return "the system killed the process that took it: memory ran out" if code == -9 else f"it ended ({code})"
+            killed = code == -signal.SIGKILL
+            return "the system killed the process that took it: memory ran out" if killed else f"it ended ({code})"
         return "" if self.held.get(device, 0) >= size else "no more could be had"
 
 

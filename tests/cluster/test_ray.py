@@ -124,6 +124,25 @@ def test_a_recipe_gives_the_bytes_that_it_gives_here(on: On) -> None:
     assert not [line for line in said.splitlines() if "raylet" in line]
 
 
+@pytest.mark.fault
+def test_the_quickstart_gives_the_bytes_that_it_gives_here(on: On) -> None:
+    """But for the receipt of `save`, which says when."""
+    shutil.copytree(ROOT / "manifests", on.folder / "manifests")
+    (on.folder / "models").symlink_to(ROOT / "models")
+    told = ("run", "manifests/quickstart.yaml", "--json", "--store")
+    status, there, said = on.ended(on.start(*told, "there"))
+    assert status == 0, said
+    here = json.loads(Workshop(on.folder).command(*told, "here").stdout)
+    assert {node["status"] for node in (there["nodes"] | here["nodes"]).values()} == {"succeeded"}
+    keys, digests = (
+        [{name: node[what] for name, node in run["nodes"].items() if name != "save"} for run in (there, here)]
+        for what in ("key", "digest")
+    )
+    assert len(digests[0]) == 7
+    assert keys[0] == keys[1]
+    assert digests[0] == digests[1]
+
+
 INLINE = {"estimate"}
 """Light kinds, which the command does itself."""
 
@@ -219,6 +238,49 @@ def test_a_machine_is_lost_at_twenty_moments(cluster: Raylets, tmp_path: Path, s
     assert lost > 0
 
 
+HELD = """\
+version: 1
+name: held
+stages:
+  before: {uses: write}
+  nap:
+    uses: sleep
+    needs: [before]
+    matrix: {bed: [a, b]}
+    with: {seconds: 40, tag: "${matrix.bed}"}
+    resources: {cpus: 2}
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("what", ["its process alone", "its machine"])
+def test_a_head_that_is_lost_ends_the_run_and_the_same_command_goes_on(tmp_path: Path, what: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(HELD)
+    with raylets((FIRST,), (SECOND,)) as lost:
+        on = On(tmp_path, lost)
+        process = on.start("run", "recipe.yaml", "--json", "--events", str(on.events))
+        wait_for(lambda: len(begun(on)) == 2 or process.poll() is not None, seconds=120)
+        began = time.monotonic()
+        lost.kill(FIRST) if what == "its machine" else lost.head().kill()
+        status, answer, said = on.ended(process)
+        assert status == 75, (answer, said)
+        assert time.monotonic() - began < 100
+        assert answer["status"] == "failed"
+        assert "the head of the Ray cluster at" in answer["errors"][0]["cause"]
+        assert "start it again; the same command continues" in answer["errors"][0]["cure"]
+        assert "raylet" not in said
+        assert left_of(on.folder / "store", seconds=60.0) == []
+    with raylets((FIRST,), (SECOND,)) as again:
+        on = On(tmp_path, again)
+        status, answer, said = on.run()
+        assert status == 0, said
+        assert {name: node["status"] for name, node in answer["nodes"].items()} == {
+            "before": "cached", "nap@bed=a": "succeeded", "nap@bed=b": "succeeded",
+        }  # fmt: skip
+    with Store(tmp_path / "store") as store:
+        assert store.verify().clean
+
+
 @pytest.mark.fault
 def test_a_killed_command_leaves_nobody(on: On) -> None:
     (on.folder / "recipe.yaml").write_text(SLEEPERS.replace("SECONDS", "100"))
@@ -260,21 +322,21 @@ def test_a_token_that_is_not_the_clusters_is_refused(on: On) -> None:
 
 @pytest.mark.fault
 def test_a_cluster_that_others_reach_must_be_guarded(on: On, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigpipe.orchestrator.launch.onray import _require_guard
+    from bigpipe.orchestrator.launch.rayguard import require_guard
 
     for name, value in on.cluster.environment.items():
         monkeypatch.setenv(name, value)
-    _require_guard(on.cluster.address, ["10.0.0.1", FIRST])  # the cluster asks for a token
+    require_guard(on.cluster.address, ["10.0.0.1", FIRST])  # the cluster asks for a token
 
 
 @pytest.mark.fault
 def test_an_open_cluster_that_others_reach_is_refused(tmp_path: Path) -> None:
-    from bigpipe.orchestrator.launch.onray import _require_guard
+    from bigpipe.orchestrator.launch.rayguard import require_guard
 
     with raylets((FIRST,), token=None) as opened:
-        _require_guard(opened.address, [FIRST])  # nobody else reaches it
+        require_guard(opened.address, [FIRST])  # nobody else reaches it
         with pytest.raises(UsageError, match="takes tasks from anybody") as error:
-            _require_guard(opened.address, [FIRST, "10.0.0.1"])
+            require_guard(opened.address, [FIRST, "10.0.0.1"])
         assert "RAY_AUTH_MODE=token" in error.value.cure
 
 

@@ -12,7 +12,7 @@ import bigpipe
 from bigpipe.errors import BigpipeError
 from bigpipe.fit import Misfit
 from bigpipe.machine import Gpu, Machine
-from bigpipe.orchestrator.planning.fit import asked_misfits, foreseen_misfits
+from bigpipe.orchestrator.planning.misfits import asked_misfits, foreseen_misfits
 from bigpipe.orchestrator.recipe import ResourcesSpec
 from bigpipe.orchestrator.stage import Forecast
 

@@ -177,6 +177,23 @@ def test_other_machines_cannot_be_probed(shop: Workshop) -> None:
             probe(planned, seconds=0)
 
 
+@pytest.mark.parametrize("option", ["--machine=machine.json", "--executor=ray:127.0.0.1:1"])
+def test_other_machines_are_refused_before_anything_is_asked(shop: Workshop, option: str) -> None:
+    (shop.folder / "machine.json").write_text("no description")
+    done = shop.command("plan", "recipe.yaml", "--probe", option)
+    assert done.returncode == UsageError.exit_code
+    assert "other machines cannot be probed from here\n  probe there, without --machine and --executor" in done.stderr
+
+
+def test_what_is_wrong_with_a_device_is_told() -> None:
+    command = [sys.executable, "-m", "bigpipe.orchestrator.launch.holding", '{"GPU 99": 1000}']
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    failed, last = map(json.loads, done.stdout.splitlines())
+    assert failed["device"] == "GPU 99"
+    assert "Error: " in failed["failed"]
+    assert last == {"done": True}
+
+
 def test_ranks_take_their_shares_and_gpus_of_their_own(shop: Workshop) -> None:
     node = bigpipe.plan(shop.manifest).nodes["a"]
     ranks = replace(node, processes=2, forecast=Forecast(ram=100, vram={0: 5, 1: 6, 2: 7, 3: 8}))

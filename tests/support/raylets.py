@@ -76,6 +76,12 @@ class Raylets:
         (found,) = (process for process in below if process.name() == "raylet")
         return found
 
+    def head(self) -> psutil.Process:
+        """Return the process that keeps account of all machines."""
+        below = psutil.Process(self.machines["127.0.0.2"].pid).children(recursive=True)
+        (found,) = (process for process in below if process.name() == "gcs_server")
+        return found
+
     def kill(self, address: str) -> None:
         """End a machine, as a power cut would: its raylet and what keeps it first."""
         started = self.machines.pop(address)
