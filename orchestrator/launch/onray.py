@@ -8,6 +8,7 @@ Ray's own interfaces: docs.ray.io, "Ray Core".
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -104,7 +105,8 @@ def _join(ray: Any, address: str) -> Callable[[], None]:
     speak = _quiet()
 
     def leave() -> None:
-        _in_time(ray.shutdown)
+        if not _in_time(ray.shutdown):
+            atexit.unregister(ray.shutdown)  # or the end of this process would wait for the same again
         speak()
 
     return leave
@@ -131,8 +133,8 @@ def _quiet() -> Callable[[], None]:
     return lambda: setattr(worker, "print_to_stdstream", before)
 
 
-def _in_time(work: Callable[[], object], seconds: float = ANSWER_SECONDS) -> None:
-    """Do what a head is asked for, which may be gone: nobody waits for it longer."""
+def _in_time(work: Callable[[], object], seconds: float = ANSWER_SECONDS) -> bool:
+    """Do what a head is asked for, which may be gone: nobody waits for it longer. Return whether it came to an end."""
 
     def run() -> None:
         with suppress(Exception):  # what it says then helps nobody
@@ -141,6 +143,7 @@ def _in_time(work: Callable[[], object], seconds: float = ANSWER_SECONDS) -> Non
     thread = threading.Thread(target=run, name="cluster", daemon=True)
     thread.start()
     thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _hosts(ray: Any, nodes: list[Any], root: Path) -> tuple[Host, ...]:
@@ -197,8 +200,10 @@ def _attend(errand: Errand, rank: int) -> Iterator[Any]:
 
 def _given_here(ray: Any) -> int | None:
     """In a task: the CPUs that its machine gives out, as `_host` has them. None where nobody knows."""
-    own = ray.get_runtime_context().get_node_id()
-    return next((int(node["Resources"]["CPU"]) for node in ray.nodes() if node["NodeID"] == own), None)
+    with suppress(ray.exceptions.RayError, KeyError):
+        own = ray.get_runtime_context().get_node_id()
+        return next((int(node["Resources"]["CPU"]) for node in ray.nodes() if node["NodeID"] == own), None)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +310,8 @@ class _Tasks:
         waits, going = self._waits(job), [*streams]
         try:
             while True:
-                ready, _ = self.ray.wait(going, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
+                with self._told():
+                    ready, _ = self.ray.wait(going, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
                 waits.look()
                 for stream in ready:
                     waits.over = True
@@ -353,7 +359,9 @@ class _Tasks:
         for stream in streams:
             with suppress(Exception):  # it has ended, or its machine is gone
                 self.ray.cancel(stream)
-        _, left = self.ray.wait([*ends], num_returns=len(ends), timeout=END_SECONDS, fetch_local=False)
+        left = [*ends]
+        with suppress(self.ray.exceptions.RayError):  # its own machine is gone
+            _, left = self.ray.wait(left, num_returns=len(left), timeout=END_SECONDS, fetch_local=False)
         for end in left:
             with suppress(Exception):
                 self.ray.cancel(ends[end], force=True)

@@ -20,7 +20,8 @@ LOOKS = 1.0
 SILENCE = 20.0
 """Seconds without an answer after which it is gone."""
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
-LONG = "86400"
+LONG = "600"
+"""Seconds: as long as what a run does itself, and what others than Ray do in this process, may take to end."""
 CONNECT = "`ray start --head` starts one; bigpipe runs on one of its machines, with --executor ray:HOST:PORT"
 NONE_NAMED = frozenset({"", "auto"})
 

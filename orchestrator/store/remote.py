@@ -308,8 +308,9 @@ def open_remote(address: str, base: Path, root: Path, environment: Mapping[str, 
             raise UsageError(f"{address[:200]} is no address", "write it as s3://bucket/folder, or give a path")
         address = f"file://{os.path.abspath(base / os.path.expanduser(address))}"
     require_scheme(address)
-    if address.startswith("file://"):
-        path = Path(address.removeprefix("file://"))
+    scheme, _, rest = address.partition("://")
+    if scheme in ("file", "local"):
+        path = Path(rest)
         if lies_in(path, root) or lies_in(root, path):
             raise UsageError(f"{path} is the store itself, or lies in it", "name another directory for what is shared")
     return Remote(address)

@@ -28,7 +28,7 @@ from bigpipe.orchestrator.store.claims import LARGEST, Claim, Wrong, read_claim
 from bigpipe.orchestrator.store.fetching import known_rate, note_rate
 from bigpipe.orchestrator.store.hashing import digest_of
 from bigpipe.orchestrator.store.layout import hex_of
-from bigpipe.orchestrator.store.remote import PIECE, Away, Beats
+from bigpipe.orchestrator.store.remote import PIECE, Away, Beats, open_remote
 from bigpipe.orchestrator.store.store import Store
 from bigpipe.redaction import conceal
 
@@ -702,3 +702,8 @@ class TestNaming:
             bigpipe.load_manifest(workshop.manifest)
         assert (caught.value.problems[0].place.line, caught.value.problems[0].place.column) == place
         assert "secret-of-b" not in str(caught.value)
+
+    @pytest.mark.parametrize("address", ["store/inside", ".", "file://{}/store", "local://{}/store"])
+    def test_the_store_itself_is_none(self, tmp_path, address):
+        with pytest.raises(UsageError, match="is the store itself, or lies in it"):
+            open_remote(address.format(tmp_path), tmp_path, tmp_path / "store", {})
