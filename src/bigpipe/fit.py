@@ -20,6 +20,10 @@ OUT_OF_MEMORY = "OutOfMemoryError"
 ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""
 
+UNTOLD = "without exception set"
+"""In CPython's SystemError where its own code gave up and said nothing (Python/ceval.c): under a limit on memory, there
+was none left for that."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
@@ -142,6 +146,10 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, of the machine or of a GPU, as Python, the system or torch says it."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
+    if isinstance(error, SystemError) and UNTOLD in str(error):
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if type(error).__name__ == OUT_OF_MEMORY:
         return True
     return isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -191,6 +192,14 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
     assert Failure.of(OSError(errno.ENOMEM, "Cannot allocate memory")).cause.startswith("memory ran out")
     assert Failure.of(RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).type == "DoesNotFit"
     assert not Failure.of(ValueError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).expected
+    silent = SystemError("error return without exception set")
+    assert not Failure.of(silent).expected
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**50, limit[1]))
+    try:
+        assert Failure.of(silent).cause.startswith("memory ran out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
     assert Failure.of(KeyboardInterrupt()).cause == "KeyboardInterrupt"
     assert not Failure.of(KeyboardInterrupt()).expected
 
