@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,8 @@ class Raylets:
     port: int
     machines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     """Address → what keeps its processes."""
+    started: dict[str, tuple[tuple[str, ...], bool]] = field(default_factory=dict)
+    """Address → its options, and whether it is the head."""
 
     @property
     def address(self) -> str:
@@ -49,9 +52,13 @@ class Raylets:
     def begin(self, address: str, *options: str) -> None:
         """Start a machine, the head first; others join it from the moment it answers."""
         if self.machines:
-            wait_for(self._answers, seconds=120)
-        joins = ("--address", self.address) if self.machines else (*HEAD, "--port", str(self.port))
-        own = ("--temp-dir", str(self.folder / "ray")) if not self.machines else ()
+            wait_for(lambda: not self._gave_up("127.0.0.2") and self._answers(), seconds=300)
+        self._start(address, *options, head=not self.machines)
+
+    def _start(self, address: str, *options: str, head: bool) -> None:
+        self.started[address] = (options, head)
+        joins = (*HEAD, "--port", str(self.port)) if head else ("--address", self.address)
+        own = ("--temp-dir", str(self.folder / "ray")) if head else ()
         script = Path(sys.executable).with_name("ray")
         with self._log(address).open("wb") as out:
             self.machines[address] = subprocess.Popen(
@@ -61,7 +68,21 @@ class Raylets:
 
     def await_machines(self) -> None:
         for address in self.machines:
-            wait_for(lambda address=address: b"Ray runtime started" in self._log(address).read_bytes(), seconds=120)
+            wait_for(lambda address=address: self._stands(address), seconds=300)
+
+    def _stands(self, address: str) -> bool:
+        return not self._gave_up(address) and b"Ray runtime started" in self._log(address).read_bytes()
+
+    def _gave_up(self, address: str) -> bool:
+        """Was it over before it stood? Then it is started again: Ray waits 30 s for its own processes."""
+        machine = self.machines[address]
+        if machine.poll() is None or b"Ray runtime started" in self._log(address).read_bytes():
+            return False
+        with suppress(ProcessLookupError):
+            os.killpg(machine.pid, signal.SIGKILL)
+        options, head = self.started[address]
+        self._start(address, *options, head=head)
+        return True
 
     def _log(self, address: str) -> Path:
         return self.folder / f"{address}.txt"
