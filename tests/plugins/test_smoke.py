@@ -43,7 +43,7 @@ stages:
   generate:
     uses: distributed-infer
     inputs: {model: quantize, placement: dispatch}
-    with: {task: text-generation, prompts: prompts.jsonl, batch_size: 8, max_new_tokens: 512}
+    with: {task: text-generation, prompts: prompts.jsonl, batch_size: 8, max_new_tokens: 512, split: static}
     launch: {num_processes: 8}
   save:
     uses: save
