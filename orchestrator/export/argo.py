@@ -20,7 +20,7 @@ from .yamltext import yaml_text
 HEAD = """\
 # Written by `bigpipe export argo`: write it anew when the recipe has other stages or parameters.
 # `bigpipe-image` has bigpipe and the recipe (`bigpipe export dockerfile`), the claim `bigpipe-store` is shared by all
-# pods, and the secret `bigpipe-secrets` may hold the variables that stages ask for.
+# pods, and the secret `bigpipe-secrets` may hold the variables that stages and sinks ask for.
 """
 IMAGE, CLAIM, SECRETS = "bigpipe-image", "bigpipe-store", "bigpipe-secrets"
 """Parameters of the workflow. No plain name of the recipe's holds a `-`."""
@@ -92,7 +92,7 @@ def _template(work: Work, task: Task) -> Json:
                 {"name": "BIGPIPE_HOME", "value": f"{STORE}/bigpipe"},
                 {"name": "HF_HOME", "value": f"{STORE}/huggingface"},
                 *map(_variable, work.parameters),
-                *map(_secret, work.secrets),
+                *map(_secret, (*work.secrets, *work.settings)),
             ],
             "resources": _resources(task),
             "volumeMounts": [{"name": "store", "mountPath": STORE}],

@@ -17,7 +17,8 @@ from .yamltext import yaml_text
 
 HEAD = """\
 # Written by `bigpipe export github`: write it anew when the recipe has other parameters, secrets or kinds.
-# The repository's variable BIGPIPE_RUNNER names another runner than the one below; its secrets are taken by name.
+# The repository's variable BIGPIPE_RUNNER names another runner than the one below; its secrets are taken by name, and
+# what sinks need by the name of a variable or a secret.
 """
 MOST_INPUTS = 25
 """That a workflow may ask for when it is started by hand."""
@@ -41,7 +42,7 @@ def workflow(work: Work) -> str:
     """Return the workflow. It starts by hand, from other workflows, and when the recipe or its lock file changes."""
     inputs = {each.plain: _input(each) for each in work.parameters[:MOST_INPUTS]}
     runner = "self-hosted" if work.gpus else "ubuntu-latest"
-    secrets = {name: {"required": False} for name in work.secrets if name != OWN_TOKEN}
+    secrets = {name: {"required": False} for name in (*work.secrets, *work.settings) if name != OWN_TOKEN}
     return HEAD + yaml_text({
         "name": work.recipe,
         "on": {
@@ -74,7 +75,7 @@ def _steps(work: Work) -> list[Json]:
     files = ", ".join(_quoted(_pattern(name)) for name in (work.manifest, f"{work.manifest}.lock"))
     key, paths = f"bigpipe-{work.plain}_", "\n".join(STORE)  # `_` is in no plain name: no key begins as another's
     own = f"{key}${{{{ hashFiles({files}) }}}}-"
-    environment = {"env": _environment(work)} if work.parameters or work.secrets else {}
+    environment = {"env": variables} if (variables := _environment(work)) else {}
     plan = work.shell(["bigpipe", "plan", work.manifest, "--markdown"])
     return [
         {"uses": "actions/checkout@v6", "with": {"persist-credentials": False}},
@@ -102,10 +103,12 @@ def _input(parameter: Parameter) -> Json:
 
 
 def _environment(work: Work) -> dict[str, Json]:
-    """What the steps see that plan and run: values of parameters, and the secrets, which are in no other step."""
+    """What the steps see that plan and run: values of parameters, and the secrets, which are in no other step. A
+    variable that is nowhere set is empty."""
     values = {each.variable: _value(each, asked=index < MOST_INPUTS) for index, each in enumerate(work.parameters)}
     secrets = {name: f"${{{{ secrets.{name} }}}}" for name in work.secrets}
-    return {**{name: value for name, value in values.items() if value}, **secrets}
+    settings = {name: f"${{{{ vars.{name} || secrets.{name} }}}}" for name in work.settings}
+    return {**{name: value for name, value in values.items() if value}, **secrets, **settings}
 
 
 def _value(parameter: Parameter, *, asked: bool) -> str:

@@ -18,6 +18,7 @@ from bigpipe.git import origin_of
 from bigpipe.names import plain_names
 from bigpipe.orchestrator.planning import NodeState, Plan, PlannedNode, Session, States, lock_path, make_plan
 from bigpipe.orchestrator.recipe import Recipe
+from bigpipe.orchestrator.sinks import SINKS
 from bigpipe.versions import RUN, package_version
 
 COMMAND_MEMORY = 256 * 2**20
@@ -71,6 +72,8 @@ class Work:
     parameters: tuple[Parameter, ...]
     secrets: tuple[str, ...]
     """Variables that some of its nodes may see."""
+    settings: tuple[str, ...]
+    """Further variables, of the command itself: where its sinks are and what they want to see."""
     tasks: tuple[Task, ...]
     """Each after those that it needs."""
     requirement: str
@@ -111,13 +114,15 @@ def work_of(session: Session, beside: Path | None) -> Work:
         cause = f"-p {name}= is empty, and what is left empty there means the recipe's own value"
         raise UsageError(cause, "write the empty value into the recipe")
     plain = plain_names(recipe.params, "_")
+    secrets = tuple(dict.fromkeys(name for node in recipe.nodes.values() for name in node.secrets))
     return Work(
         recipe=recipe.name,
         plain=plain_names([recipe.name])[recipe.name],
         manifest=_found_from(recipe.path, beside),
         locked=lock_path(recipe.path).exists(),
         parameters=tuple(Parameter(name, plain[name], session.arguments.get(name, "")) for name in recipe.params),
-        secrets=tuple(dict.fromkeys(name for node in recipe.nodes.values() for name in node.secrets)),
+        secrets=secrets,
+        settings=tuple(name for sink in recipe.sinks for name in SINKS[sink].settings if name not in secrets),
         tasks=tuple(_tasks(recipe, plan)),
         requirement=_requirement(recipe),
         unknown=tuple(_unknown(plan)),

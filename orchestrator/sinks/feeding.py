@@ -83,7 +83,8 @@ class Feeds:
         """Start those that can be; of others say why not."""
         for name in names:
             sink = SINKS[name]
-            own = {key: value for key, value in environment.items() if key.startswith(sink.environment)}
+            # An empty one is what a runner hands on of a variable that nobody set; clients take it for a value.
+            own = {key: value for key, value in environment.items() if value and key.startswith(sink.environment)}
             if not any(environment.get(variable) for variable in sink.address):
                 self.say(name, f"not told of this run: {' or '.join(sink.address[:2])} is not set")
             elif not sink.installed:

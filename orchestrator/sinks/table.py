@@ -20,6 +20,8 @@ class Sink:
     """Variables of the environment of which one must say where the system is."""
     environment: tuple[str, ...] = field(repr=False)
     """What the names of variables begin with that only its process sees, beside what any child sees."""
+    settings: tuple[str, ...]
+    """Of these the ones that a runner elsewhere is given by name: where the system is, and who may tell it."""
 
     @property
     def installed(self) -> bool:
@@ -32,12 +34,22 @@ SINKS: Mapping[str, Sink] = {
         package="mlflow",
         address=("MLFLOW_TRACKING_URI",),
         environment=("MLFLOW_", "DATABRICKS_"),
+        settings=(
+            "MLFLOW_TRACKING_URI",
+            "MLFLOW_EXPERIMENT_NAME",
+            "MLFLOW_TRACKING_USERNAME",
+            "MLFLOW_TRACKING_PASSWORD",
+            "MLFLOW_TRACKING_TOKEN",
+            "DATABRICKS_HOST",
+            "DATABRICKS_TOKEN",
+        ),
     ),
     "openlineage": Sink(
         tell="bigpipe.orchestrator.sinks.to_openlineage:tell",
         package="openlineage",
         address=("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__TYPE"),
         environment=("OPENLINEAGE_",),
+        settings=("OPENLINEAGE_URL", "OPENLINEAGE_NAMESPACE", "OPENLINEAGE_API_KEY"),
     ),
 }
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shlex
-import stat
 import subprocess
-import sys
 from graphlib import TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
@@ -18,9 +15,9 @@ import jsonschema
 import pytest
 import yaml
 from hypothesis import given, strategies as st
-from support.actions import BASH, PLAIN, Runner
+from support.actions import BASH, PLAIN, Runner, with_the_command
 from support.pods import expanded, variables
-from support.workshop import Workshop, environment
+from support.workshop import Workshop
 
 from bigpipe.errors import UsageError
 from bigpipe.machine import Gpu, Machine
@@ -69,15 +66,8 @@ def exported(target: str, there: Workshop, **options: Any) -> str:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment in which `bigpipe` is this one."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    command = folder / "bigpipe"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m bigpipe "$@"\n')
-    command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.chdir(tmp_path)
-    found = environment(tmp_path)
-    return {**found, "PATH": f"{folder}:{found['PATH']}"}
+    return with_the_command(tmp_path)
 
 
 # Names

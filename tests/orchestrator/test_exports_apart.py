@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given, strategies as st
+from support.actions import Runner, with_the_command
+from support.listening import CREATED, serving
 from support.pods import container_of, expanded
 from support.workshop import Workshop
 
 from bigpipe.errors import Stale, UsageError
 from bigpipe.orchestrator import commands
+from bigpipe.orchestrator.sinks import SINKS
 
 RECIPE = """\
 version: 1
@@ -104,6 +107,38 @@ def test_a_secret_whose_name_is_taken_is_refused(there: Workshop, target: str, s
     there.manifest.write_text(declared.replace("uses: write", f"uses: write\n    secrets: [{secret}]"))
     with pytest.raises(UsageError, match=said):
         read(target, there)
+
+
+# What sinks need
+
+
+def test_a_workflow_hands_on_where_a_sink_is_and_who_may_tell_it(there: Workshop) -> None:
+    """From variables or secrets; what nobody set is empty, and is as if it were not there."""
+    there.manifest.write_text(RECIPE.replace("stages", "sinks: [openlineage]\nstages"))
+    workflow = read("github", there)
+    assert {"OPENLINEAGE_URL", "OPENLINEAGE_API_KEY"} < {*workflow["on"]["workflow_call"]["secrets"]}
+    heard: list[tuple[str, str | None, bytes]] = []
+    path = with_the_command(there.folder)
+    with serving(CREATED, heard) as address:
+        secrets = {"OPENLINEAGE_API_KEY": "sesame-sesame"}
+        runner = Runner(workflow, there.folder, path, secrets=secrets, vars={"OPENLINEAGE_URL": address})
+        done = runner.run("Run")
+    assert done.returncode == 0, done.stderr
+    assert "told of this run" not in done.stderr
+    assert {key for _, key, _ in heard} == {"Bearer sesame-sesame"}
+    assert json.loads(heard[0][2])["job"]["namespace"] == "bigpipe"
+    done = Runner(workflow, there.folder, path).run("Run")
+    assert done.returncode == 0
+    assert "not told of this run: OPENLINEAGE_URL or OPENLINEAGE_CONFIG is not set" in done.stderr
+
+
+def test_a_pod_takes_what_a_sink_needs_from_the_secret(there: Workshop) -> None:
+    declared = RECIPE.replace("stages", "secrets: [MLFLOW_TRACKING_TOKEN]\nsinks: [mlflow]\nstages")
+    there.manifest.write_text(declared.replace("uses: write", "uses: write\n    secrets: [MLFLOW_TRACKING_TOKEN]"))
+    for template in read("argo", there)["spec"]["templates"][1:]:
+        taken = [each for each in container_of(template)[0]["env"] if "secretKeyRef" in each.get("valueFrom", {})]
+        assert sorted(each["name"] for each in taken) == sorted(SINKS["mlflow"].settings)
+        assert all(each["valueFrom"]["secretKeyRef"]["optional"] for each in taken)
 
 
 # What is one task

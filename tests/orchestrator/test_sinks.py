@@ -7,19 +7,16 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from support.listening import CREATED, refusing, serving, silent
 from support.workshop import Workshop, environment, statuses
 
 from bigpipe.orchestrator import commands
@@ -234,48 +231,6 @@ def test_a_run_of_mlflow_has_params_metrics_gates_and_tags(told: Workshop, monke
 # What becomes of a sink is no matter of the run's
 
 
-class Answering(BaseHTTPRequestHandler):
-    answer = b""
-    heard: list[tuple[str, str | None, bytes]]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.heard.append((self.path, self.headers.get("Authorization"), body))
-        self.wfile.write(self.answer)
-        self.close_connection = True
-
-    do_GET = do_POST
-
-    def log_message(self, *arguments: Any) -> None: ...
-
-
-@contextmanager
-def serving(answer: bytes, heard: list[tuple[str, str | None, bytes]] | None = None) -> Iterator[str]:
-    """heard: gets path, credentials and body of each request."""
-    own = type("Own", (Answering,), {"answer": answer, "heard": [] if heard is None else heard})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), own)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
-def refusing() -> Iterator[str]:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-
-
-@contextmanager
-def silent() -> Iterator[str]:
-    """It takes what comes, and never answers."""
-    with socket.create_server(("127.0.0.1", 0), backlog=50) as bound:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-
-
 RUBBISH = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5\r\n\r\n\xff{[\x00\x1b"
 FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nforbidden"
 AWAY: dict[str, Callable[[], Any]] = {
@@ -312,9 +267,6 @@ def test_a_system_that_is_in_trouble_costs_a_run_one_line(
     assert said[0].startswith(f"{sink}: told of this run in part at most: ")
     assert CAUSES[away] in said[0]
     assert "\n" not in said[0]
-
-
-CREATED = b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n"
 
 
 def test_an_address_and_a_key_are_all_that_openlineage_needs(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,12 +314,13 @@ def test_no_secret_and_no_variable_of_others_reaches_a_sink(
     assert secret not in lineage.read_text()
     assert {each["job"]["namespace"] for each in lines(lineage)} == {"team"}
     feeds = Feeds(lambda name, line: pytest.fail(line))
-    feeds.begin(["openlineage"], dict(os.environ))
+    feeds.begin(["openlineage"], {**os.environ, "OPENLINEAGE_API_KEY": ""})
     seen = psutil.Process(feeds.feeds[0].child.pid).environ()
     feeds.end()
     feeds.feeds[0].child.wait()
     assert secret not in seen.values()
     assert seen["OPENLINEAGE_NAMESPACE"] == "team"
+    assert "OPENLINEAGE_API_KEY" not in seen, "an empty one is none"
 
 
 def test_a_module_beside_the_recipe_is_not_taken_for_a_client(told: Workshop, lineage: Path) -> None:

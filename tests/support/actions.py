@@ -1,19 +1,34 @@
 """Runs the steps of a workflow as GitHub's runner does, as far as a machine without it can.
 
-Expressions are `A || B` over inputs, secrets and literals; `uses:` steps are left out. A step's script goes to
+Expressions are `A || B` over inputs, secrets, variables and literals; `uses:` steps are left out. A script goes to
 `bash --noprofile --norc -eo pipefail` (https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-syntax).
 """
 
 from __future__ import annotations
 
 import re
+import shlex
+import stat
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .workshop import environment
+
 BASH = ("bash", "--noprofile", "--norc", "-eo", "pipefail")
 PLAIN = ("bash", "-e")
+
+
+def with_the_command(folder: Path) -> dict[str, str]:
+    """An environment in which `bigpipe` is this one."""
+    command = folder / "bin/bigpipe"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m bigpipe "$@"\n')
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    found = environment(folder)
+    return {**found, "PATH": f"{command.parent}:{found['PATH']}"}
 
 
 def evaluated(text: str, contexts: Mapping[str, Mapping[str, str]]) -> str:
@@ -38,7 +53,7 @@ class Runner:
 
     def __init__(self, workflow: Mapping[str, Any], folder: Path, environment: Mapping[str, str], **contexts: Any):
         self.steps = {step["name"]: step for step in workflow["jobs"]["bigpipe"]["steps"] if "run" in step}
-        self.folder, self.contexts = folder, {"inputs": {}, "secrets": {}, **contexts}
+        self.folder, self.contexts = folder, {"inputs": {}, "secrets": {}, "vars": {}, **contexts}
         self.temporary = folder / "runner"
         self.temporary.mkdir(exist_ok=True)
         files = {"GITHUB_STEP_SUMMARY": "summary", "GITHUB_OUTPUT": "output", "GITHUB_ENV": "env"}
