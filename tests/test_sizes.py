@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -62,7 +64,8 @@ def test_what_people_read() -> None:
     [
         (0, "0.00 s", "0 s"), (0.123, "0.12 s", "0 s"), (12.34, "12.3 s", "12 s"), (59.94, "59.9 s", "1 min"),
         (59.96, "1 min", "1 min"), (61, "1 min 1 s", "1 min 1 s"), (3599.7, "1 h", "1 h"),
-        (3723, "1 h 2 min", "1 h 2 min"),
+        (3723, "1 h 2 min", "1 h 2 min"), (1e20, "more than 100 years", "more than 100 years"),
+        (math.inf, "more than 100 years", "more than 100 years"),
     ],
 )  # fmt: skip
 def test_how_long_something_took(seconds: float, exact: str, whole: str) -> None:

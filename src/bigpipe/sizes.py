@@ -18,6 +18,8 @@ MOST = 2**63 - 1
 """Bytes; what files and memory can have at the most."""
 TOO_MUCH = 2**1000
 """Counts that a float has no room for; nobody has as much, but what others count may say so."""
+LONGEST = 100 * 365 * 86400
+"""Seconds; who speaks of more means that there is no end to it."""
 DIGITS = 40
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
@@ -152,7 +154,10 @@ class Total:
 
 
 def format_duration(seconds: float, *, whole: bool = False) -> str:
-    """`0.42 s`, `12.3 s`, `4 min 5 s`, `1 h 2 min`. whole: `12 s`, of what is not known any better."""
+    """`0.42 s`, `12.3 s`, `4 min 5 s`, `1 h 2 min`. whole: `12 s`, of what is not known any better. It may come from a
+    server, and be infinite."""
+    if seconds > LONGEST:
+        return "more than 100 years"
     if round(seconds, 1) < 60 and not whole:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

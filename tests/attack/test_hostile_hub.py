@@ -51,6 +51,7 @@ RULES = (
     "X-HF-Warning: much",
     "Content-Range: 'bytes 5-9/99'",
     "head: later, '86400'",
+    "cdn: later, '99999999999999999999'",
     "head: later, '²'",
     "info: a bomb",
     "info: slow headers",

@@ -27,7 +27,10 @@ stages:
 """
 
 
-def test_an_image_installs_what_was_tested_and_runs_the_recipe(workshop: Workshop, tmp_path: Path) -> None:
+def test_an_image_installs_what_was_tested_and_runs_the_recipe(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workshop.folder)
     (tmp_path / "model").symlink_to(ROOT / "models/quickstart")
     workshop.manifest.write_text(LIGHT.replace("MODEL", "model"))
     wheels = tmp_path / "wheels"
@@ -40,7 +43,6 @@ def test_an_image_installs_what_was_tested_and_runs_the_recipe(workshop: Worksho
         "PATH": f"{there}:{os.environ['PATH']}", "PIP_FIND_LINKS": f"{wheels} {os.environ.get('PIP_FIND_LINKS', '')}",
         "BIGPIPE_HOME": str(tmp_path / "store-of-the-image"),
     }  # fmt: skip
-    here = os.path.relpath(workshop.manifest)
     text = commands.export("dockerfile", workshop.manifest, params={"size": "2MB"}).text
     steps = re.findall(r"^RUN (pip .+)$", text, re.MULTILINE)
     assert len(steps) == 2
@@ -53,7 +55,7 @@ def test_an_image_installs_what_was_tested_and_runs_the_recipe(workshop: Worksho
     assert others
     assert set(others) <= set(pinned)
     words = [*json.loads(_last(text, "ENTRYPOINT")), *json.loads(_last(text, "CMD"))]
-    assert words == ["bigpipe", "run", here, "--json", "-p", "size=2MB"]
+    assert words == ["bigpipe", "run", "recipe.yaml", "--json", "-p", "size=2MB"]
     done = subprocess.run(["sh", "-c", shlex.join(words)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["nodes"]["shard"]["status"] == "succeeded"
