@@ -93,6 +93,7 @@ def main() -> None:
     """Entry point. Leaves at once: taking the interpreter apart lasts as long as all the work of a cached run."""
     threading.excepthook = lambda died: show_bug(died.exc_value) if died.exc_value else None
     streams.listen()
+    sys.unraisablehook = unheard
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
@@ -113,6 +114,17 @@ def end(number: int, frame: FrameType | None) -> None:
     """End in order, and at once where it comes again. A run has its own way, and hears it first."""
     signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
+
+
+def unheard(lost: Any) -> None:
+    """Let a signal come again whose exception Python dropped, since it came in what may raise nothing, such as the
+    callback of a weak reference. What else is dropped is shown, as ever."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    number = next(iter(lost.exc_value.args), signal.SIGINT)
+    signal.signal(number, end)
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # by then the callback has returned
 
 
 def command() -> None:

@@ -220,7 +220,7 @@ def test_an_interrupted_run_is_an_answer(workshop) -> None:
 
 
 SLOW = """
-import pathlib, time
+import dataclasses, pathlib, time, weakref
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Planning, Stage
 class Nothing(Params): pass
 class None_(Metrics): pass
@@ -232,9 +232,27 @@ STAGE = Stage(kind="slow", version=1, params=Nothing, metrics=None_, inputs={}, 
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_run_that_is_interrupted_before_it_began_is_an_answer(workshop, number: int, code: int) -> None:
-    (workshop.folder / "slow.py").write_text(SLOW)
+DROPPING = """
+class Gone: pass
+def begin(_):
+    pathlib.Path("checking").touch()
+    time.sleep(60)
+def check(params, context):
+    gone = Gone()
+    gone_for_good = weakref.ref(gone, begin)
+    del gone
+    time.sleep(60)
+STAGE = dataclasses.replace(STAGE, planning=Planning(check=check))
+"""
+"""The signal comes in what Python lets raise nothing."""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "more"),
+    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, ""), (signal.SIGINT, 130, DROPPING)],
+)
+def test_a_run_that_is_interrupted_before_it_began_is_an_answer(workshop, number: int, code: int, more: str) -> None:
+    (workshop.folder / "slow.py").write_text(SLOW + more)
     workshop.manifest.write_text(
         "version: 1\ntrust: {modules: [slow]}\nparams: {text: hello}\nstages:\n  a: {uses: 'slow:STAGE'}\n"
     )

@@ -142,7 +142,7 @@ def _limited(seconds: int) -> Iterator[None]:
         raise TimeoutError
 
     handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again: Python drops what is raised in some callbacks
     try:
         yield
     finally:
