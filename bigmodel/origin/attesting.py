@@ -17,7 +17,7 @@ from bigpipe.names import PATH, checked
 from bigpipe.sizes import counted, format_transfer
 
 from .bundles import bundle, open_bundle, read_private_key, read_public_key
-from .listing import files_of, model_name, root_digest
+from .listing import files_of, model_name, require_directory, root_digest
 from .records import commit_of
 from .statements import SIGNATURE, Subject, bill_of_materials, provenance_statement, signature_statement
 
@@ -222,12 +222,13 @@ def check_directory(
         opened = open_bundle(place / name, public)
         sealed[name] = "signed" if opened.checked else "not checked" if opened.signed else "not signed"
         said[name] = _stated(place / name, opened.statement)
-    if (published := read_provenance(folder) if folder.is_dir() else None) is not None:
+    require_directory(folder)
+    if (published := read_provenance(folder)) is not None:
         sealed[PROVENANCE], said[PROVENANCE] = "not signed", _listed(published)
-    files = files_of(folder, progress)
     if not said:
         cause = f"nothing says what {folder} must hold: there is no {PROVENANCE} in it, and no {place / SIGNED}"
         raise UsageError(cause, "say where its attestations are: --attestations DIR")
+    files = files_of(folder, progress)
     findings = [finding for name, told in said.items() for finding in _differences(files, told, name)]
     size = sum(file.size for file in files.values())
     return Checked(directory=str(folder), files=len(files), bytes=size, documents=sealed, findings=tuple(findings))

@@ -18,8 +18,7 @@ OF_GIT = (".git", ".gitattributes", ".github", ".gitignore")
 def files_of(directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Stored]:
     """Return every file below a directory, by relative path, hashed. Raise UsageError where it is no directory, or
     holds a link, whose bytes are not its own."""
-    if not directory.is_dir():
-        raise UsageError(f"there is no directory {directory}", "name one that holds a published model")
+    require_directory(directory)
     with explained(directory):
         paths = paths_below(directory)
         if links := [path for path in paths if path.is_symlink()]:
@@ -32,6 +31,12 @@ def files_of(directory: Path, progress: Callable[[int, int], None] = lambda done
             done += size
             progress(done, sum(sizes.values()))
     return found
+
+
+def require_directory(directory: Path) -> None:
+    """Raise UsageError where it is none."""
+    if not directory.is_dir():
+        raise UsageError(f"there is no directory {directory}", "name one that holds a published model")
 
 
 def paths_below(directory: Path) -> list[Path]:

@@ -6,7 +6,8 @@
 
 Each call has a process group, a limit of seconds and of memory, and a cage with a canary: what opens a connection,
 other than to an `http:` address among its arguments, starts anything but Python, or writes or removes anything outside
-of `folder` is refused, written down, and a crash.
+of `folder` is refused, written down, and a crash. What it writes at a place that is an argument, or right below, is
+refused too, and no crash: it was asked to.
 Where the system lets it (unshare(1) of Linux), all but `folder` is read-only besides, for children too.
 """
 
@@ -181,6 +182,7 @@ def _watch(song: str, folder: Path, arguments: list[str]) -> None:
     named = [os.path.dirname(argument) for argument in arguments if argument.count("/") > 2 and argument[0] == "/"]
     allowed = (str(folder), "/dev/null", "/dev/shm/", "/proc/self/fd", *named)
     asked = set(filter(None, map(_place, arguments)))
+    places = {os.path.abspath(folder / argument) for argument in arguments if argument}
     removing = frozenset({"os.remove", "os.rmdir", "os.rename", "os.mkdir", "os.symlink", "os.link", "os.truncate"})
 
     def outside(path: object) -> bool:
@@ -188,6 +190,12 @@ def _watch(song: str, folder: Path, arguments: list[str]) -> None:
             return False
         whole = os.path.abspath(os.fsdecode(path))
         return not whole.startswith(allowed) and not any(argument.startswith(f"{whole}/") for argument in arguments)
+
+    def was_asked(path: object) -> bool:
+        if not isinstance(path, str | os.PathLike):
+            return False
+        whole = os.path.abspath(path)
+        return whole in places or os.path.dirname(whole) in places
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
         wrong = False
@@ -201,13 +209,18 @@ def _watch(song: str, folder: Path, arguments: list[str]) -> None:
         elif event == "subprocess.Popen":
             wrong = not _is_known(given[0])
         if wrong or event == "os.system":
-            with suppress(OSError):
-                descriptor = os.open(song, os.O_RDWR | os.O_APPEND)
-                os.write(descriptor, f"{event} {given[:2]}\n".encode(errors="replace"))
-                os.close(descriptor)
+            if not was_asked(given[0]):
+                _sing(song, f"{event} {given[:2]}\n")
             raise PermissionError(errno.EPERM, f"{event} is outside of the cage", str(given[0]))
 
     sys.addaudithook(hook)
+
+
+def _sing(song: str, line: str) -> None:
+    with suppress(OSError):
+        descriptor = os.open(song, os.O_RDWR | os.O_APPEND)
+        os.write(descriptor, line.encode(errors="replace"))
+        os.close(descriptor)
 
 
 def _place(argument: str) -> tuple[str | None, int | None] | None:
