@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bigpipe.bigmodel.adapters import Bound, Merge, is_packed, merge_opened, merging_memory
+from bigpipe.bigmodel.architecture import untied
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_adapter, open_checkpoint
 from bigpipe.bigmodel.writing import WORKERS, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
@@ -69,7 +70,8 @@ def _sizes(
     """Bytes to be written, the metrics that are known, and what comes of it. What is packed again keeps its size, but
     for a few bytes of the states that are stored beside it."""
     if is_packed(described):
-        return described.nbytes or 0, {}, replace(described, format="safetensors", tied={})
+        packed = replace(untied(described), format="safetensors", tied={})
+        return packed.nbytes or 0, {}, packed
     plans, output = _merge(params).of(described, bounds)
     size = planned_bytes(plans)
     return size, {"bytes": size}, output

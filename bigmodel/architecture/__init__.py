@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .snapshot import known_architecture, missing_snapshot
     from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32
     from .texts import position_limit, text_config
+    from .ties import untied, untied_checkpoint
     from .wrapping import COMPILED, require_module
 
 __getattr__, __all__ = face(__name__)

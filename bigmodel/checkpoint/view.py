@@ -78,7 +78,9 @@ class Checkpoint:
         if tensor.made is not None or self.inlet is None or self.format == "safetensors":
             return tensor
         if tensor.file not in self._places:
-            self._places[tensor.file] = arrived_contents(self.inlet, tensor.file).tensors
+            there = arrived_contents(self.inlet, tensor.file)
+            aliases = {alias: there.tensors[kept] for alias, kept in there.tied.items()}
+            self._places[tensor.file] = {**there.tensors, **aliases}
         return self._places[tensor.file][tensor.name]
 
     def identity(self, file: Path) -> list[object]:

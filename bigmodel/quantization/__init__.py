@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_module
+from bigpipe.bigmodel.architecture import Architecture, describe_module, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
@@ -151,7 +151,8 @@ def quantize_described(
 
     refuse_in_place(checkpoint, out)
     require_size(max_shard_size)
-    stored, left, checkpoint = checkpoint.nbytes, left_out(describe_opened(checkpoint)), decode(checkpoint)
+    stored, left = checkpoint.nbytes, left_out(describe_opened(checkpoint))
+    checkpoint = untied_checkpoint(decode(checkpoint))
     described = describe_opened(checkpoint)
     if isinstance(architecture, Mapping):
         described, architecture = replace(described, custom={**(described.custom or {}), **architecture}), None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, ask_names, describe_architecture
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, ask_names, describe_architecture, untied
 from bigpipe.bigmodel.checkpoint import ModelDescription, Tensors, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.formats import (
     PLAIN,
@@ -354,7 +354,7 @@ def understand(
     architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
     `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
-    left, described = left_out(described), decoded(described)
+    left, described = left_out(described), untied(decoded(described))
     if described.config is None and described.custom is None and architecture is None:
         raise UsageError(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from bigpipe.bigmodel.architecture import BUFFERS
+from bigpipe.bigmodel.architecture import BUFFERS, untied, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
     CHUNK,
@@ -41,6 +41,8 @@ from .plans import NAMES, PlannedTensor, ShardPlan, plan_shards
 from .shards import PIECES_IN_FLIGHT
 from .writer import Files, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
+IN_HEADERS = "torchao"
+"""The method whose `__metadata__` says which stored tensors are one weight, and how; no loader does without."""
 WORKERS = 4
 """Files written side by side at most, one per core: one sha256 is slower than a disk. Each takes about 20 MB."""
 MAX_OPEN = 16
@@ -79,10 +81,16 @@ class Conversion:
     def of(self, source: ModelDescription) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files that `source` becomes, whose tensors are known, and the checkpoint they make.
         Raise UsageError for what cannot be cast or written, InvalidCheckpoint for a config of other weights."""
-        format_of(source)
+        if format_of(source).method == IN_HEADERS:
+            raise UsageError(
+                "its weights are torchao's, and what they are made of stands in the headers of their own files alone",
+                "save them as they are, or shard the weights before they were quantized",
+            )
         if self.dtype is not None:
             source = decoded(source)
             castable(source, self.dtype)
+        if self.format == "safetensors":
+            source = untied(source)
         plans, config = self.plans(source.tensors or {}, source.tied), source.config
         if self.dtype is not None and config is not None:
             config = config_with_dtype(config, self.dtype)
@@ -118,11 +126,14 @@ def convert(
 ) -> SavedCheckpoint:
     """Write a checkpoint's weights anew into `out`, with its config, tokenizer and other files.
     A cast changes the config too; restated: it is written in any case, as the checkpoint has it and not its file.
-    Aliases of tied weights are dropped in safetensors and kept as shared storages in `.bin`. linked: the other files
+    Aliases are kept as shared storages in `.bin`; safetensors has none of those that the class ties, and the others as
+    tensors of their own. linked: the other files
     become links. `journal` as in `write_checkpoint`, `outlet` as in `Traffic`."""
     refuse_in_place(checkpoint, out)
     if conversion.dtype is not None:
         checkpoint = decode(checkpoint)
+    if conversion.format == "safetensors":
+        checkpoint = untied_checkpoint(checkpoint)
     plans, converted = conversion.of(describe_opened(checkpoint))
     config = converted.config if conversion.dtype or restated else None
     carried = carry_side_files(checkpoint, out, config=config, linked=linked)

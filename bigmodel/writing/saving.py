@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,8 @@ def _save_module(
         source = require_module(source)
     if (origin := getattr(source, "_bigpipe_source", None)) is not None:
         refuse_in_place(open_checkpoint(origin), out)
-    tensors, tied = _unique(source if isinstance(source, Mapping) else _state(source))
+    state, ties = (source, None) if isinstance(source, Mapping) else (_state(source), _ties(source))
+    tensors, tied = _unique(state, ties if conversion.format == "safetensors" else None)
     described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     saved = write_checkpoint(
         out,
@@ -85,21 +86,47 @@ def _state(model: torch.nn.Module) -> dict[str, Any]:
     return {name.replace(f"{COMPILED}.", ""): tensor for name, tensor in model.state_dict().items()}
 
 
-def _unique(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors that are stored, and alias → stored name."""
+def _ties(model: torch.nn.Module) -> frozenset[str] | None:
+    """The names that a class of transformers ties when it loads. None where no class tells: what shares its storage."""
+    found = vars(model).get("all_tied_weights_keys")
+    return frozenset((*found, *found.values())) if isinstance(found, Mapping) else None
+
+
+def _unique(
+    state: Mapping[str, Any], ties: Collection[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors that are stored, and alias → stored name. ties: the names that may be aliases; None: all."""
     import torch
 
     places: dict[str, tuple[Any, ...] | None] = {}
     for name, tensor in state.items():
         if isinstance(tensor, str):
             continue  # bitsandbytes keeps the name of a layout among its weights; the Hub's own writer skips it too
-        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
-            cure = "load the model completely, with nothing offloaded, before saving it"
+        if not isinstance(tensor, torch.Tensor) or not _holds_data(tensor):
+            cure = (
+                "load the model completely, with nothing offloaded or sharded, before saving it; unpack what a library"
+            )
+            cure += " keeps in tensors of its own"
             raise UsageError(f"{name!r} has no data here, or is not a dense tensor", cure)
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        seen = (tensor.is_conj(), tensor.is_neg())
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), seen)
         places[name] = place if tensor.numel() else None
     tied = find_aliases(places)
+    tied = {alias: kept for alias, kept in tied.items() if ties is None or (alias in ties and kept in ties)}
     return {name: state[name] for name in places if name not in tied}, tied
+
+
+def _holds_data(tensor: torch.Tensor) -> bool:
+    """Does a tensor hold its own numbers? One that only wraps others, as those of quantization libraries and
+    of sharded models do, has no memory of its own: what it stands for is known to its class alone."""
+    import torch
+
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    try:
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # newer ones of them have no pointer at all
+        return False
 
 
 def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview]:

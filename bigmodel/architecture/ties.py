@@ -1,0 +1,78 @@
+"""Names that share their bytes in a torch file, of which a safetensors file holds one: only those that the class ties.
+
+transformers gives the name that is left out the tensor of the other where the config's class ties them. Names that lie
+at one place and are not tied are two tensors with the same numbers, and without its own the second would be random.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.checkpoint import describe_opened
+
+from .snapshot import known_architecture
+
+if TYPE_CHECKING:
+    from bigpipe.bigmodel.checkpoint import Checkpoint, ModelDescription
+
+INPUTS = re.compile(r"(^|\.)(shared|embed\w*|wte|word_embeddings|tok_embeddings)\.weight$")
+"""Embeddings of tokens, which the parts of one model share whatever its head does."""
+
+
+def untied(described: ModelDescription) -> ModelDescription:
+    """Return a checkpoint in which each alias that its config's class does not tie is a tensor of its own."""
+    own = _own(described) if described.tensors is not None else {}
+    if not own:
+        return described
+    tensors = dict(described.tensors or {})
+    tensors |= {alias: tensors[kept] for alias, kept in own.items()}
+    return replace(described, tensors=tensors, tied=_without(described.tied, own))
+
+
+def untied_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """As `untied`, of a checkpoint that is open: such a tensor is read where the bytes of both are."""
+    own = _own(describe_opened(checkpoint))
+    if not own:
+        return checkpoint
+    tensors = {alias: replace(checkpoint.tensors[kept], name=alias) for alias, kept in own.items()}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **tensors}, tied=_without(checkpoint.tied, own))
+
+
+def _without(tied: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    return {alias: kept for alias, kept in tied.items() if alias not in own}
+
+
+def _own(described: ModelDescription) -> dict[str, str]:
+    """Alias → stored name, of those that are not tied. A class of the user's own is asked when it is loaded."""
+    config = described.config
+    if not described.tied or config is None or described.custom is not None:
+        return {}
+    known = None if "auto_map" in config else known_architecture(config)
+    pairs = {alias: kept for alias, kept in described.tied.items() if kept in (described.tensors or {})}
+    if known is None:
+        apart = _says_untied(config)
+        return {alias: kept for alias, kept in pairs.items() if apart and not _are_inputs(alias, kept)}
+    groups = [set(group) for group in known.tied]
+
+    def are_tied(*names: str) -> bool:
+        return any(all(group.intersection(known.spellings(name)) for name in names) for group in groups)
+
+    return {alias: kept for alias, kept in pairs.items() if not are_tied(alias, kept)}
+
+
+def _says_untied(config: Mapping[str, Any]) -> bool:
+    """Is the head one of its own? The config of a whole model comes before that of its text model."""
+    text = config.get("text_config")
+    told = [part["tie_word_embeddings"] for part in (config, text) if _tells(part)]
+    return bool(told) and told[0] is False
+
+
+def _tells(part: Any) -> bool:
+    return isinstance(part, Mapping) and "tie_word_embeddings" in part
+
+
+def _are_inputs(*names: str) -> bool:
+    return all(INPUTS.search(name) for name in names)
