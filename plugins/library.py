@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import BigpipeError, NotAuthorised, Transient, UsageError
 from bigpipe.machine import Machine
-from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Pinned, StageContext
+from bigpipe.orchestrator.stage import CheckContext, ForecastContext, Json, Lineage, Pinned, StageContext
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.hub import Need
@@ -27,19 +28,46 @@ def about(field: str) -> Iterator[None]:
 
 
 def sources_of(context: CheckContext | ForecastContext | StageContext) -> Sources:
-    """The context's trust, directories and Hub. Code that came with the model runs where its download is trusted."""
-    lineage = context.lineage if isinstance(context, StageContext) else ()
-    downloads = [node for node in lineage if node.kind == "download"]
-    trusted = [context.trust.allows_code(node.params.get("repo"), node.metrics.get("commit")) for node in downloads]
+    """The context's trust, directories and Hub. Code that came with a model runs where its download is trusted."""
     return Sources(
         trust=context.trust,
-        trust_remote_code=any(trusted),
+        trust_remote_code=isinstance(context, StageContext) and _trusts_code(context),
         base=context.base,
         memo=context.memo,
         offline=context.offline,
         environment=context.environment,
         known=context.known if isinstance(context, CheckContext) else {},
     )
+
+
+def made_by(context: StageContext, artifact: Path) -> str:
+    """Return the node that made an artifact, whose directory is named by its digest; "" where that is not known."""
+    name = artifact.name.removeprefix("sha256:")
+    known = (item.node for item in context.lineage if item.digest and item.digest.removeprefix("sha256:") == name)
+    return next(known, "")
+
+
+def _trusts_code(context: StageContext) -> bool:
+    """Is a download trusted, and each by which code came into one of the inputs? The code of one model may not run
+    because another one is trusted."""
+    if not context.trust.remote_code:
+        return False
+    downloads = [item for item in context.lineage if item.kind == "download" and not item.left]
+    trusted = {
+        item.node
+        for item in downloads
+        if context.trust.allows_code(item.params.get("repo"), item.metrics.get("commit"))
+    }
+    folders = [folder for folders in context.inputs.values() for folder in folders if any(folder.glob("*.py"))]
+    return bool(trusted) and all(trusted.issuperset(_brought(context, folder, downloads)) for folder in folders)
+
+
+def _brought(context: StageContext, folder: Path, downloads: Sequence[Lineage]) -> list[str]:
+    """The downloads by which a model came into a folder; all where that is not known."""
+    from bigpipe.bigmodel.publishing import led_to
+
+    line = led_to(made_by(context, folder), context.lineage) or downloads
+    return [item.node for item in line if item.kind == "download"]
 
 
 def tell_pace(context: StageContext, unit: str, task: str) -> Callable[[Pace], None]:

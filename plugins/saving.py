@@ -16,7 +16,7 @@ from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
-from .library import about, sources_of
+from .library import about, made_by, sources_of
 from .save import SaveMetrics, SaveParams
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def run(params: SaveParams, context: StageContext) -> StageResult:
         Provenance(
             recipe=context.recipe_name,
             node=context.node,
+            model=made_by(context, context.input("model")) if context.inputs.get("model") else "",
             text=context.recipe,
             steps=steps,
             params=context.recipe_params,
@@ -107,10 +108,8 @@ def _contents(context: StageContext) -> Contents:
     from bigpipe.bigmodel.publishing import Contents
 
     single = {port: context.input(port) for port in ("model", "results") if context.inputs.get(port)}
-    # An artifact's directory is named by its digest, which the lineage knows
-    nodes = {item.digest.removeprefix("sha256:"): item.node for item in context.lineage if item.digest}
     reports = enumerate(context.inputs.get("reports", ()))
-    named = {nodes.get(path.name.removeprefix("sha256:"), str(number)): path for number, path in reports}
+    named = {made_by(context, path) or str(number): path for number, path in reports}
     return Contents(model=single.get("model"), results=single.get("results"), reports=named)
 
 

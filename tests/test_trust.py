@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from support.contexts import Lineage, inputs, stage_context
 
 from bigpipe.errors import UsageError
+from bigpipe.plugins.library import sources_of
 from bigpipe.trust import Trust
 
 
@@ -31,3 +35,30 @@ def test_code_of_a_repository_is_allowed_at_its_commit_alone() -> None:
 def test_names_of_modules_are_a_trust() -> None:
     assert Trust.of("mingpt") == Trust.of(["mingpt"]) == Trust(("mingpt",))
     assert Trust.of(Trust(("mingpt",))) == Trust(("mingpt",))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "code", "runs"),
+    [
+        (["one"], ["one"], True),
+        (["one"], ["two"], False),
+        (["one"], ["one", "two"], False),
+        (["one", "two"], ["one", "two"], True),
+        (["one"], [], True),
+        ([], ["one"], False),
+    ],
+)
+def test_the_code_of_one_model_does_not_run_because_another_is_trusted(
+    tmp_path: Path, trusted: list[str], code: list[str], runs: bool
+) -> None:
+    steps, wired = [], {}
+    for name in ("one", "two"):
+        folder = tmp_path / "artifacts" / (name * 16)
+        folder.mkdir(parents=True)
+        if name in code:
+            (folder / "modeling.py").write_text("")
+        steps.append(Lineage(name, "download", "k", f"sha256:{folder.name}", {"repo": f"org/{name}"}, {"commit": "c"}))
+        wired["model" if name == "one" else "baseline"] = folder
+    trust = Trust(remote_code=tuple(f"org/{name}@c" for name in trusted))
+    context = stage_context(tmp_path, inputs=inputs(**wired), lineage=tuple(steps), trust=trust)
+    assert sources_of(context).trust_remote_code == runs

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .addresses import open_destination
     from .card import Card, read_card
     from .destinations import RECEIPT, Destination, Directory, Receipt, Stored, is_present
-    from .provenance import PROVENANCE, Provenance, Published, Step, read_provenance
+    from .provenance import PROVENANCE, Provenance, Published, Step, led_to, read_provenance
     from .publication import Contents, check_destination, publish
 
 __getattr__, __all__ = face(__name__)

@@ -28,6 +28,9 @@ UNTOLD = frozenset({"files", "fetched_bytes"})
 TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
 """Names of pipeline tasks on the Hub; a `module:function` is none."""
 
+LICENCE = ("license", "license_name", "license_link")
+"""Metadata of a card. Where the first is `other`, the Hub asks for the rest."""
+
 TEMPLATE = """\
 ---
 {{ metadata }}---
@@ -89,7 +92,7 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(TEMPLATE)  # noqa: S701
     longest = max((len(run) for run in re.findall("`+", provenance.text)), default=0)
     base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
-    download, metadata = provenance.last("download"), {**_metadata(model, provenance, base, scheme), **extra}
+    download, metadata = provenance.last("download"), {**_metadata(model, provenance, base, scheme, extra), **extra}
     known = {key: value for key, value in metadata.items() if value is not None}
     text = template.render(
         metadata=yaml.safe_dump(known, sort_keys=False, allow_unicode=True),
@@ -138,13 +141,14 @@ def _cell(value: Any) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any) -> dict[str, Any]:
+def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     """In the Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata; None: not known."""
-    task = provenance.param("distributed-infer", "task")
+    measured = provenance.measured("distributed-infer")
+    task = measured and measured.params.get("task")
     return {
         "base_model": base,
         "base_model_relation": "quantized" if base and scheme else None,
-        "license": _license(model / "README.md"),
+        **_license(model / "README.md", extra),
         "library_name": "transformers" if _by_transformers(model) else None,
         "pipeline_tag": task if TASKS.fullmatch(str(task)) else None,
         "tags": ["bigpipe", *([f"{packing_of(scheme).bits}-bit", named(scheme).method] if scheme else [])],
@@ -176,8 +180,10 @@ def _readable(name: str, value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _license(readme: Path) -> Any:
-    return front_matter(_text(readme)).get("license")
+def _license(readme: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's own card says of its licence; nothing of it where `extra` names another."""
+    told = {} if "license" in extra else front_matter(_text(readme))
+    return {name: told.get(name) for name in LICENCE}
 
 
 def _text(readme: Path) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from bigpipe.bigmodel.checkpoint import invalid, read_json
 from bigpipe.redaction import redact_json
@@ -20,6 +20,36 @@ LARGEST = 100_000_000
 """Bytes of one that is read."""
 
 
+class Linked(Protocol):
+    """A step of a recipe, and what it takes."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def left(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, Sequence[str]]: ...
+
+
+S = TypeVar("S", bound=Linked)
+
+
+def led_to(node: str, steps: Sequence[S]) -> list[S]:
+    """Return the steps by which a checkpoint came to what `node` made, with that one, in their order: along the ports
+    `model`, and along all of a step without such a port. Adapters, baselines and what was only measured are not among
+    them, nor variants that were left. Empty where there is no such step."""
+    known = {step.node: step for step in steps if not step.left}
+    found: set[str] = set()
+    coming = [node]
+    while coming:
+        step = known.get(coming.pop())
+        if step is not None and step.node not in found:
+            found.add(step.node)
+            ports = {"model": step.inputs["model"]} if "model" in step.inputs else step.inputs
+            coming += [name for names in ports.values() for name in names]
+    return [step for step in steps if step.node in found]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     node: str
@@ -31,6 +61,8 @@ class Step:
     metrics: Mapping[str, Any]
     left: str = ""
     """The gates that do not hold, of a step whose variant was left for another: it led to nothing."""
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Port → steps; where it takes the `first` variant that passes, all of these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +71,8 @@ class Provenance:
     """Its name."""
     node: str = ""
     """The step of it that publishes."""
+    model: str = ""
+    """The step that made the model which is published; not known where it is empty."""
     text: str = ""
     """The recipe itself."""
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -58,10 +92,16 @@ class Provenance:
         return {**self.params, **seeds}
 
     def last(self, kind: str) -> Step | None:
-        return next((step for step in reversed(self.steps) if step.kind == kind and not step.left), None)
+        """Return the last step of this kind, of those that led to the model where these are known."""
+        steps = led_to(self.model, self.steps) or self.steps
+        return _last(steps, kind)
+
+    def measured(self, kind: str) -> Step | None:
+        """Return the last step of this kind, whatever it was about."""
+        return _last(self.steps, kind)
 
     def param(self, kind: str, name: str) -> Any:
-        """Return what the last step of this kind was given; None where there is none."""
+        """Return what that `last` step was given; None where there is none."""
         step = self.last(kind)
         return step.params.get(name) if step else None
 
@@ -70,6 +110,10 @@ class Provenance:
         listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
         told = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), "files": listed}
         return json.dumps(redact_json(told), indent=2) + "\n"
+
+
+def _last(steps: Sequence[Step], kind: str) -> Step | None:
+    return next((step for step in reversed(steps) if step.kind == kind and not step.left), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -42,6 +42,8 @@ class Lineage:
     metrics: Mapping[str, Json]
     left: str = ""
     """The gates that do not hold, of one whose variant was left for another."""
+    inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Port → nodes; where it takes the `first` variant that passes, all of these."""
 
 
 def _not_bool(value: Json) -> Json:

@@ -325,6 +325,7 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
             params=state.node.params.model_dump(mode="json", by_alias=True),
             metrics=state.record.metrics if state.record else {},
             left=left,
+            inputs=state.node.inputs,
         )
         for state, left in known
         if left is not None
