@@ -25,7 +25,7 @@ class SaveParams(Params):
     private: bool = True
     """Of a Hub repository that is made by this."""
     revision: str = "main"
-    """The branch of a Hub repository."""
+    """A branch of a Hub repository, which is made, or a pull request that is open (`refs/pr/1`)."""
     overwrite: bool = False
     """Replace whatever is there. Not needed for what the same recipe wrote and nobody has changed since."""
     card: dict[str, Any] = Field(default_factory=dict)

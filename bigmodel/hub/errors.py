@@ -8,6 +8,7 @@ a missing login by the same name. Here each becomes one of ours:
     401/403 of a gated model     GatedRepository
     403                          NotAuthorised
     404 (model, revision, file)  UsageError, with what is there instead
+    412                          StageFailed: a commit of somebody else's came first
     408, 429, 5xx, cut, garbled  Transient
     disk full                    DoesNotFit
 """
@@ -121,6 +122,9 @@ def _of_response(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return _of_access(names, status, "authorization" in response.request.headers, message, asked)
     if status == 407:
         return _no_passage(asked)
+    if status == 412:
+        cause = f"somebody has committed to {asked.what} meanwhile (412), and that would be lost"
+        return StageFailed(cause, "look at what they wrote, and run again")
     if status == 429:
         after = asked_pause(response.headers)
         wait = f"wait {format_duration(after, whole=True)}" if after else "wait a few minutes"

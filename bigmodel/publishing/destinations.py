@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from bigpipe.errors import BigpipeError, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import (
@@ -106,6 +106,10 @@ class Destination(Protocol):
         """Return everything by which others may mean it too: its absolute path, or addresses."""
         return [self.url]
 
+    def pinned(self) -> Self:
+        """Return it as it is now: what others put there afterwards is not replaced, where that can be told."""
+        return self
+
     def check(self) -> None:
         """Raise now what would keep `finish` from working: no rights, no token, a file in the way."""
         self.listing()
@@ -159,7 +163,12 @@ class Directory(Destination):
     def listing(self) -> Mapping[str, Stored] | None:
         if not self.path.is_dir():
             return None
-        files = {path: path.stat() for path in sorted(self.path.rglob("*")) if path.is_file()}
+        # What is no file would go as well when the directory is replaced: a link to a folder, or to nothing
+        files = {
+            path: path.stat() if path.exists() else path.lstat()
+            for path in sorted(self.path.rglob("*"))
+            if path.is_symlink() or not path.is_dir()
+        }
         return {
             path.relative_to(self.path).as_posix(): Stored("", stat.st_size, str(stat.st_mtime_ns))
             for path, stat in files.items()

@@ -147,6 +147,7 @@ def publish(
         files = contents.files()
         _refuse_own(contents, files.values(), target)
         if not overwrite:
+            target = target.pinned()
             require_replaceable(target, provenance.maker)
         if contents.model is not None:
             from .card import card_of

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from bigpipe.bigmodel.hub import (
     COMMIT,
@@ -25,13 +25,15 @@ from bigpipe.bigmodel.hub import (
     uploading,
     whoami,
 )
-from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, Transient, UsageError
+from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import CHUNK, link, make_directory, make_folders
 
 from .destinations import Destination, Receipt, Report, Stored
 
 MOST_REGULAR = 64 * 2**20
 """Bytes. The Hub takes 10 MB outside LFS."""
+REQUESTS = "refs/pr/"
+"""How the revisions of pull requests begin. They are no branches, and take commits."""
 GIT_ATTRIBUTES = ".gitattributes"
 """The Hub writes it itself."""
 
@@ -44,6 +46,8 @@ class HubRepository(Destination):
     revision: str = "main"
     private: bool = True
     """Of a repository that is made; one that exists stays as it is."""
+    head: str | None = None
+    """The commit that is replaced, and no later one; None: whatever there is."""
     keeps_versions: ClassVar[bool] = True
 
     @property
@@ -62,6 +66,11 @@ class HubRepository(Destination):
             commit = None
         return addresses(self.repo, self.revision, commit)
 
+    def pinned(self) -> Self:
+        with suppress(UsageError):  # there is none yet
+            return replace(self, head=describe(self.repo, self.revision, hub=self.hub).commit)
+        return self
+
     def check(self) -> None:
         if self.repo.count("/") != 1 or not all(self.repo.split("/")):
             raise UsageError(f"hf://{self.repo} does not name a repository", "write it as hf://owner/name")
@@ -74,19 +83,42 @@ class HubRepository(Destination):
         if owner not in spaces:
             cause = f"the token's user {spaces[0]} may not write to {owner}"
             raise NotAuthorised(cause, f"use {spaces[0]}/…, or {LOGIN}")
+        if self.revision != "main":
+            self._require_branch()
         if self.listing() is not None:
             check_access(self.repo, hub=self.hub, write=True)
 
+    def _require_branch(self) -> None:
+        """Raise UsageError for a tag, and for a pull request that is not there: a branch alone is made."""
+        from huggingface_hub import HfApi
+
+        guard_answers(self.hub.endpoint)
+        try:
+            with hub_errors(self.hub.endpoint, self.repo, self.revision), exchanging(uploading(self.repo)):
+                found = HfApi(endpoint=self.hub.endpoint, token=self.hub.token).list_repo_refs(
+                    self.repo, include_pull_requests=True
+                )
+        except UsageError:  # no such repository yet
+            found = None
+        branches, tags = ({ref.name for ref in refs} for refs in ((found.branches, found.tags) if found else ((), ())))
+        requests = {ref.ref for ref in (found and found.pull_requests) or ()}
+        if self.revision in tags - branches:
+            cause = f"revision {self.revision} is a tag of {self.repo}, and nothing can be added to it"
+            raise UsageError(cause, f"name a branch, such as {first_few(sorted(branches), 3)}", field="revision")
+        if self.revision.startswith(REQUESTS) and self.revision not in requests:
+            cause = f"{self.repo} has no pull request {self.revision}"
+            raise UsageError(cause, "open it on the Hub first, or name a branch", field="revision")
+
     def listing(self) -> Mapping[str, Stored] | None:
         try:
-            described = describe(self.repo, self.revision, hub=self.hub)
+            described = describe(self.repo, self.head or self.revision, hub=self.hub)
         except UsageError:
             return None
         files = [file for file in described.files if file.path != GIT_ATTRIBUTES]
         return {file.path: Stored("", file.size, file.etag) for file in files} or None
 
     def read(self, name: str) -> bytes:
-        return read_range(self.repo, self.revision, name, 0, 10_000_000, hub=self.hub)
+        return read_range(self.repo, self.head or self.revision, name, 0, 10_000_000, hub=self.hub)
 
     def digest(self, name: str) -> str:
         """Not by reading: a changed file has another mark, and the mark of an LFS file is its sha256."""
@@ -134,7 +166,7 @@ class HubRepository(Destination):
         api: Any = HfApi(endpoint=self.hub.endpoint, token=self.hub.token, library_name="bigpipe")
         with hub_errors(self.hub.endpoint, self.repo, self.revision), exchanging(uploading(self.repo)):
             api.create_repo(self.repo, private=self.private, exist_ok=True)
-            if self.revision != "main":
+            if self.revision != "main" and not self.revision.startswith(REQUESTS):
                 api.create_branch(self.repo, branch=self.revision, exist_ok=True)
             added = [CommitOperationAdd(name, staging / name) for name in sorted(stored)]
             stale = [
@@ -143,8 +175,9 @@ class HubRepository(Destination):
             api.preupload_lfs_files(self.repo, added, revision=self.revision, free_memory=False)
             self._check_modes(added, stored)
             sent = api.create_commit(
-                self.repo, [*stale, *added], revision=self.revision, commit_message="Save with bigpipe"
-            )
+                self.repo, [*stale, *added], revision=self.revision, commit_message="Save with bigpipe",
+                parent_commit=self.head,
+            )  # fmt: skip
         if not isinstance(sent.oid, str) or not COMMIT.fullmatch(sent.oid):
             raise Transient(f"{self.url} took the files, and names no commit: {str(sent.oid)[:80]!r}", NOT_A_HUB)
         return str(sent.oid)

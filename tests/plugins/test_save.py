@@ -24,7 +24,16 @@ from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.publishing import Contents, Directory, Provenance, Step, open_destination, publish
+from bigpipe.bigmodel.publishing import (
+    Contents,
+    Directory,
+    Provenance,
+    Step,
+    led_to,
+    open_destination,
+    publish,
+    read_provenance,
+)
 from bigpipe.bigmodel.publishing.card import card_of, front_matter
 from bigpipe.bigmodel.publishing.destinations import FileSystem
 from bigpipe.bigmodel.publishing.publication import inspect
@@ -159,6 +168,59 @@ def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Pat
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
+def card_with(root: Path, provenance: Provenance, **extra: Any) -> dict[str, Any]:
+    return front_matter(card_of(root, provenance, "name", extra))
+
+
+def test_the_card_keeps_the_name_and_place_of_a_licence_of_its_own(tmp_path: Path) -> None:
+    licence = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(licence)}---\n")
+    kept = card_with(tmp_path, Provenance())
+    assert {name: value for name, value in kept.items() if name in licence} == licence
+    other = card_with(tmp_path, Provenance(), license="mit")
+    assert {name: value for name, value in other.items() if name in licence} == {"license": "mit"}
+
+
+def test_the_card_is_about_the_model_that_is_saved(workshop: Workshop) -> None:
+    """Not about a baseline, an adapter, or another precision that was only measured beside it."""
+    model = "{model_type: gpt2, n_layer: 1, n_head: 2, n_embd: 8, vocab_size: 16, n_positions: 8}"
+    text = f"""
+version: 1
+name: compared
+stages:
+  mine: {{uses: download, with: {{synthetic: {{config: {model}, seed: 1}}}}}}
+  other: {{uses: download, with: {{synthetic: {{config: {model}, seed: 2}}}}}}
+  told: {{uses: estimate, inputs: {{model: other}}}}
+  save: {{uses: save, inputs: {{model: mine, reports: told}}, with: {{to: dist}}}}
+"""
+    assert set(statuses(workshop.run(text)).values()) == {"succeeded"}
+    published = read_provenance(workshop.folder / "dist")
+    assert published is not None
+    download = published.provenance.last("download")
+    assert download is not None
+    assert (download.node, [step.node for step in published.provenance.steps]) == ("mine", ["mine", "other", "told"])
+
+
+def test_what_led_to_a_model_goes_along_the_port_of_models() -> None:
+    def step(node: str, kind: str, **inputs: Any) -> Step:
+        ports = {port: names for port, names in inputs.items() if port != "left"}
+        return Step(node, kind, "key", None, {"repo": f"org/{node}"}, {}, inputs.get("left", ""), ports)
+
+    steps = (
+        step("base", "download"),
+        step("adapter", "download"),
+        step("merged", "merge", model=["base"], adapter=["adapter"]),
+        step("first", "quantize", model=["merged"], left="too bad"),
+        step("second", "quantize", model=["merged"]),
+        step("chosen", "command", thing=["first", "second"]),
+        step("baseline", "download"),
+        step("measured", "evaluate", model=["chosen"], baseline=["baseline"]),
+    )
+    assert [each.node for each in led_to("chosen", steps)] == ["base", "merged", "second", "chosen"]
+    assert Provenance(steps=steps, model="chosen").param("download", "repo") == "org/base"
+    assert Provenance(steps=steps).param("download", "repo") == "org/baseline"  # where nobody knows, the last
+
+
 PARAMETERS = """\
 version: 1
 name: told
@@ -259,6 +321,17 @@ def test_what_others_wrote_or_changed_is_not_replaced_unless_asked(tmp_path: Pat
     card.write_text(card.read_text().replace("Made", "made"))
     with pytest.raises(UsageError, match=r"changed since it was saved: README\.md"):
         check(tmp_path, params("dist"))
+
+
+def test_a_link_that_somebody_put_there_is_a_change(tmp_path: Path) -> None:
+    save(tmp_path, params("dist"))
+    for name, target in (("logs", tmp_path), ("gone", tmp_path / "nothing")):
+        link = tmp_path / "base" / "dist" / name
+        link.symlink_to(target)
+        with pytest.raises(UsageError, match=f"was changed since it was saved: {name}"):
+            check(tmp_path, params("dist"))
+        link.unlink()
+    check(tmp_path, params("dist"))
 
 
 def test_another_recipes_output_is_not_replaced(tmp_path: Path) -> None:
@@ -723,3 +796,48 @@ def test_a_forecast_knows_where_and_how_much(tmp_path: Path) -> None:
     found = STAGE.forecast(params("dist"), forecast_context(tmp_path, inputs={"model": (Forecast(output=described),)}))
     assert (found.write_bytes, found.metrics["url"]) == (2_000_000, str(tmp_path / "base" / "dist"))
     assert STAGE.forecast(params("hf://ada/x"), forecast_context(tmp_path)).summary == "to hf://ada/x"
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_commit_that_comes_while_files_are_sent_is_not_lost(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    given = params("hf://ada/model", overwrite=overwrite)
+    save(tmp_path, given, environment)
+    send, met = huggingface_hub.HfApi.preupload_lfs_files, []
+
+    def sent(*arguments: Any, **options: Any) -> None:
+        send(*arguments, **options)
+        met.append(server.commit("ada/model", {"NOTES.md": b"mine"}))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "preupload_lfs_files", sent)
+    changed = inputs(model=artifact(tmp_path / "store", {**MODEL, "model.safetensors": os.urandom(50_000)}))
+    if overwrite:
+        save(tmp_path, given, environment, inputs=changed)
+        return
+    with pytest.raises(StageFailed, match="somebody has committed to ada/model at main meanwhile"):
+        save(tmp_path, given, environment, inputs=changed)
+    assert server.repositories["ada/model"].branches["main"] == met[-1]
+    with pytest.raises(UsageError, match=r"was changed since it was saved: NOTES\.md"):
+        check(tmp_path, given, environment)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pull_request_takes_a_model_and_a_tag_does_not(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    head = server.create("ada/model", {"README.md": b"of the first\n"}, members={"ada"})
+    repository = server.repositories["ada/model"]
+    repository.tags["v1"] = head
+    repository.branches["refs/pr/1"] = head
+    for revision, said in (("v1", "v1 is a tag of ada/model"), ("refs/pr/2", "has no pull request refs/pr/2")):
+        with pytest.raises(UsageError, match=said) as caught:
+            check(tmp_path, params("hf://ada/model", revision=revision, overwrite=True), environment)
+        assert caught.value.field == "revision"
+    given = params("hf://ada/model", revision="refs/pr/1", overwrite=True)
+    check(tmp_path, given, environment)
+    found = metrics(save(tmp_path, given, environment))
+    assert repository.branches == {"main": head, "refs/pr/1": found.commit}
+    assert present(tmp_path, given, environment)
+    check(tmp_path, params("hf://ada/model", revision="new", overwrite=True), environment)

@@ -298,14 +298,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refs(self, repo: str) -> Answer:
         found = self._repository(repo)
-        kinds = {"branches": ("heads", found.branches), "tags": ("tags", found.tags)}
+        heads = {name: commit for name, commit in found.branches.items() if not name.startswith("refs/")}
+        kinds = {"branches": ("heads", heads), "tags": ("tags", found.tags)}
         refs = {
             kind: [
                 {"name": name, "ref": f"refs/{part}/{name}", "targetCommit": commit} for name, commit in values.items()
             ]
             for kind, (part, values) in kinds.items()
         }
-        return as_json({**refs, "converts": []})
+        requests = [
+            {"name": name.removeprefix("refs/"), "ref": name, "targetCommit": commit}
+            for name, commit in found.branches.items()
+            if name.startswith("refs/pr/")
+        ]
+        asked = {"pullRequests": requests} if "include_prs" in self.query else {}
+        return as_json({**refs, **asked, "converts": []})
 
     def _tree(self, repo: str, revision: str, folder: str = "") -> Answer:
         found, commit = self._at(repo, revision)
@@ -383,6 +390,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _branch(self, repo: str, branch: str) -> Answer:
         found = self._writable(repo)
+        if branch.startswith("refs/"):
+            raise Refusal(400, "", f"{branch!r} is no name of a branch")
         if branch in found.branches:
             raise Refusal(409, "", "Reference already exists")
         found.branches[branch] = found.branches["main"]
@@ -432,6 +441,11 @@ class _Handler(BaseHTTPRequestHandler):
         for line in self.body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
+            if (
+                operation["key"] == "header"
+                and value.get("parentCommit", found.branches[revision]) != (found.branches[revision])
+            ):
+                raise Refusal(412, "", "A commit has happened since. Please refresh and try again.")
             if operation["key"] == "file":
                 files[value["path"]] = blob(value["path"], base64.b64decode(value["content"]), lfs=False)
             elif operation["key"] == "lfsFile":
