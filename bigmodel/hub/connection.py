@@ -9,6 +9,7 @@ Tokens are sent to the Hub that they are for, and nowhere else.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -63,6 +64,11 @@ def guard_answers(endpoint: str) -> None:
 
         _http.set_client_factory(guarded)
         _guarded.append(guarded)
+
+
+def clean_token(token: str | None) -> str | None:
+    """Return a token as the client reads one: a secret that comes from a file ends in a newline, and no header may."""
+    return re.sub(r"[\r\n]", "", token or "").strip() or None
 
 
 def _origin(address: str) -> tuple[str, str, int]:

@@ -21,10 +21,11 @@ from urllib.parse import quote
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.environment import absolute_places
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.redaction import conceal_environment
 
-from .connection import MAX_ANSWER, asking, guard_answers, request
+from .connection import MAX_ANSWER, asking, clean_token, guard_answers, request
 from .errors import LOGIN, hub_errors
 from .exchange import exchanging
 from .responses import COMMIT, DIGEST, NO_RANGE, NOT_A_HUB, shown
@@ -74,14 +75,16 @@ class Hub:
         return cls(
             endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
             cache=Path(os.path.expanduser(os.path.expandvars(cache))),
-            token=env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or None,
+            token=clean_token(env.get("HF_TOKEN")) or clean_token(env.get("HUGGING_FACE_HUB_TOKEN")),
             offline=offline or not {"1", "ON", "YES", "TRUE"}.isdisjoint(asked),
         )
 
     @classmethod
     def of(cls, sources: Sources) -> Hub:
-        found = cls.from_environment(sources.environment, offline=sources.offline)
-        return replace(found, memo=sources.memo, known=sources.known)
+        environment = absolute_places(sources.environment or {}, sources.base or Path.cwd())
+        return replace(
+            cls.from_environment(environment, offline=sources.offline), memo=sources.memo, known=sources.known
+        )
 
     def folder(self, repo: str) -> Path:
         """Return the cache's directory of one model repository; it need not exist."""
@@ -372,12 +375,7 @@ def _request(
 ) -> tuple[int, bytes]:
     """Status and content of one GET."""
     response = request(
-        f"{hub.endpoint}{path}",
-        token=hub.token,
-        timeout=hub.timeout,
-        query=query,
-        headers=headers or {},
-        limit=limit,
+        f"{hub.endpoint}{path}", token=hub.token, timeout=hub.timeout, query=query, headers=headers or {}, limit=limit
     )
     content: bytes = response.content
     if hub.meter is not None:

@@ -132,7 +132,9 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
     below = {Name(name).name if Name(name).parent == folder else name for name in names}
     missing = sorted(set(weight_map.values()) - below)
     if missing:
-        cure = "the upload may be unfinished: choose another revision, or widen include"
+        cure = (
+            "the upload may be unfinished: choose another revision, widen include, or, offline, run once with a network"
+        )
         raise InvalidCheckpoint(f"{index_name} names {first_few(missing)}, which is not there", cure)
 
 

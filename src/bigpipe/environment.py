@@ -21,6 +21,12 @@ PREFIXES = (
     "TRITON_", "ROCM_", "HIP_", "ROCR_",
 )  # fmt: skip
 
+PLACES = frozenset({
+    "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE",
+    "HF_DATASETS_CACHE", "HF_TOKEN_PATH", "TRANSFORMERS_CACHE", "TORCH_HOME", "XDG_CACHE_HOME", "TMPDIR", "TEMP", "TMP",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR",
+})  # fmt: skip
+"""Files and folders."""
 KEPT_OUT = frozenset({"CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"})
 """In spite of their prefix: they load other code, or let a file of weights do so."""
 
@@ -28,9 +34,20 @@ KEPT_OUT = frozenset({"CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "TORCH_F
 def inherited(parent: Mapping[str, str], *, passwords: bool = False) -> dict[str, str]:
     """Return the variables that a child may see. passwords: also those in addresses, such as a proxy's."""
     allowed = {name: value for name, value in parent.items() if _allowed(name)}
+    allowed |= absolute_places(allowed, Path.cwd())
     if passwords:
         return allowed
     return {name: without_passwords(value) if has_password(value) else value for name, value in allowed.items()}
+
+
+def absolute_places(environment: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """Return the variables with those that name a file or folder made absolute from `directory`, where they are
+    relative: who reads them may run in another one."""
+    relative = [name for name in PLACES.intersection(environment) if not environment[name].startswith(("/", "~", "$"))]
+    return {
+        **environment,
+        **{name: os.path.abspath(directory / environment[name]) for name in relative if environment[name]},
+    }
 
 
 def _allowed(name: str) -> bool:

@@ -21,6 +21,8 @@ from bigpipe.bigmodel.hub.repository import (
     read_range,
     resolve_commit,
 )
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.environment import inherited
 from bigpipe.errors import GatedRepository, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError
 
 WEIGHTS = bytes(range(256)) * 64
@@ -241,3 +243,20 @@ def test_the_environment_is_read_as_huggingface_hub_reads_it(tmp_path: Path) -> 
         assert str(Hub.from_environment({**dict.fromkeys(names, ""), **case}).cache) == theirs.stdout.strip()
     assert Hub.from_environment({"HF_HUB_OFFLINE": "1"}).offline
     assert "secret" not in repr(Hub.from_environment({"HF_TOKEN": "secret"}))
+
+
+def test_a_token_from_a_file_may_end_in_a_newline(tmp_path: Path) -> None:
+    assert Hub.from_environment({"HF_TOKEN": " hf_secret\r\n"}).token == "hf_secret"
+    assert Hub.from_environment({"HF_TOKEN": "\n", "HUGGING_FACE_HUB_TOKEN": ""}).token is None
+
+
+def test_a_cache_that_a_node_names_begins_at_the_recipe(tmp_path: Path) -> None:
+    """Its worker runs there, too."""
+    found = Hub.of(Sources(base=tmp_path, environment={"HF_HUB_CACHE": "cache"}))
+    assert found.cache == tmp_path / "cache"
+
+
+def test_a_cache_is_where_it_is_wherever_a_worker_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"HF_HOME": "hf", "HF_HUB_CACHE": "~/hub", "SSL_CERT_FILE": "/etc/ca.pem", "TORCH_HOME": "", "HF_X": "hf"}
+    assert inherited(given) == {**given, "HF_HOME": str(tmp_path / "hf")}
