@@ -176,6 +176,8 @@ def no_weights(where: object, names: Collection[str]) -> NoWeights:
 def _told(names: list[str]) -> Iterator[tuple[str, str]]:
     root = [name for name in names if "/" not in name]
     suffixes = (".safetensors", *BIN_SUFFIXES)
+    if away := [name for name in root if name.removesuffix(".dvc").endswith(suffixes) and name.endswith(".dvc")]:
+        yield f"its weights are tracked by DVC ({first_few(away)}), and not here", "run `dvc pull`"
     if adapters := [name for name in root if ADAPTER.match(name) and name.endswith(suffixes)]:
         cause = f"holds an adapter ({first_few(adapters)}), which is not a model by itself"
         yield cause, "merge it into the model that it was trained for (the stage kind `merge`), and give that"

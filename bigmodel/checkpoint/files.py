@@ -148,8 +148,10 @@ def _parse(text: bytes, file: Path | str, unique: bool = False) -> Any:
 
 
 def refuse_pointer(beginning: bytes, file: Path | str) -> None:
-    """Raise InvalidCheckpoint where a file is what git-lfs leaves in place of one that it did not fetch.
-    Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md"""
+    """Raise InvalidCheckpoint where a file is what git-lfs or git-annex leaves in place of one that was not fetched.
+    Formats: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md, https://git-annex.branchable.com/internals/pointer_file/"""
+    if re.match(rb"(\.\./)*(\.git)?/?annex/objects/\S+\s*$", beginning):
+        raise invalid(file, "is a pointer of git-annex, and what it points to is not here", "run `git annex get .`")
     if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
         cause = "is a pointer of git-lfs: the repository was cloned without its large files"
         raise invalid(file, cause, "run `git lfs pull` in the repository, or download the model")

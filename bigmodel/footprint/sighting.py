@@ -136,7 +136,7 @@ def _parse(model: str, revision: str, endpoint: str) -> tuple[str, str, str | No
         if not any(model.startswith(f"{place}/") for place in (endpoint, *OFFICIAL)):
             cause = f"{model} is no address of the Hub at {endpoint}"
             raise UsageError(cause, "give owner/name; a mirror's own address goes into HF_ENDPOINT")
-        parts = unquote(urlsplit(model).path).strip("/").split("/")
+        parts = [unquote(part) for part in urlsplit(model).path.strip("/").split("/")]  # refs%2Fpr%2F1 is one of them
         if parts[0] in ("datasets", "spaces") or (len(parts) > 2 and parts[2] not in ("tree", "blob", "resolve")):
             raise UsageError(f"{model} is the address of no model", "give owner/name, or the address of its files")
         if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):

@@ -124,6 +124,7 @@ def test_where_nobody_can_choose_it_is_refused(names: list[str], said: str) -> N
         (["tf_model.h5", "flax_model.msgpack"], "of a kind that is not read here"),
         (["README.md", "text_model/model.safetensors"], "no weights were found"),
         (["README.md"], "no weights were found"),
+        (["config.json", "model.safetensors.dvc"], r"tracked by DVC \(model.safetensors.dvc\)"),
     ],
 )
 def test_what_is_no_model_is_called_what_it_is(tmp_path: Path, names: list[str], said: str) -> None:

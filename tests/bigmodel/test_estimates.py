@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from support.hub import LoopbackHub
@@ -298,7 +299,8 @@ class TestRepository:
     def ask(self, server: LoopbackHub, tmp_path: Path, model: str, **options: Any) -> Estimate:
         return estimate(model, environment=server.environment(tmp_path / "home"), **options)
 
-    def test_an_address_does_as_well(self, server: LoopbackHub, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("branch", ["main", "refs/pr/1"])
+    def test_an_address_does_as_well(self, server: LoopbackHub, tmp_path: Path, branch: str) -> None:
         create(
             server,
             tmp_path,
@@ -306,7 +308,9 @@ class TestRepository:
             "float16",
             10**7,
         )
-        made = self.ask(server, tmp_path, f"{server.url}/org/model/tree/main", dtypes=["float16"])
+        server.repositories["org/model"].branches[branch] = server.repositories["org/model"].branches["main"]
+        address = f"{server.url}/org/model/tree/{quote(branch, safe='')}"  # as the Hub's own pages are called
+        made = self.ask(server, tmp_path, address, dtypes=["float16"])
         assert made.model == "org/model"
         assert made.revision == server.repositories["org/model"].branches["main"]
 

@@ -76,6 +76,19 @@ def test_what_was_not_fetched_is_said_with_its_command(
     assert cure in caught.value.cure
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("link", ["/annex/objects/{}\n", "../.git/annex/objects/aa/bb/{}/{}"])
+def test_a_pointer_of_git_annex_is_named(tmp_path: Path, name: str, link: str) -> None:
+    """In a checkout whose files are unlocked, or whose file system has no links."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    DirectorySource(tmp_path, Choice()).check()
+    (tmp_path / name).write_text(link.replace("{}", "SHA256E-s3--aa.safetensors"))
+    with pytest.raises(InvalidCheckpoint, match="is a pointer of git-annex") as caught:
+        DirectorySource(tmp_path, Choice()).check()
+    assert "git annex get" in caught.value.cure
+
+
 @pytest.mark.parametrize(
     "place",
     [
