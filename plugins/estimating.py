@@ -22,7 +22,7 @@ from bigpipe.sizes import format_size
 from bigpipe.versions import require
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
-from .library import sources_of
+from .library import line_of, sources_of
 
 RAM = 96 * 2**20
 """Of the engine's own process for the largest headers; a class that must be built is built in a child."""
@@ -135,7 +135,7 @@ def run(params: EstimateParams, context: StageContext) -> StageResult:
 
 def _name(context: StageContext) -> str:
     """What the model was called where it came from; a path into the store would tell nobody anything."""
-    for ancestor in context.lineage:
+    for ancestor in line_of(context, context.input("model")):
         source = ancestor.params.get("repo") or ancestor.params.get("path")
         if isinstance(source, str):
             return source

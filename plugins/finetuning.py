@@ -23,7 +23,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, StageContext, StageResult
 
 from .finetune import FinetuneMetrics, FinetuneParams, Losses
-from .library import about, sources_of
+from .library import about, downloads_of, sources_of
 from .ranked import local_rank
 from .training_needs import foreseen, input_of, rows_of, training_of
 from .wired import require_class, single_model
@@ -101,8 +101,8 @@ def run(params: FinetuneParams, ctx: StageContext) -> StageResult:
 
 
 def _origin(ctx: StageContext) -> Mapping[str, Any]:
-    """The repository of the model that came by the nearest download, and its commit."""
-    downloads = [node for node in ctx.lineage if node.kind == "download" and node.params.get("repo")]
+    """The repository that the model came from by the nearest download, and its commit."""
+    downloads = [node for node in downloads_of(ctx, ctx.input("model")) if node.params.get("repo")]
     return {"repo": downloads[-1].params["repo"], "commit": downloads[-1].metrics.get("commit")} if downloads else {}
 
 

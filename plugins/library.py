@@ -47,27 +47,33 @@ def made_by(context: StageContext, artifact: Path) -> str:
     return next(known, "")
 
 
+def line_of(context: StageContext, artifact: Path) -> Sequence[Lineage]:
+    """Return the nodes that led to the model of an artifact; all that there were where that is not known."""
+    from bigpipe.bigmodel.publishing import led_to
+
+    return led_to(made_by(context, artifact), context.lineage) or context.lineage
+
+
+def downloads_of(context: StageContext, artifact: Path) -> list[Lineage]:
+    """Return those of `line_of` that brought something."""
+    return [item for item in line_of(context, artifact) if item.kind == "download" and not item.left]
+
+
 def _trusts_code(context: StageContext) -> bool:
     """Is a download trusted, and each by which code came into one of the inputs? The code of one model may not run
     because another one is trusted."""
     if not context.trust.remote_code:
         return False
-    downloads = [item for item in context.lineage if item.kind == "download" and not item.left]
     trusted = {
         item.node
-        for item in downloads
-        if context.trust.allows_code(item.params.get("repo"), item.metrics.get("commit"))
+        for item in context.lineage
+        if item.kind == "download"
+        and not item.left
+        and context.trust.allows_code(item.params.get("repo"), item.metrics.get("commit"))
     }
     folders = [folder for folders in context.inputs.values() for folder in folders if any(folder.glob("*.py"))]
-    return bool(trusted) and all(trusted.issuperset(_brought(context, folder, downloads)) for folder in folders)
-
-
-def _brought(context: StageContext, folder: Path, downloads: Sequence[Lineage]) -> list[str]:
-    """The downloads by which a model came into a folder; all where that is not known."""
-    from bigpipe.bigmodel.publishing import led_to
-
-    line = led_to(made_by(context, folder), context.lineage) or downloads
-    return [item.node for item in line if item.kind == "download"]
+    brought = [item.node for folder in folders for item in downloads_of(context, folder)]
+    return bool(trusted) and trusted.issuperset(brought)
 
 
 def tell_pace(context: StageContext, unit: str, task: str) -> Callable[[Pace], None]:

@@ -8,7 +8,7 @@ import pytest
 from support.contexts import Lineage, inputs, stage_context
 
 from bigpipe.errors import UsageError
-from bigpipe.plugins.library import sources_of
+from bigpipe.plugins.library import downloads_of, sources_of
 from bigpipe.trust import Trust
 
 
@@ -62,3 +62,5 @@ def test_the_code_of_one_model_does_not_run_because_another_is_trusted(
     trust = Trust(remote_code=tuple(f"org/{name}@c" for name in trusted))
     context = stage_context(tmp_path, inputs=inputs(**wired), lineage=tuple(steps), trust=trust)
     assert sources_of(context).trust_remote_code == runs
+    assert [item.node for item in downloads_of(context, wired["baseline"])] == ["two"]
+    assert [item.node for item in downloads_of(context, tmp_path)] == ["one", "two"]  # nobody knows

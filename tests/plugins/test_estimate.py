@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from support.contexts import check_context, forecast_context
+from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.models import make_checkpoint
@@ -19,6 +20,8 @@ from bigpipe.orchestrator.report import report_runs
 from bigpipe.orchestrator.report.rendering import nodes_table
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.estimate import STAGE, EstimateMetrics, EstimateParams
+from bigpipe.plugins.estimating import _name as named
+from bigpipe.plugins.finetuning import _origin as origin
 from bigpipe.sizes import format_size
 
 OPT = {
@@ -197,3 +200,16 @@ def test_one_model_and_no_more(tmp_path, params):
 def test_mistakes_in_the_manifest(params):
     with pytest.raises(ValidationError):
         EstimateParams(**params)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_what_is_named_is_where_the_wired_model_came_from(tmp_path: Path, name: str) -> None:
+    """By a report, and by the adapter that is trained on it."""
+    folders = {each: tmp_path / "artifacts" / (each * 16) for each in ("one", "two")}
+    lineage = tuple(
+        Lineage(each, "download", "k", f"sha256:{folder.name}", {"repo": f"org/{each}"}, {"commit": each})
+        for each, folder in folders.items()
+    )
+    context = stage_context(tmp_path, inputs=inputs(model=folders[name], baseline=tmp_path), lineage=lineage)
+    assert named(context) == f"org/{name}"
+    assert origin(context) == {"repo": f"org/{name}", "commit": name}
