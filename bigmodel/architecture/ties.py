@@ -65,13 +65,9 @@ def _own(described: ModelDescription) -> dict[str, str]:
 
 def _says_untied(config: Mapping[str, Any]) -> bool:
     """Is the head one of its own? The config of a whole model comes before that of its text model."""
-    text = config.get("text_config")
-    told = [part["tie_word_embeddings"] for part in (config, text) if _tells(part)]
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    told = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     return bool(told) and told[0] is False
-
-
-def _tells(part: Any) -> bool:
-    return isinstance(part, Mapping) and "tie_word_embeddings" in part
 
 
 def _are_inputs(*names: str) -> bool:
