@@ -340,9 +340,18 @@ def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
     return frozenset(name for name, node in recipe.nodes.items() if name in names or node.stage in names)
 
 
+LONGEST_NAME = 200
+"""Bytes of a node's name in that of its folder; file systems take 255 in all."""
+
+
 def node_folder(run_folder: Path, node: str) -> Path:
-    """Return where the attempts of a node lie: `nodes/<node>`, with what a file name cannot hold replaced."""
-    return run_folder / "nodes" / re.sub(r"[^\w@=,.+-]", "_", node)
+    """Return where the attempts of a node lie: `nodes/<node>`. Where a file name cannot hold that, what it can hold of
+    it, and a digest: no two nodes share a folder."""
+    plain = re.sub(r"[^\w@=,.+-]", "_", node)
+    if plain == node and len(node.encode()) <= LONGEST_NAME:
+        return run_folder / "nodes" / node
+    head = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return run_folder / "nodes" / f"{head}~{digest_of('node', node)[7:19]}"
 
 
 def lock_path(manifest: Path) -> Path:

@@ -193,6 +193,16 @@ class TestFinding:
             list(log_files(runs, "last", "b"))
 
 
+def test_no_two_nodes_share_a_folder_and_each_has_a_name_that_files_can_have(tmp_path):
+    names = ["a@t=x?", "a@t=x!", "a@t=x_", "a@t=org/m", "a@t=org_m", "a@t=" + "ü" * 100, "a@t=" + "ü" * 99 + "é"]
+    folders = [node_folder(tmp_path, name) for name in names]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        assert folder.parent == tmp_path / "nodes"
+    assert len(set(folders)) == len(names)
+    assert node_folder(tmp_path, "a@t=x_").name == "a@t=x_"
+
+
 class TestDiff:
     def test_a_run_is_like_itself_and_like_one_that_found_it_all_cached(self, tmp_path):
         one = run(tmp_path, "r1", {"a": {"digest": "sha256:1"}})

@@ -228,6 +228,18 @@ stages:
     assert (result.path("all") / "text").read_text() == "x x y"
 
 
+def test_variants_whose_names_differ_in_what_no_file_name_holds_do_their_own_work(workshop):
+    text = """\
+version: 1
+name: matrix
+stages:
+  a: {uses: write, matrix: {t: ["x?", "x!", "x_", "%s"]}, with: {text: "${matrix.t}"}}
+"""
+    result = workshop.run(text % ("ü" * 100))
+    texts = {name: (result.path(name) / "text").read_text() for name in result.nodes}
+    assert texts == {f"a@t={value}": value for value in ("x?", "x!", "x_", "ü" * 100)}
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_stops_children_and_keeps_what_was_finished(workshop, number, code):
     text = """\
