@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bigpipe.errors import BigpipeError
+from bigpipe.errors import BigpipeError, ManifestError
+from bigpipe.files import read_file
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM, VARIABLE = "bigpipe", "_BIGPIPE_COMPLETE"
 """What a shell calls, and how click, which then answers with what may come next, knows that it is a shell."""
+LARGEST = 1_000_000
+"""Bytes of a recipe."""
 Offer = Callable[[click.Context, click.Parameter, str], "list[CompletionItem]"]
 
 
@@ -90,26 +94,33 @@ def offering(names: Callable[[dict[str, Any]], Iterable[str]], *, files: bool = 
     return offer
 
 
-def _recipe(given: dict[str, Any]) -> Recipe | None:
-    """The recipe of a command. While the value of an option is open, click has not come to the manifest."""
+def _or_written(given: dict[str, Any], part: str, names: Callable[[Recipe], Iterable[str]]) -> list[str]:
+    """The names that a recipe has; where it cannot be read as it is, for lack of a parameter perhaps, those written
+    under `part` at its top. While the value of an option is open, click has not come to the manifest."""
     import bigpipe
+    from bigpipe import plainyaml
 
     words = [word for word in os.environ.get("COMP_WORDS", "").split() if word.endswith((".yaml", ".yml"))]
     manifest = given.get("manifest") or next(iter(words), None)
-    return bigpipe.load_manifest(manifest) if manifest else None
+    if manifest is None:
+        return []
+    try:
+        return list(names(bigpipe.load_manifest(manifest)))
+    except ManifestError:
+        top = plainyaml.load(read_file(Path(manifest), LARGEST))
+        written = top.get(part) if isinstance(top, dict) else None
+        return [str(name) for name in written] if isinstance(written, dict) else []
 
 
 def _nodes(given: dict[str, Any]) -> Iterable[str]:
     """Nodes, and the stages that stand for all their variants."""
-    recipe = _recipe(given)
-    for name in recipe.nodes if recipe else ():
+    for name in _or_written(given, "stages", lambda recipe: recipe.nodes):
         yield name.partition("@")[0]
         yield name
 
 
 def _parameters(given: dict[str, Any]) -> Iterable[str]:
-    recipe = _recipe(given)
-    return [f"{name}=" for name in recipe.params] if recipe else []
+    return [f"{name}=" for name in _or_written(given, "params", lambda recipe: recipe.params)]
 
 
 def _runs(given: dict[str, Any]) -> Iterable[str]:

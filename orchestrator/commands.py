@@ -28,7 +28,6 @@ from .planning import (
     Session,
     difference_json,
     differences,
-    exact,
     lock_path,
     make_plan,
     open_session,
@@ -270,9 +269,11 @@ def plan(
 
 def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
     """Parameters as a command line would write them: strings as they are, everything else as YAML flow.
-    Raise UsageError for what YAML does not hold."""
+    Raise UsageError for what YAML does not hold, and for None, which no command line can write."""
 
     def text(name: object, value: object) -> str:
+        if value is None:
+            raise UsageError(f"params: {name} is None", "leave it out, or give a text, a number, a list or a dict")
         try:
             return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -304,7 +305,7 @@ def why(
     """Return per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
     session = _open(manifest, params=params, store=store, remote=remote)
-    names = exact(session.recipe, [node])
+    names = session.recipe.meant(node)
     planned = make_plan(session, preflight=False)
     return {name: explain(session, planned, name) for name in session.recipe.nodes if name in names}
 

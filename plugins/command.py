@@ -17,10 +17,10 @@ PLACEHOLDER = re.compile(r"\$\{(?:(input)\.([^{}]*)|(out|python))\}")
 
 
 class CommandParams(Params):
-    argv: Annotated[list[str], Field(min_length=1)]
+    argv: Annotated[list[Annotated[str, Field(coerce_numbers_to_str=True)]], Field(min_length=1)]
     """The program and its arguments, one by one; no shell reads them. `${input.PORT}` is the directory of what is wired
     to that port (a list where several are gathered), `${out}` the directory that becomes the artifact, `${python}` the
-    interpreter that bigpipe runs in."""
+    interpreter that bigpipe runs in. Numbers that parameters or axes bring are written out."""
     files: list[AnyPath] = Field(default_factory=list)
     """Code and data of the recipe's own: files, globs, directories, relative to the manifest. They enter the key by
     content, and lie in the working directory under the same paths, as copies. What is not listed is not there."""

@@ -28,6 +28,7 @@ from bigpipe.files import (
     lies_in,
     link,
     make_directory,
+    only_a_shell_reads,
     partial_name,
     require_space,
     write_file,
@@ -377,3 +378,16 @@ def test_an_address_is_no_directory_of_this_machine(tmp_path: Path, address: str
     (tmp_path / "gs:").mkdir()
     make_directory(tmp_path / "gs:/a")  # somebody has called a directory so
     make_directory(tmp_path / "12:30")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("~/models", "HOME"), ("$HOME/x", "HOME"), ("s3://$BUCKET/x", "BUCKET"), ("a/$RUN_1", "RUN_1"), ("~", "HOME"),
+        ("a/b", ""), ("~old/x", ""), ("a/~/b", ""), ("cost$/x", ""), ("$1/x", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_what_only_a_shell_reads_is_told(path: str, name: str) -> None:
+    assert only_a_shell_reads(path).startswith(f"write ${{env.{name}}} for " if name else "")
+    assert bool(only_a_shell_reads(path)) == bool(name)
+    assert bool(only_a_shell_reads(path, home=False)) == ("$" in path and bool(name))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import bigpipe
+from bigpipe.bigmodel.publishing.addresses import open_destination
+from bigpipe.orchestrator.store.remote import open_remote
 
 QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
 
@@ -47,3 +49,17 @@ def test_a_wrong_call_says_what_is_right(call, says, tmp_path):
         call(tmp_path / "out")
     assert says in str(error.value)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_parameter_that_is_none_is_not_the_text_null(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("version: 1\nparams: {x: a}\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
+    with pytest.raises(bigpipe.UsageError, match="params: x is None"):
+        bigpipe.load_manifest(tmp_path / "r.yaml", params={"x": None})
+
+
+def test_a_destination_that_a_shell_would_have_read_is_refused(tmp_path: Path) -> None:
+    for to in ("$HOME/m", "s3://$BUCKET/m"):
+        with pytest.raises(bigpipe.UsageError, match="would be a name with a dollar sign in it"):
+            open_destination(to)
+    with pytest.raises(bigpipe.UsageError, match="would be a name with a dollar sign in it"):
+        open_remote("$SCRATCH/shared", tmp_path, tmp_path / "store", {})

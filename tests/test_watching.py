@@ -218,6 +218,8 @@ OFFERED = {
     "bigpipe quantize . --scheme=n": "bigpipe quantize . --scheme=nf4 ",
     "bigpipe quantize . --dtype ": "bigpipe quantize . --dtype float16 bfloat16 float32 ",
     "bigpipe run nowhere.yaml t": "bigpipe run nowhere.yaml t",
+    "bigpipe run required.yaml -p n": "bigpipe run required.yaml -p need= ",
+    "bigpipe run required.yaml d": "bigpipe run required.yaml d ",
     "bigpipe get t": "bigpipe get t",
 }
 """A line → the same line with all that bash offers for its last word."""
@@ -236,6 +238,7 @@ GOES_ON = {
 def test_a_shell_completes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     (workshop.folder / "slowkind.py").write_text(KIND)
     workshop.manifest.write_text(RECIPE + MATRIX)
+    (workshop.folder / "required.yaml").write_text("params: {need: null}\nstages: {d: {uses: download}}\n")
     cache = workshop.folder / "hub" / "models--owner--some-model"
     cache.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache.parent))

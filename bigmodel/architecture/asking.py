@@ -27,7 +27,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import inherited
 from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import read_file, write_file
-from bigpipe.modules import source_files, top_level
+from bigpipe.modules import code_files, top_level
 from bigpipe.names import listed
 from bigpipe.programs import busy
 from bigpipe.sizes import format_size
@@ -259,10 +259,11 @@ def request_key(request: Request) -> str:
 
 
 def _source_digest(request: Request) -> str | None:
-    """Of every Python file that may decide what is built: the custom class's package, or the repository's code."""
+    """Of every Python file that may decide what is built: the custom class's package and what it imports from beside
+    it, or the repository's code."""
     if request.custom_class:
         top = top_level(request.custom_class)
-        files = [file for _, file in source_files(top, request.base)]
+        files = [file for _, file in code_files(top, request.base)]
         if not files:
             where = f"{request.base} and " if request.base else ""
             raise UsageError(f"module {top!r} of {request.custom_class} is not in {where}sys.path", "install it")

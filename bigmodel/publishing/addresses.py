@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
+from bigpipe.files import only_a_shell_reads
 from bigpipe.filesystems import is_local, open_address
 
 from .destinations import Destination, Directory, FileSystem
@@ -17,6 +18,8 @@ def open_destination(
 ) -> Destination:
     """Return where `to` leads: a path (from `sources.base`), an fsspec URL, or `hf://owner/name` at `revision`.
     private: of a repository that is made. Raise UsageError for an address that no file system here knows."""
+    if cure := only_a_shell_reads(to, home=False):
+        raise UsageError(f"to: {to[:200]} would be a name with a dollar sign in it", cure, field="to")
     if to.startswith("hf://"):
         from bigpipe.bigmodel.hub import Hub
 

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bigpipe import plainyaml
 from bigpipe.errors import StageFailed, Stale, UsageError
 from bigpipe.files import parse_json, read_file, write_file
+from bigpipe.fit import as_parameters
 from bigpipe.orchestrator.contract import Json, PinnedFile
 from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
 from bigpipe.orchestrator.recipe import Node
@@ -190,29 +191,34 @@ def check_lock(session: Session) -> Path:
     """Return the lock's path. Raise Stale where it is not what `write_lock` would write, UsageError where there is
     none."""
     lock = _needed(session)
-    _require(lock, current(session))
+    _require(session, lock, current(session))
     return lock.path
 
 
 def enforce(session: Session) -> None:
     """Before `run --locked`: raise Stale where the inputs of the nodes to run differ from the lock."""
-    _require(_needed(session), current(session), [node.name for node in session.nodes])
+    _require(session, _needed(session), current(session), [node.name for node in session.nodes])
 
 
 def _needed(session: Session) -> LockFile:
     path = session.recipe.path
     lock = read_lock(lock_path(path))
     if lock is None:
-        raise UsageError(f"there is no lock file {lock_path(path)}", f"write it: {writing(lock_path(path))}")
+        raise UsageError(f"there is no lock file {lock_path(path)}", f"write it: {_writing_again(session)}")
     return lock
 
 
-def _require(lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
+def _writing_again(session: Session) -> str:
+    """The command that writes the lock for these parameters."""
+    return f"{writing(lock_path(session.recipe.path))} {as_parameters(session.arguments)}".rstrip()
+
+
+def _require(session: Session, lock: LockFile, now: LockFile, nodes: Iterable[str] | None = None) -> None:
     if changes := check(lock, now, nodes):
         differ = "value differs" if len(changes) == 1 else "values differ"
         raise Stale(
             f"{lock.path} does not hold: {len(changes)} {differ}{_listed(changes)}",
-            f"if that is meant: {writing(lock.path)}",
+            f"if that is meant: {_writing_again(session)}",
         )
 
 

@@ -7,12 +7,12 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from . import fallback, schedule
     from .beside import problems_beside, untold
-    from .decision import Action, Decision, GateVerdict, decide, difference_json
+    from .decision import Action, Decision, GateVerdict, decide, difference_json, difference_text
     from .doctor import doctor_text, examine, unsound
     from .keys import ABSENT, Difference, changed, content_paths, differences, shown
     from .plan import Plan, PlannedNode, machine_line, make_plan, plan_rows, plan_text, totals
     from .schedule import Do, Step, may_follow, passes_on, step
-    from .session import Session, exact, lock_path, node_folder, open_session
+    from .session import Session, lock_path, node_folder, open_session
     from .sharing import Fetch, shares
     from .smoke import Smoke, smaller
     from .states import GOOD, SETTLED, NodeState, States, judge_gates

@@ -26,8 +26,8 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
-from bigpipe.files import missing
-from bigpipe.modules import source_files, top_level
+from bigpipe.files import missing, only_a_shell_reads
+from bigpipe.modules import code_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Machine, Params
 from bigpipe.orchestrator.recipe import Node, is_built_in
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
@@ -203,7 +203,8 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
       tree: `sha256:…` of the sorted (relative path, sha256) of its files, but for `.git`, `.cache` and `__pycache__`.
       folder: as a tree, but links to folders are not followed.
       path: the digest of the path as it is written and what it is as a file or a tree.
-      code: `module:name@sha256:…`, over all Python files of its top-level package (nothing is imported).
+      code: `module:name@sha256:…`, over all Python files of its top-level package, and of the modules beside it that
+        it imports (nothing is imported).
     A value of such a field that is not a string, or stands in the type as a literal, is taken as it is.
 
     Raise UsageError naming the field, where a path leads nowhere or a number is not finite.
@@ -288,7 +289,7 @@ class _Walk:
         except FileNotFoundError as error:
             raise self._missing(where, os.path.relpath(error.filename or value, self.base)) from error
         except OSError as error:
-            raise self._wrong(where, f"{value} cannot be read: {error.strerror or error}") from error
+            raise self._wrong(where, value, f"{value} cannot be read: {error.strerror or error}") from error
 
     def file(self, value: str, where: str, *, names: bool = False) -> str:
         path = self.base / value
@@ -314,7 +315,7 @@ class _Walk:
         path = self.base / value
         if not path.is_dir():
             cause = "is a file, not a directory" if path.exists() else "is not there"
-            raise self._wrong(where, f"the directory {value} {cause}")
+            raise self._wrong(where, value, f"the directory {value} {cause}")
         return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in _files(path, links)])
 
     def code(self, value: str, where: str) -> str:
@@ -330,8 +331,9 @@ class _Walk:
         cause, cure = missing(name, self.base)
         return UsageError(f"{where}: {cause}", cure, field=where)
 
-    def _wrong(self, where: str, cause: str) -> UsageError:
-        return UsageError(f"{where}: {cause}", f"relative paths start at {self.base}", field=where)
+    def _wrong(self, where: str, path: str, cause: str) -> UsageError:
+        cure = only_a_shell_reads(path) or f"relative paths start at {self.base}"
+        return UsageError(f"{where}: {cause}", cure, field=where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +411,8 @@ def _raise(error: OSError) -> None:
 
 
 def source_digest(reference: str, base: Path | None, memo: Digests) -> str | None:
-    """Return `sha256:…` over all Python files of the top-level package of `module:name`; None where there are none.
-    base: the directory in which it is looked for first. Nothing is imported."""
-    sources = source_files(top_level(reference), base)
+    """Return `sha256:…` over all Python files of the top-level package of `module:name`, and of the modules beside it
+    that it imports; None where there are none. base: the directory in which it is looked for first. Nothing is
+    imported."""
+    sources = code_files(top_level(reference), base)
     return digest_of("code", [[name, memo.sha256(path)] for name, path in sources]) if sources else None

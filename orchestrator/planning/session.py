@@ -24,7 +24,7 @@ from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root,
 from bigpipe.redaction import printable, redact
 from bigpipe.versions import bars
 
-from .keys import Identity, identity
+from .keys import Difference, Identity, differences, identity
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.store import Remote
@@ -266,16 +266,24 @@ class Session:
     def identity(self, node: Node) -> Identity:
         """Return what the node computes, apart from its inputs. Raise UsageError with the place of a missing file."""
         if node.name not in self._identities:
-            self._identifying = node.name
-            try:
-                self._identities[node.name] = identity(
-                    node, base=self.base, memo=self.memo, machine=self.machine_of(node), trust=self.recipe.trust,
-                    pins=self.pinned(node).values, ranks=self._ranks(node), recorded=self._recorded(node),
-                )  # fmt: skip
-            except BigpipeError as error:
-                error.place, error.node = error.place or node.places.of(error.field), node.name
-                raise
+            self._identities[node.name] = self._identify(node)
         return self._identities[node.name]
+
+    def _identify(self, node: Node) -> Identity:
+        self._identifying = node.name
+        try:
+            return identity(
+                node, base=self.base, memo=self.memo, machine=self.machine_of(node), trust=self.recipe.trust,
+                pins=self.pinned(node).values, ranks=self._ranks(node), recorded=self._recorded(node),
+            )  # fmt: skip
+        except BigpipeError as error:
+            error.place, error.node = error.place or node.places.of(error.field), node.name
+            raise
+
+    def moved(self, node: Node) -> list[Difference]:
+        """Return what a node computes by now that it did not when `identity` was first asked: of files that were edited
+        since. Raise UsageError as that does."""
+        return differences(self.identity(node).as_json, self._identify(node).as_json, {}, {})
 
 
 def open_session(
@@ -304,13 +312,14 @@ def open_session(
     recipe = replace(load_recipe(path, params, text=text, arguments=typed), path=path.absolute())
     found = Store(Path(store) if store else default_root())
     found.refuse_foreign()
+    selected = recipe.select(nodes) if nodes else frozenset(recipe.nodes)
     session = Session(
         recipe=recipe,
         store=found,
-        selected=recipe.select(nodes) if nodes else frozenset(recipe.nodes),
-        forced=exact(recipe, force),
+        selected=selected,
+        forced=_forced(recipe, force, selected),
         arguments=params,
-        offline=offline or os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE", "yes", "ON"},
+        offline=offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"},
         **further,
     )
     session.remote = None if offline else remote_of(session, remote)
@@ -334,10 +343,15 @@ def remote_of(session: Session, given: str | Path | None) -> Remote | None:
     return found
 
 
-def exact(recipe: Recipe, names: Collection[str]) -> frozenset[str]:
-    """Return the nodes meant by stage or node names, without their ancestors."""
-    recipe.select(list(names))  # names the unknown one and what it could have been
-    return frozenset(name for name, node in recipe.nodes.items() if name in names or node.stage in names)
+def _forced(recipe: Recipe, names: Collection[str], selected: Collection[str]) -> frozenset[str]:
+    """Return the nodes that are to run whatever the store holds. Raise UsageError for a name that means none of those
+    selected."""
+    meant = {name: recipe.meant(name).intersection(selected) for name in names}
+    for name, found in meant.items():
+        if not found:
+            cure = f"name it too: {name}; or leave it out of what is forced"
+            raise UsageError(f"{name} cannot be forced: it is not among the nodes that are to run", cure)
+    return frozenset().union(*meant.values())
 
 
 LONGEST_NAME = 200

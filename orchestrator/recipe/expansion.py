@@ -16,7 +16,7 @@ from bigpipe.orchestrator.contract import Json, Params, Stage
 from bigpipe.orchestrator.launch import executor
 
 from .conditions import Condition, Measure, parse_condition
-from .interpolation import Scope, check_passwords, contains_reference, interpolate
+from .interpolation import Scope, as_text, check_passwords, contains_reference, interpolate
 from .manifest import NodeSettings, refused_variable
 from .node import Choice, First, Node, Places
 from .problems import Fault, Problems
@@ -40,6 +40,15 @@ def variants(axes: Axes) -> Iterable[dict[str, str]]:
     names = list(axes)
     for values in product(*axes.values()):
         yield dict(zip(names, values, strict=True))
+
+
+def _written_out(written: Json, read: Json) -> Json:
+    """The environment as it was read, with the numbers and switches that references brought as texts."""
+    if not isinstance(written, dict) or not isinstance(read, dict):
+        return read
+    brought = {name: value for name, value in read.items() if value is not written.get(name)}
+    texts = {name: as_text(value) for name, value in brought.items() if isinstance(value, bool | int | float)}
+    return {**read, **texts}
 
 
 def _joined(groups: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
@@ -111,6 +120,8 @@ class Expansion:
                 key: interpolate(value, scopes.get(key, scope), self.problems, (*stage.path, key))
                 for key, value in values.items()
             }
+            if "env" in values:
+                values["env"] = _written_out(stage.settings["env"], values["env"])
         check_passwords(values, self.problems, stage.path)
         unresolved = stage.broken or bool(self.scope.open_params) or len(self.problems) > before
         target = Target(self.document, stage.path, stage.name, unresolved)
@@ -125,10 +136,10 @@ class Expansion:
             check_wired(stage, kind, self.stages.values(), self.problems)
         self._check_launch(stage, kind, settings)
         self._check_environment(stage, values.get("env"))
-        when = self._condition(stage, values.get("when"), ("when",))
+        when = self._condition(stage, values.get("when"), ("when",), unresolved)
         gates = values.get("gates")
         read = [
-            self._condition(stage, text, ("gates", index))
+            self._condition(stage, text, ("gates", index), unresolved)
             for index, text in enumerate(gates if isinstance(gates, list) else [])
         ]
         if settings is None or kind is None or params is None or unresolved:
@@ -241,9 +252,12 @@ class Expansion:
                 cure = "set it in the shell that starts bigpipe"
                 self.problems.add(Fault.REFUSED_VARIABLE, path, cause, cure, key=True)
 
-    def _condition(self, stage: Wired, text: Json, path: tuple[Key, ...]) -> Condition | None:
-        if not isinstance(text, str) or not text or contains_reference(text.replace("${stages.", "")):
+    def _condition(self, stage: Wired, text: Json, path: tuple[Key, ...], unresolved: bool) -> Condition | None:
+        """unresolved: a reference of the stage is, and was reported."""
+        if not isinstance(text, str) or not text:
             return None  # nothing there, or reported already
+        if unresolved and contains_reference(text.replace("${stages.", "")):
+            return None
         path = (*stage.path, *path)
         if (text, path) not in self._parsed:
             self._parsed[text, path] = self._parse(stage, text, path)

@@ -97,15 +97,17 @@ class Recipe:
     def select(self, names: Sequence[str]) -> frozenset[str]:
         """Return the named nodes and all their ancestors; a stage's name means every variant, `x@a=1` those with a=1.
         Raise UsageError for a name that is none."""
-        chosen: set[str] = set()
-        for name in names:
-            found = [node.name for node in self.nodes.values() if _matches(node, name)]
-            if not found:
-                known = list(dict.fromkeys([*(node.stage for node in self.nodes.values()), *self.nodes]))
-                cure = did_you_mean(name, known, otherwise="there are")
-                raise UsageError(f"no node {name!r} in {self.path}", cure)
-            chosen.update(found)
-        return frozenset(_with_ancestors(self.nodes, chosen))
+        return frozenset(_with_ancestors(self.nodes, {node for name in names for node in self.meant(name)}))
+
+    def meant(self, name: str) -> frozenset[str]:
+        """Return the nodes that a name means, as `select` has it, without their ancestors. Raise UsageError where it
+        means none."""
+        found = frozenset(node.name for node in self.nodes.values() if _matches(node, name))
+        if not found:
+            known = list(dict.fromkeys([*(node.stage for node in self.nodes.values()), *self.nodes]))
+            cure = did_you_mean(name, known, otherwise="there are")
+            raise UsageError(f"no node {name!r} in {self.path}", cure)
+        return found
 
 
 def _matches(node: Node, name: str) -> bool:

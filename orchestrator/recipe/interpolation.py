@@ -143,13 +143,14 @@ def _interpolate_text(text: str, scope: Scope) -> Json:
     return "".join(pieces)
 
 
+def as_text(value: str | bool | int | float) -> str:
+    """Return what a value is inside a text."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _as_text(reference: str, value: Json) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return str(value)
+    if isinstance(value, str | bool | int | float):
+        return as_text(value)
     kind = "null" if value is None else "a map" if isinstance(value, Mapping) else "a list"
     cause = f"{reference} is {kind} and cannot stand inside a text"
     raise _Unresolved(Fault.MISPLACED_REFERENCE, reference, cause, f'make it the whole value: "{reference}"')
@@ -198,6 +199,10 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
         cure = "write ${env.NAME}, ${env.NAME:-default} or ${env.NAME:?message}"
         raise _Unresolved(Fault.BAD_REFERENCE, reference, f"{reference} is not a reference", cure)
     name, operator, rest = match.groups()
+    if "{" in (rest or ""):
+        cure = "write the default out, or make this the default of a parameter, which `-p` replaces"
+        cause = f"what stands for {name} where it is not set cannot hold references or braces"
+        raise _Unresolved(Fault.BAD_REFERENCE, reference, cause, cure)
     if name in scope.secrets:
         cure = f"list it under the stage's `secrets: [{name}]`, which hands it to that process only"
         raise _Unresolved(Fault.SECRET_REFERENCE, reference, f"{name} is a secret and is never written out", cure)

@@ -36,7 +36,7 @@ _LIMITS = {
     "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
 }  # fmt: skip
 
-_STRICT = ("int_type", "float_type", "bool_type")
+_STRICT = ("int_type", "float_type", "bool_type", "string_type")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -84,7 +84,7 @@ def _mistyped(model: type[BaseModel], value: Json, target: Target) -> list[_Find
 
 def _written(finding: _Finding, target: Target) -> bool:
     """Does it stand in the manifest as it is? A whole number may be written with a point, as in JSON's own schemas."""
-    if isinstance(finding.input, float):
+    if isinstance(finding.input, float) and finding.kind != "string_type":
         return False
     path = target.path + finding.path
     item, covered = target.document.find(path)
@@ -244,8 +244,9 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
 
 
 def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
-    if "a text" in phrases and source:  # a plain `1e10` or `true`
-        return f"put it in quotes if it is text: '{source}'"
+    if "a text" in phrases and (source or isinstance(value, bool | int | float)):  # a plain `1e10` or `true`
+        where = "" if source else " where it is set"  # a reference brought it
+        return f"put it in quotes{where} if it is text: '{source or json.dumps(value)}'"
     if value is None:
         return "fill it in, or remove it"
     if "true or false" in phrases and isinstance(value, str) and value.lower() in _SWITCHES:

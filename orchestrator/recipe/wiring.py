@@ -130,16 +130,22 @@ class Wiring:
         for stage in self.stages.values():
             stage.inputs = self._inputs(stage)
             stage.needs = self._known(
-                StageReference(text, (*stage.path, "needs", index), "needs")
-                for index, text in enumerate(stage.structure.needs)
+                stage,
+                (
+                    StageReference(text, (*stage.path, "needs", index), "needs")
+                    for index, text in enumerate(stage.structure.needs)
+                ),
             )
             stage.when = self._known(
-                StageReference(name, (*stage.path, "when"), "when")
-                for name in dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
+                stage,
+                (
+                    StageReference(name, (*stage.path, "when"), "when")
+                    for name in dict.fromkeys(_STAGE_METRIC.findall(stage.condition))
+                ),
             )
             if (first := stage.structure.first) is not None:
                 stage.first = next(
-                    iter(self._known([StageReference(first.of, (*stage.path, "first", "of"), "first")])), None
+                    iter(self._known(stage, [StageReference(first.of, (*stage.path, "first", "of"), "first")])), None
                 )
             self._check_ports(stage)
         axis_order = dict.fromkeys(axis for stage in self.stages.values() for axis in stage.structure.matrix)
@@ -151,21 +157,22 @@ class Wiring:
     def _inputs(self, stage: Wired) -> dict[str, tuple[StageReference, ...]]:
         base = (*stage.path, "inputs")
         if isinstance(stage.structure.inputs, str):
-            return {DEFAULT_PORT: self._known([StageReference(stage.structure.inputs, base, "inputs")])}
+            return {DEFAULT_PORT: self._known(stage, [StageReference(stage.structure.inputs, base, "inputs")])}
         result: dict[str, tuple[StageReference, ...]] = {}
         for port, written in stage.structure.inputs.items():
             path, label = (*base, port), f"inputs.{port}"
             if isinstance(written, str):
-                result[port] = self._known([StageReference(written, path, label)])
+                result[port] = self._known(stage, [StageReference(written, path, label)])
             elif written:
                 each = enumerate(written)
-                result[port] = self._known(StageReference(text, (*path, at), label, gathers=True) for at, text in each)
+                gathered = (StageReference(text, (*path, at), label, gathers=True) for at, text in each)
+                result[port] = self._known(stage, gathered)
         return result
 
-    def _known(self, sources: Iterable[StageReference]) -> tuple[StageReference, ...]:
+    def _known(self, stage: Wired, sources: Iterable[StageReference]) -> tuple[StageReference, ...]:
         known = []
         for source in sources:
-            if "${" in source.text:
+            if stage.broken and "${" in source.text:
                 continue  # it was reported when it was interpolated
             if source.stage in self.stages:
                 known.append(source)

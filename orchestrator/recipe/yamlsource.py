@@ -349,6 +349,9 @@ class _Composer:
     def _enter(self, frame: _Open, entries: dict[Key, Item], key: Item, item: Item) -> None:
         name, keys = key.value, frame.item.keys
         if name == "<<" and key.plain:
+            if frame.merges:
+                cure = "write both in one: `<<: [*a, *b]`; what the first has wins"
+                self._report(Fault.DUPLICATE_KEY, key, "`<<` stands here twice", cure)
             frame.merges.append(item)
             return
         if isinstance(name, bool) or not isinstance(name, str | int):
@@ -370,7 +373,7 @@ class _Composer:
                 self._report(Fault.BAD_ALIAS, part, "`<<` merges maps only", "name a map's anchor: `<<: *name`")
                 continue
             for key, item in part.value.items():
-                if isinstance(target.value, dict) and key not in target.value:
+                if isinstance(target.value, dict) and target.value.keys().isdisjoint((key, _other_form(key))):
                     target.value[key] = item
                     target.keys[key] = part.keys[key]
 

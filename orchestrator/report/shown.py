@@ -53,7 +53,8 @@ def error_text(error: BigpipeError, environment: Mapping[str, str], screen: Scre
         told = [(error.place, f"{error.cause}\n{error.cure}".rstrip())] if error.place else []
     lines = [_painted(clean(line), screen) for line in lines]
     if environment.get("GITHUB_ACTIONS") == "true":
-        lines += [annotation(place, message) for place, message in told if not place.argument]
+        top = environment.get("GITHUB_WORKSPACE", "")
+        lines += [annotation(place, message, top) for place, message in told if not place.argument]
     return "\n".join(lines)
 
 
@@ -64,10 +65,13 @@ def _with_node(error: BigpipeError) -> str:
     return str(error) if named else str(error).replace(error.cause, f"{error.node}: {error.cause}", 1)
 
 
-def annotation(place: Place, message: str) -> str:
-    """Return GitHub's workflow command for an error at a place, newlines and separators escaped as it undoes them."""
-    file = _escape(place.file).replace(":", "%3A").replace(",", "%2C")
-    return f"::error file={file},line={place.line},col={place.column}::{_escape(message)}"
+def annotation(place: Place, message: str, top: str = "") -> str:
+    """Return GitHub's workflow command for an error at a place, as it may be shown, newlines and separators escaped as
+    it undoes them. top: the directory that the names of files start from there, whatever the working directory is."""
+    inside = top and os.path.abspath(place.file).startswith(os.path.join(os.path.abspath(top), ""))
+    file = os.path.relpath(place.file, top) if inside else place.file
+    file = _escape(file).replace(":", "%3A").replace(",", "%2C")
+    return f"::error file={file},line={place.line},col={place.column}::{_escape(printable(redact(message)))}"
 
 
 def _escape(text: str) -> str:

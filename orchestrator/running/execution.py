@@ -22,6 +22,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord, Work
 from bigpipe.versions import package_version
 
+from .staying import files_stay
 from .streaming import Stream, provisional_key
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
@@ -170,16 +171,26 @@ def _lead(stream: Stream | None, session: Session, record: KeyRecord) -> None:
 def _with_retries(attempt: Attempt, work: Work) -> Outcome:
     wait, number = FIRST_WAIT, 1
     while True:
-        try:
-            return attempt.session.executor(attempt.node.kind).start(_job(attempt, work, number))
-        except Transient as error:
-            if number > attempt.node.retries:
-                raise
-            pause = wait * random.uniform(1.0, 1.25)  # noqa: S311 (jitter, not a secret)
-            attempt.report(NodeRetried(attempt.node.name, number + 1, error.cause, pause))
-            if attempt.cancelled.wait(pause):
-                raise Interrupted("interrupted while waiting to try again") from error
-            wait, number = min(wait * 2, LONGEST_WAIT), number + 1
+        job = _job(attempt, work, number)
+        with files_stay(attempt.session, attempt.node, work.done):
+            outcome = _tried(attempt, job, wait, number)
+        if outcome is not None:
+            return outcome
+        wait, number = min(wait * 2, LONGEST_WAIT), number + 1
+
+
+def _tried(attempt: Attempt, job: Job, wait: float, number: int) -> Outcome | None:
+    """What one attempt gave; None where another one is due, `wait` seconds or a little more after it."""
+    try:
+        return attempt.session.executor(attempt.node.kind).start(job)
+    except Transient as error:
+        if number > attempt.node.retries:
+            raise
+        pause = wait * random.uniform(1.0, 1.25)  # noqa: S311 (jitter, not a secret)
+        attempt.report(NodeRetried(attempt.node.name, number + 1, error.cause, pause))
+        if attempt.cancelled.wait(pause):
+            raise Interrupted("interrupted while waiting to try again") from error
+    return None
 
 
 def _job(attempt: Attempt, work: Work, number: int) -> Job:

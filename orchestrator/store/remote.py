@@ -29,7 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bigpipe.errors import Interrupted, UsageError
-from bigpipe.files import copy_file, give_free_name, lies_in, make_folders, move, partial_name, write_file
+from bigpipe.files import (
+    copy_file,
+    give_free_name,
+    lies_in,
+    make_folders,
+    move,
+    only_a_shell_reads,
+    partial_name,
+    write_file,
+)
 from bigpipe.filesystems import is_local, is_web, open_address, protocols, require_scheme
 from bigpipe.names import begins_address
 from bigpipe.redaction import conceal_environment, redact
@@ -303,6 +312,9 @@ def open_remote(address: str, base: Path, root: Path, environment: Mapping[str, 
     that uses it. Credentials in the address, or for it in `environment`, are concealed from now on. Raise UsageError
     for an address that is none, or a directory of the store itself."""
     conceal_environment({**environment, "": address}, filter(CREDENTIAL.fullmatch, environment))
+    if only_a_shell_reads(address, home=False):
+        cause = f"{address[:200]} would be a name with a dollar sign in it: no shell reads it"
+        raise UsageError(cause, "write it out, or set BIGPIPE_REMOTE where it differs")
     if "://" not in address:
         if begins_address(address.partition("/")[0]):
             raise UsageError(f"{address[:200]} is no address", "write it as s3://bucket/folder, or give a path")

@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -169,7 +170,16 @@ def missing(name: str, base: Path) -> tuple[str, str]:
         cause = f"{name[:200]} is a link to {os.readlink(path)[:200]}, which is not there"
         return cause, "mend the link, or leave it out"
     where = "in " if os.path.isdir(path) else ""
-    return f"there is no file {where}{name[:200]}", f"relative paths start at {base}"
+    return f"there is no file {where}{name[:200]}", only_a_shell_reads(name) or f"relative paths start at {base}"
+
+
+def only_a_shell_reads(path: str, *, home: bool = True) -> str:
+    """Return what to write in place of a path with `$NAME` in it, or, with `home`, one from `~` on; "" where it has
+    neither. A shell would have replaced them."""
+    found = re.search(r"^~(?=/|$)|(?:^|/)\$(?P<name>[A-Za-z_]\w*)", path)
+    if found is None or not (home or found["name"]):
+        return ""
+    return f"write ${{env.{found['name'] or 'HOME'}}} for {found[0].lstrip('/')} in a recipe: no shell reads it"
 
 
 def real_folders(files: Collection[Path]) -> set[Path]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module, invalidate_caches
@@ -22,7 +23,10 @@ RAN_OUT = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 Stamps = frozenset[tuple[str, int, int]]
 
 _imported: dict[str, Stamps] = {}
-"""Top-level module → (path, mtime in ns, size) of its files when `import_attribute` first met it."""
+"""Top-level module → (path, mtime in ns, size) of its code when `import_attribute` first met it."""
+_IMPORT = re.compile(rb"(?:^|;)[ \t]*(?:from[ \t]+(\w+)[\w.]*[ \t]+import\b|import[ \t]+([\w., \t]+))", re.MULTILINE)
+_INSTALLED = {"site-packages", "dist-packages", Path(os.__file__).parent.name}
+"""Names of directories in which nobody edits what lies there."""
 
 
 def top_level(reference: str) -> str:
@@ -30,9 +34,11 @@ def top_level(reference: str) -> str:
     return reference.partition(":")[0].partition(".")[0]
 
 
-def _locations(top: str, base: Path | None) -> tuple[Path, ...]:
+def _locations(top: str, base: Path | None, *, first: bool = True) -> tuple[Path, ...]:
+    """Where a top-level module lies. first: `base` is looked at before what is installed, else after it."""
+    own = [str(base)] if base else []
     try:
-        spec = PathFinder.find_spec(top, [str(base), *sys.path] if base else sys.path) or find_spec(top)
+        spec = PathFinder.find_spec(top, [*own, *sys.path] if first else [*sys.path, *own]) or find_spec(top)
     except (ValueError, ImportError):  # `__main__`, or no name
         return ()
     if spec is None:
@@ -45,13 +51,50 @@ def _locations(top: str, base: Path | None) -> tuple[Path, ...]:
 def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
     """Return (relative path, path) of all Python files of a top-level module or package, sorted; [] if there are none.
     base: a directory that is looked at first, before what is installed."""
+    return _sources(_locations(top, base))
+
+
+def _sources(places: Iterable[Path]) -> list[tuple[str, Path]]:
     found = []
-    for place in _locations(top, base):
+    for place in places:
         if place.is_dir():
             found += [(str(file.relative_to(place)), file) for file in place.rglob("*.py")]
         else:
             found.append((place.name, place))
     return sorted(found)
+
+
+def code_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
+    """Return (name, path) of all that `source_files` finds, and of the modules from beside it that it imports, and that
+    these import: from `base`, or from where it lies itself, unless that is where packages are installed.
+    What is imported under a name that is only made up while it runs is not found."""
+    found, own = source_files(top, base), _locations(top, base)
+    beside = {os.path.realpath(folder) for folder in (*(place.parent for place in own), *([base] if base else []))}
+    beside = {folder for folder in beside if not _is_installed(Path(folder))}
+    known, waiting = {top, __package__, *sys.stdlib_module_names}, []
+    if beside and not any(map(_is_installed, own)):
+        waiting = [path for _, path in found]
+    while waiting:
+        for name in sorted(_imported_by(waiting.pop()) - known):
+            known.add(name)
+            places = _locations(name, base, first=False)
+            if {os.path.realpath(place.parent) for place in places} & beside:
+                more = [(f"{name}:{file}", path) for file, path in _sources(places)]
+                found += more
+                waiting += [path for _, path in more]
+    return found
+
+
+def _is_installed(path: Path) -> bool:
+    return not _INSTALLED.isdisjoint(path.parts)
+
+
+def _imported_by(file: Path) -> set[str]:
+    """The top-level names of the modules that a file imports, as far as its text tells."""
+    names: set[bytes] = set()
+    for whole, several in _IMPORT.findall(file.read_bytes()):
+        names |= {whole} if whole else {each.split()[0] for each in several.split(b",") if each.strip()}
+    return {name.partition(b".")[0].decode(errors="replace") for name in names} - {""}
 
 
 @contextmanager
@@ -152,7 +195,8 @@ def import_attribute(reference: str, base: Path | None = None) -> Any:
         sys.path.append(str(base))
     stamps = _stamps(top, base)
     if _imported.get(top, stamps) != stamps:
-        _forget(top)
+        for one in {top, *(file.partition(":")[0] for file, _ in code_files(top, base) if ":" in file)}:
+            _forget(one)
     if top not in sys.modules and base is not None:
         _import_from(top, base)
     found = import_module(module)
@@ -161,7 +205,7 @@ def import_attribute(reference: str, base: Path | None = None) -> Any:
 
 
 def _stamps(top: str, base: Path | None) -> Stamps:
-    facts = [(str(file), file.stat()) for _, file in source_files(top, base)]
+    facts = [(str(file), file.stat()) for _, file in code_files(top, base)]
     return frozenset((file, found.st_mtime_ns, found.st_size) for file, found in facts)
 
 

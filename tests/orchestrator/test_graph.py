@@ -54,6 +54,29 @@ SEVEN = """
     """
 
 
+@pytest.mark.parametrize("given", ["int8.weights <= ${params.most}", "${int8.weights} <= 1GB"])
+def test_a_condition_or_name_that_a_parameter_brings_with_a_reference_in_it_is_not_passed_over(
+    tmp_path: Path, given: str
+) -> None:
+    """What a parameter holds is not read once more for references."""
+    text = """
+    params: {most: 1GB, held: "int8.weights <= 1GB", after: source}
+    stages:
+      source: {uses: source, with: {repo: a/b}}
+      estimate:
+        uses: estimate
+        inputs: source
+        needs: ["${params.after}"]
+        with: {dtypes: [int8], batch_size: 4}
+        gates: ["${params.held}"]
+    """
+    with pytest.raises(ManifestError) as caught:
+        recipe(tmp_path, text, held=given, after="${params.most}")
+    causes = [problem.cause for problem in caught.value.problems]
+    assert causes == ["no stage '${params.most}'", "'$' does not belong in a condition"]
+    assert len(recipe(tmp_path, text).nodes["estimate"].gates) == 1
+
+
 def test_nodes_come_in_topological_order_with_ties_in_file_order(tmp_path: Path) -> None:
     assert list(recipe(tmp_path, SEVEN).nodes) == [
         "source", "estimate", "quantize@scheme=int8", "save", "quantize@scheme=nf4",

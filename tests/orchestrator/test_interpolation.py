@@ -55,6 +55,12 @@ def test_references(written: Any, value: Any) -> None:
         ("${}", "BP202"),
         ("a ${params.gpu", "BP202  ${params.gpu: `${` is not closed; close it with `}`"),
         ("${env.A-B}", "BP202"),
+        (
+            "${env.NO:-${params.gpu}}",
+            "BP202  ${env.NO:-${params.gpu}: what stands for NO where it is not set cannot hold references or braces;",
+        ),
+        ("${env.HOME:-{}}", "BP202"),
+        ("${env.HOME:?say {where}}", "BP202"),
         ("${env.NO}", "BP203  ${env.NO}: the environment variable NO is not set; export NO=…"),
         (
             "${env.EMPTY:?say where}",

@@ -45,6 +45,7 @@ class Session:
     def __init__(self, folder):
         self.store = Store(folder / "store")
         self.recipe = Recipe(folder / "opt.yaml")
+        self.arguments = {}
         self.nodes = [Node("download"), Node("shard@a=1.5", {"model": ("download",)})]
         self.pins = Pinned({"revision": COMMIT}, "asked")
         self.identities = {
@@ -148,6 +149,10 @@ class TestReading:
         with pytest.raises(UsageError, match="there is no lock file") as error:
             lockfile.enforce(session)
         assert error.value.cure == f"write it: bigpipe lock {session.recipe.path}"
+        session.arguments = {"need": "1"}
+        with pytest.raises(UsageError) as error:
+            lockfile.enforce(session)
+        assert error.value.cure.endswith(" -p need=1")
         lockfile.record_outputs(session, session.run())
         assert session.lock is None
 

@@ -15,6 +15,7 @@ from support.workshop import Workshop, statuses
 import bigpipe
 from bigpipe.errors import ManifestError, UsageError
 from bigpipe.machine import Machine
+from bigpipe.modules import code_files
 from bigpipe.orchestrator.planning.keys import identity
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage, stage_kinds
@@ -166,6 +167,22 @@ def test_a_kind_in_a_trusted_module_beside_the_manifest_and_its_edits(workshop: 
     assert (note(two), statuses(two)) == ("the second", {"note": "succeeded"})
 
 
+@pytest.mark.parametrize("runs_in", ["process", "inline"])
+def test_a_module_beside_it_that_a_kind_imports_counts_through_others_too(workshop: Workshop, runs_in: str) -> None:
+    kind, helper, far = (f"{name}_{runs_in}" for name in ("writer", "words", "letters"))
+    (workshop.folder / f"{kind}.py").write_text(NOTE.format(helper=helper, runs_in=runs_in))
+    (workshop.folder / f"{helper}.py").write_text(f"import json, {far} as letters\nTEXT = letters.TEXT\n")
+    (workshop.folder / far).mkdir()
+    (workshop.folder / far / "__init__.py").write_text("TEXT = 'first'\n")
+    (workshop.folder / "unrelated.py").write_text("TEXT = 'first'\n")
+    assert note(workshop.run(RECIPE % (kind, kind))) == "first"
+    (workshop.folder / "unrelated.py").write_text("TEXT = 'the second'\n")
+    assert statuses(workshop.run()) == {"note": "cached"}
+    (workshop.folder / far / "__init__.py").write_text("TEXT = 'the second'\n")
+    two = workshop.run()
+    assert (note(two), statuses(two)) == ("the second", {"note": "succeeded"})
+
+
 def test_the_module_beside_the_manifest_counts_not_an_installed_namesake(workshop: Workshop, site: Path) -> None:
     write_package(site, "notes_twice", "installed", "inline")
     write_package(workshop.folder, "notes_twice", "beside", "inline")
@@ -189,6 +206,20 @@ def test_an_edited_kind_of_a_distribution_runs_again(workshop: Workshop, site: P
     with (site / "noter_plugin.py").open("a") as source:
         source.write("# edited\n")
     assert statuses(workshop.run()) == {"note": "succeeded"}
+    (site / "noter_texts.py").write_text("TEXT = 'b'\n")
+    assert note(workshop.run()) == "b"
+
+
+def test_what_is_installed_beside_a_kind_is_not_read(site: Path) -> None:
+    packages = site / "site-packages"
+    packages.mkdir()
+    (packages / "one_kind.py").write_text("import one_library\n")
+    (packages / "one_library.py").write_text("\n")
+    sys.path.append(str(packages))
+    try:
+        assert [name for name, _ in code_files("one_kind", None)] == ["one_kind.py"]
+    finally:
+        sys.path.remove(str(packages))
 
 
 def test_a_built_in_kind_counts_by_its_version_alone(workshop: Workshop) -> None:
@@ -254,6 +285,7 @@ def test_a_recipe_is_read_without_what_its_names_stand_for() -> None:
 import sys
 from pathlib import Path
 from bigpipe.machine import Machine
+from bigpipe.modules import code_files
 from bigpipe.orchestrator.recipe import load_recipe
 for node in load_recipe(Path("manifests/quickstart.yaml")).nodes.values():
     if node.kind.planning.facts:

@@ -263,3 +263,19 @@ def test_errors_are_annotated_for_github() -> None:
     assert shown.error_text(plain, {"GITHUB_ACTIONS": "true"}) == "error: 20 GiB do not fit\n  use less"
     placed = DoesNotFit("no", "use less", place=place)
     assert shown.error_text(placed, {"GITHUB_ACTIONS": "true"}).endswith("col=7::no%0Ause less")
+
+
+def test_what_github_is_told_has_no_secret_and_moves_no_terminal_and_starts_at_the_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    conceal(["hunter22"])
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path / "models")
+    error = DoesNotFit("the server said hunter22 \x1b[2J", "use less", place=Place("a.yaml", 3, 7))
+    around = {"GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": str(tmp_path)}
+    annotated = shown.error_text(error, around).splitlines()[-1]
+    assert annotated.startswith("::error file=models/a.yaml,line=3,col=7::the server said ")
+    assert "hunter22" not in annotated
+    assert "\x1b" not in annotated
+    elsewhere = shown.error_text(error, {**around, "GITHUB_WORKSPACE": str(tmp_path / "mod")})
+    assert "::error file=a.yaml," in elsewhere

@@ -15,7 +15,8 @@ import pytest
 from support.workshop import statuses
 
 import bigpipe
-from bigpipe.errors import DoesNotFit, GateFailed, StageFailed, Transient
+from bigpipe.errors import DoesNotFit, GateFailed, StageFailed, Transient, UsageError
+from bigpipe.orchestrator.contract import NodeStarted
 from bigpipe.orchestrator.store.hashing import StatMemo
 
 CHAIN = """\
@@ -77,10 +78,58 @@ def test_an_edited_file_reruns_its_reader(workshop):
     assert workshop.ran == []
 
 
+EDITED = """\
+version: 1
+name: edited
+stages:
+  a: {uses: sleep, with: {seconds: 1.5, tag: a}}
+  b: {uses: write, needs: [a], with: {source: input.txt}}
+"""
+
+
+def test_a_file_that_is_edited_before_its_reader_s_turn_is_not_taken_for_what_it_was(workshop):
+    """The key was made of the file as the plan saw it."""
+    source = workshop.folder / "input.txt"
+    source.write_text("one")
+
+    def edit(event):
+        if isinstance(event, NodeStarted) and event.node == "a":
+            source.write_text("two")
+
+    first = workshop.run(EDITED, progress=edit)
+    assert statuses(first) == {"a": "succeeded", "b": "failed"}
+    assert first.exit_code == 75
+    assert "b: params.source" in first.errors[0].cause
+    assert first.errors[0].place.line == 5
+    assert (workshop.run().path("b") / "text").read_text() == "hellotwo"
+    source.write_text("one")
+    assert (workshop.run().path("b") / "text").read_text() == "helloone"
+
+
 def test_forced_node_runs_again_and_nothing_else(workshop):
     workshop.run(CHAIN)
     workshop.run(force=["b"])
     assert workshop.ran == ["b"]
+
+
+def test_a_part_of_a_variant_s_name_forces_those_it_means(workshop):
+    text = """\
+version: 1
+name: forced
+stages:
+  a: {uses: write, matrix: {t: [x, y], u: [v, w]}, with: {text: "${matrix.t}${matrix.u}"}}
+  b: {uses: write, with: {text: b}}
+"""
+    workshop.run(text)
+    workshop.run(force=["a@t=x"])
+    assert sorted(workshop.ran) == ["a@t=x,u=v", "a@t=x,u=w"]
+    assert list(bigpipe.orchestrator.commands.why(workshop.manifest, "a@u=v")) == ["a@t=x,u=v", "a@t=y,u=v"]
+
+
+def test_what_is_forced_must_be_among_what_is_to_run(workshop):
+    workshop.run(CHAIN)
+    with pytest.raises(UsageError, match="d cannot be forced: it is not among the nodes that are to run"):
+        workshop.run(nodes=["c"], force=["d"])
 
 
 def test_selected_node_runs_with_its_ancestors_only(workshop):

@@ -79,6 +79,10 @@ def test_plain_scalars_follow_yaml_1_2(written: str, value: object) -> None:
         ("a: *nothing", "1:4 BP012 no anchor named nothing; define it with &nothing above"),
         ("a: &a [*a]", "1:8 BP012 *a stands inside its own anchor"),
         ("a: {<<: 3}", "1:9 BP012 `<<` merges maps only"),
+        (
+            "a: &a {x: 1}\nb: {<<: *a, <<: {x: 2}}",
+            "2:13 BP008 `<<` stands here twice; write both in one: `<<: [*a, *b]`",
+        ),
         ('a: "\\0"', "1:4 BP001"),
         (b"a: \xff", "1:4 BP001 byte 0xff is not UTF-8; save the file as UTF-8"),
         (b"\xff\xfea\x00", "1:1 BP001 the file is UTF-16; save it as UTF-8"),
@@ -132,6 +136,11 @@ def test_anchors_merge_keys_and_byte_order_mark() -> None:
     assert read["d"] == {"<<": 1}
     assert read["e"] == {"p": 1, "q": 2}
     assert read["e"] is not read["x-a"]
+
+
+def test_a_key_that_is_written_out_wins_over_a_merged_one_in_its_other_form() -> None:
+    read = parse("a: &a {0: 20, '1': 5, 2: 7}\nb: {<<: *a, '0': 10, 1: 6}\n")
+    assert read["b"] == {"0": 10, 1: 6, 2: 7}
 
 
 def test_places_of_values_keys_and_parts() -> None:

@@ -52,6 +52,46 @@ def tools(workshop):
     return workshop
 
 
+NUMBERS = """\
+version: 1
+params: {steps: 3, fast: true}
+stages:
+  train:
+    uses: command
+    matrix: {rate: [0.1, 2]}
+    with: {argv: [train, "${params.steps}", "${matrix.rate}", "--rate=${matrix.rate}"], produces: report}
+    env: {RATE: "${matrix.rate}", STEPS: "${params.steps}", FAST: "${params.fast}"}
+"""
+
+
+def test_numbers_that_parameters_and_axes_bring_are_arguments_and_variables(workshop):
+    workshop.manifest.write_text(NUMBERS)
+    nodes = bigpipe.load_manifest(workshop.manifest).nodes
+    assert [list(node.params.argv) for node in nodes.values()] == [
+        ["train", "3", "0.1", "--rate=0.1"], ["train", "3", "2", "--rate=2"],
+    ]  # fmt: skip
+    assert nodes["train@rate=0.1"].env == {"RATE": "0.1", "STEPS": "3", "FAST": "true"}
+
+
+def test_what_is_written_as_a_number_or_switch_is_not_guessed_to_be_text(workshop):
+    """`2.10` would become 2.1."""
+    workshop.manifest.write_text(NUMBERS.replace('"${matrix.rate}", "--', '2.10, 3, "${params.fast}", "--'))
+    with pytest.raises(ManifestError) as caught:
+        bigpipe.load_manifest(workshop.manifest)
+    found = {(problem.cause, problem.cure) for problem in caught.value.problems}
+    assert found == {
+        ("argv.4: true where a text is expected", "put it in quotes where it is set if it is text: 'true'")
+    }
+    workshop.manifest.write_text(NUMBERS.replace('"${matrix.rate}", "--', '2.10, 3, "--'))
+    with pytest.raises(ManifestError) as caught:
+        bigpipe.load_manifest(workshop.manifest)
+    found = {(problem.cause, problem.cure) for problem in caught.value.problems}
+    assert found == {
+        ("argv.2: 2.10 where a text is expected", "put it in quotes if it is text: '2.10'"),
+        ("argv.3: 3 where a text is expected", "put it in quotes if it is text: '3'"),
+    }
+
+
 def test_a_tool_is_a_stage(tools):
     result = tools.run(RECIPE)
     assert result.exit_code == 0, result.errors
