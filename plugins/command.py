@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -19,8 +20,9 @@ PLACEHOLDER = re.compile(r"\$\{(?:(input)\.([^{}]*)|(out|python))\}")
 class CommandParams(Params):
     argv: Annotated[list[Annotated[str, Field(coerce_numbers_to_str=True)]], Field(min_length=1)]
     """The program and its arguments, one by one; no shell reads them. `${input.PORT}` is the directory of what is wired
-    to that port (a list where several are gathered), `${out}` the directory that becomes the artifact, `${python}` the
-    interpreter that bigpipe runs in. Numbers that parameters or axes bring are written out."""
+    to that port (alone, several arguments where several are gathered), `${out}` the directory that becomes the
+    artifact, `${python}` the interpreter that bigpipe runs in. Numbers that parameters or axes bring are written
+    out."""
     files: list[AnyPath] = Field(default_factory=list)
     """Code and data of the recipe's own: files, globs, directories, relative to the manifest. They enter the key by
     content, and lie in the working directory under the same paths, as copies. What is not listed is not there."""
@@ -69,6 +71,12 @@ def unmeasured(params: CommandParams, ports: Collection[str], metric: str) -> tu
     return None
 
 
+def settled(params: CommandParams) -> Stage[CommandParams]:
+    """What its arguments name it cannot do without: where that is skipped, so is the command."""
+    named = {port for argument in params.argv for _, port, _ in PLACEHOLDER.findall(argument) if port}
+    return replace(STAGE, inputs={port: Port(ANY, many=True) for port in sorted(named)}) if named else STAGE
+
+
 STAGE = Stage(
     kind="command",
     version=1,
@@ -80,6 +88,7 @@ STAGE = Stage(
     outputs=("checkpoint", "report", "results"),
     output_field="produces",
     unmeasured=unmeasured,
+    settled=settled,
     placeholders=("input", "out", "python"),
     run=late("bigpipe.plugins.commanding:run"),
     forecast=late("bigpipe.plugins.commanding:forecast"),

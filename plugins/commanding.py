@@ -32,7 +32,14 @@ def check(params: CommandParams, context: CheckContext) -> None:
                 )
                 cause = f"nothing is wired to the port {port!r}, which ${{input.{port}}} names"
                 raise UsageError(cause, cure, field=f"argv[{number}]")
+            if port and len(context.inputs[port]) > 1 and not PLACEHOLDER.fullmatch(argument):
+                raise UsageError(*_several(argument, port, len(context.inputs[port])), field=f"argv[{number}]")
     _require_program(params, context)
+
+
+def _several(argument: str, port: str, number: int) -> tuple[str, str]:
+    cause = f"{number} are gathered on the port {port!r}, and {argument!r} is one argument"
+    return cause, f"let ${{input.{port}}} stand alone: it becomes an argument for each"
 
 
 def _require_program(params: CommandParams, context: CheckContext) -> None:
@@ -97,8 +104,12 @@ def _filled_in(argv: Sequence[str], context: StageContext) -> Iterator[str]:
         whole = PLACEHOLDER.fullmatch(argument)
         if whole and whole[2] is not None:
             yield from map(str, context.inputs.get(whole[2], ()))
-        else:
-            yield PLACEHOLDER.sub(lambda found: own[found[3]] if found[3] else str(context.input(found[2])), argument)
+            continue
+        for _, port, _ in PLACEHOLDER.findall(argument):
+            if port and len(context.inputs.get(port, ())) != 1:
+                cause, cure = _several(argument, port, len(context.inputs.get(port, ())))
+                raise StageFailed(cause, cure, field="argv")
+        yield PLACEHOLDER.sub(lambda found: own[found[3]] if found[3] else str(context.input(found[2])), argument)
 
 
 def _require_success(params: CommandParams, ended: Ended) -> None:

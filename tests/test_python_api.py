@@ -8,6 +8,7 @@ import pytest
 
 import bigpipe
 from bigpipe.bigmodel.publishing.addresses import open_destination
+from bigpipe.errors import UsageError
 from bigpipe.orchestrator.store.remote import open_remote
 
 QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
@@ -53,13 +54,13 @@ def test_a_wrong_call_says_what_is_right(call, says, tmp_path):
 
 def test_a_parameter_that_is_none_is_not_the_text_null(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("version: 1\nparams: {x: a}\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
-    with pytest.raises(bigpipe.UsageError, match="params: x is None"):
+    with pytest.raises(UsageError, match="params: x is None"):
         bigpipe.load_manifest(tmp_path / "r.yaml", params={"x": None})
 
 
 def test_a_destination_that_a_shell_would_have_read_is_refused(tmp_path: Path) -> None:
     for to in ("$HOME/m", "s3://$BUCKET/m"):
-        with pytest.raises(bigpipe.UsageError, match="would be a name with a dollar sign in it"):
+        with pytest.raises(UsageError, match="would be a name with a dollar sign in it"):
             open_destination(to)
-    with pytest.raises(bigpipe.UsageError, match="would be a name with a dollar sign in it"):
+    with pytest.raises(UsageError, match="would be a name with a dollar sign in it"):
         open_remote("$SCRATCH/shared", tmp_path, tmp_path / "store", {})

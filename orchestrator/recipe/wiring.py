@@ -96,7 +96,7 @@ def check_wired(stage: Wired, kind: Stage[Any], stages: Collection[Wired], probl
     if kind.needs_input and not stage.inputs and not stage.unread:
         cause = f"{kind.kind} needs one of its ports {listed(list(ports), 'or')}"
         problems.add(Fault.MISSING_PORT, path, cause, f"add `inputs: {{{next(iter(ports))}: STAGE}}`", key=True)
-    for name, port in ports.items():
+    for name, port in ports.items() if kind.open_ports is None else ():  # such a kind says itself what it lacks
         if not port.optional and name not in stage.inputs and not stage.unread and stage.inputs.keys() <= ports.keys():
             short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
             cause = f"{kind.kind} needs a {port.type} on its port {name!r}"

@@ -288,6 +288,27 @@ def test_gathered_inputs_are_several_arguments(workshop):
     assert (result.path("it") / "n").read_text() == "3"
 
 
+def test_several_inputs_in_one_argument_are_refused_and_not_all_but_one_left_out(workshop):
+    workshop.manifest.write_text(
+        recipe("[sh, '--all=${input.all}', '${out}']", stage=", inputs: {all: [many]}")
+        + "  many: {uses: write, matrix: {text: [a, b, c]}, with: {text: '${matrix.text}'}}\n"
+    )
+    (error,) = bigpipe.plan(workshop.manifest).errors()
+    assert error.cause == "3 are gathered on the port 'all', and '--all=${input.all}' is one argument"
+
+
+def test_a_command_is_skipped_with_what_its_arguments_name(workshop):
+    workshop.manifest.write_text(
+        recipe("[sh, '${input.source}', '${out}']", stage=", inputs: {source: text, more: text}")
+        + "  text: {uses: write, when: 1 > 2, with: {text: a}}\n"
+        + "  other: {uses: command, inputs: {source: text}, with: {argv: [sh, '${out}'], produces: report}}\n"
+    )
+    planned = bigpipe.plan(workshop.manifest)
+    actions = {name: str(node.action) for name, node in planned.nodes.items()}
+    assert actions == {"text": "skipped", "it": "skipped", "other": "run"}
+    assert planned.errors() == []
+
+
 def test_it_sees_what_it_is_given_of_the_environment_and_no_more(workshop, monkeypatch):
     monkeypatch.setenv("MY_KEY", "s3cret-of-mine")
     monkeypatch.setenv("OTHER_KEY", "s3cret-of-others")
