@@ -419,7 +419,7 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
 def _remember(run: Run, keys: Mapping[str, str]) -> None:
     """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists."""
     session, recipe = run.session, run.session.recipe
-    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant)
+    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes)
 
 
 @contextmanager

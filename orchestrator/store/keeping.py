@@ -9,7 +9,7 @@ its metrics and the sizes of its files stay recorded.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -94,10 +94,12 @@ def named_roots(layout: Layout, manifest: Path, name: str) -> list[Root]:
 
 
 def remember(
-    layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str], variant: str = ""
-) -> None:
+    layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str], variant: str = "",
+    known: Collection[str] | None = None,
+) -> None:  # fmt: skip
     """Merge nodes → keys into the root of a manifest. A key without a record counts as begun. variant: names the `-p`
-    values that the nodes have these keys with."""
+    values that the nodes have these keys with. known: all nodes that the manifest has with them: what it had besides
+    it names no more. None: that is not known."""
     path = root_path(layout, manifest)
     beside = None if lock is None else os.path.abspath(lock)
     new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes)
@@ -105,13 +107,13 @@ def remember(
         old = load_root(layout, path)
         same = old is not None and (old.name, old.lock, old.begun) == (name, new.lock, {})
         if old is not None and same and nodes.items() <= old.nodes.items():
-            if is_young(_used(old, variant), FRESH):
+            if is_young(_used(old, variant), FRESH) and (known is None or old.nodes.keys() <= {*known}):
                 return  # a run that finds everything cached writes nothing
             unneeded: tuple[type[Exception], ...] = (OSError, BigpipeError)  # nothing but the time: not worth failing
         else:
             unneeded = ()
         with suppress(*unneeded), StoreLock(layout.locks / "roots"):
-            write_sealed(path, asdict(_merged(layout, load_root(layout, path), new, variant)))
+            write_sealed(path, asdict(_merged(layout, load_root(layout, path), new, variant, known)))
 
 
 def _used(root: Root, variant: str) -> str:
@@ -139,24 +141,28 @@ def living(roots: Sequence[Root]) -> list[Root]:
     return here + moved
 
 
-def _merged(layout: Layout, old: Root | None, new: Root, variant: str) -> Root:
+def _merged(layout: Layout, old: Root | None, new: Root, variant: str, known: Collection[str] | None) -> Root:
     old = old or replace(new, nodes={})
     done = {node: key for node, key in new.nodes.items() if layout.key(key).exists()}
     history = {node: [known for known in old.history.get(node, []) if known != key] for node, key in done.items()}
     others = {name: used for name, used in old.variants.items() if name != variant}
-    keys = {**old.variants.get(variant, {}).get("keys", {}), **done}
+    keys = _named({**old.variants.get(variant, {}).get("keys", {}), **done}, known)
     own = {"used": datetime.now(UTC).isoformat(timespec="seconds"), "keys": keys}
     origin = origin_of(Path(new.manifest))
     return replace(
         new,
         written=os.path.exists(new.manifest),
         serial=1 + max((root.serial for root in all_roots(layout)), default=0),
-        nodes={**old.nodes, **done},
+        nodes=_named({**old.nodes, **done}, known),
         history={**old.history, **{node: [*history[node], key][-HISTORY:] for node, key in done.items()}},
-        begun={node: key for node, key in {**old.begun, **new.nodes}.items() if node not in done},
+        begun=_named({node: key for node, key in {**old.begun, **new.nodes}.items() if node not in done}, known),
         variants=dict([*others.items(), (variant, own)][-VARIANTS:]),
         **(asdict(origin) if origin else {}),
     )
+
+
+def _named(keys: Mapping[str, str], known: Collection[str] | None) -> dict[str, str]:
+    return {node: key for node, key in keys.items() if known is None or node in known}
 
 
 def release(layout: Layout, presence: Presence, digest: str, key: str) -> int:

@@ -299,19 +299,26 @@ class Store:
         return release(self.layout, self._presence, digest, key)
 
     def remember(
-        self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str], variant: str = ""
-    ) -> None:
+        self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str], variant: str = "",
+        known: Collection[str] | None = None,
+    ) -> None:  # fmt: skip
         """Keep these keys from `gc`, with what is known, as long as the manifest or its lock file exists. A key may be
-        given before it has a record: its unfinished work is then kept. variant: names the `-p` values of these keys."""
-        remember(self.layout, recipe_path, lock_path, name, node_keys, variant)
+        given before it has a record: its unfinished work is then kept. variant: names the `-p` values of these keys.
+        known: all nodes that the recipe has with them; what it had besides is kept no longer."""
+        remember(self.layout, recipe_path, lock_path, name, node_keys, variant, known)
 
     def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
         """Return node → the key of its last record under this manifest path, else the latest manifest of this name."""
-        return {node: key for root in named_roots(self.layout, manifest, name) for node, key in root.nodes.items()}
+        found: dict[str, str] = {}
+        for root in named_roots(self.layout, manifest, name):
+            for variant in root.variants.values():  # those used last at the end
+                found |= variant["keys"]
+            found |= root.nodes
+        return found
 
     def history(self, manifest: Path, name: str, node: str) -> list[KeyRecord]:
         """Return the node's latest records that are still there, oldest first; found as `last` finds it."""
-        roots = [root for root in named_roots(self.layout, manifest, name) if node in root.nodes]
+        roots = [root for root in named_roots(self.layout, manifest, name) if node in root.history]
         keys = roots[-1].history.get(node, []) if roots else []
         return [record for key in keys if (record := self.find(key)) is not None]
 
