@@ -6,7 +6,7 @@
     factor     = "-" factor | "(" sum ")" | NUMBER [UNIT] | METRIC | "${stages.NODE.metrics.METRIC}"
     METRIC     = NAME ("." NAME_OR_NUMBER)*        a metric of the node itself
 
-Units are those of sizes (`GiB`, `GB`, …) and of time (`ms`, `s`, `min`, `h`). Whole numbers stay exact.
+Units are those of sizes (`GiB`, `GB`, …) and of time (`ms`, `s`, `min` or `m`, `h`). Whole numbers stay exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Measure: TypeAlias = Literal["size", "time", "number", "count", "fraction"] | No
 with decimals, which may be seconds; None: unknown."""
 Lookup: TypeAlias = Callable[[str | None, str], Json]
 
-_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600}
+_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "m": 60, "h": 3600}
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip

@@ -35,6 +35,7 @@ def decide(text: str, **metrics: Any) -> tuple[bool, str, str] | None:
         ("ratio == 0.5", {"ratio": 0.5}, (True, "0.5", "0.5")),
         ("ratio != 0.5", {"ratio": 0.5}, (False, "0.5", "0.5")),
         ("seconds < 1min", {"seconds": 75.5}, (False, "75.5 s", "1min")),
+        ("seconds < 2m", {"seconds": 130.0}, (False, "130 s", "2m")),  # as `timeout: 2m` has it
         ("x > 2 + 3 * 4 - 6 / 2", {"x": 12}, (True, "12", "11")),
         ("x > -(2 - 3) * -1", {"x": 0}, (True, "0", "-1")),
         ("x > y", {"x": 2, "y": 1}, (True, "2", "1")),
