@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import import_attribute, is_reference, top_level
+from bigpipe.modules import foreign, import_attribute, is_reference, top_level
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
@@ -88,11 +88,18 @@ def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> S
     kind cannot be imported, or is not what its entry point says.
     """
     location = locate(uses, trust)
+    what = f"the stage kind {uses!r} cannot be loaded from {location}"
     try:
-        found = import_attribute(location, trust.home(location, base))
-    except (ImportError, AttributeError, SyntaxError) as error:
+        with foreign(what, "mend the module: it must import"):
+            found = import_attribute(location, trust.home(location, base))
+    except UsageError as told:
+        error = told.__cause__
+        if not isinstance(error, ImportError | AttributeError | SyntaxError):
+            raise
         cure = "reinstall or update its distribution" if ":" not in uses else _module_cure(location, error)
-        raise UsageError(f"the stage kind {uses!r} cannot be loaded from {location}: {error}", cure) from error
+        raise UsageError(f"{what}: {error}", cure) from error
+    except SystemExit as error:
+        raise UsageError(f"{what}: it ends the program", "mend the module: it must import") from error
     if not isinstance(found, Stage):
         raise UsageError(f"{location} is a {type(found).__name__}, not a Stage", "name a Stage value of the module")
     if ":" not in uses and found.kind != uses:

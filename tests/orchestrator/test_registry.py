@@ -113,6 +113,25 @@ def test_a_kind_that_cannot_be_loaded_is_a_placed_error(site: Path, tmp_path: Pa
     assert (problem.code, problem.place.line, problem.place.column) == ("BP109", 3, 13)
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise ValueError('no key')", r"ValueError: no key \(.*broken_kind_0\.py:1\)"),
+        ("import sys\nsys.exit(0)", "it ends the program"),
+        ("import os\nos.environ['NO_SUCH_KEY']", "KeyError: 'NO_SUCH_KEY'"),
+    ],
+)
+def test_a_kind_whose_module_fails_is_no_bug_of_ours(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "broken_kind_0.py").write_text(source)
+    (tmp_path / "m.yaml").write_text(
+        "version: 1\ntrust: {modules: [broken_kind_0]}\nstages:\n  s: {uses: 'broken_kind_0:STAGE'}\n"
+    )
+    with pytest.raises(ManifestError, match=said) as placed:
+        load_recipe(tmp_path / "m.yaml", environment={})
+    (problem,) = placed.value.problems
+    assert (problem.code, problem.place.line, problem.place.column) == ("BP109", 4, 13)
+
+
 NOTE = """
 from pathlib import Path
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Stage, StageResult
