@@ -97,6 +97,7 @@ def test_other_parameters_stay_for_a_while(ran):
 def test_what_a_command_without_a_recipe_gave_stays_for_a_while(workshop):
     shutil.copytree(ROOT / "models" / "quickstart", workshop.folder / "model")
     assert workshop.command("shard", "model").returncode == 0
+    assert workshop.command("shard", "model", "--max-shard-size", "1MB").returncode == 0  # under the same name
     kinds = {each["kind"] for each in workshop.json("gc", "--dry-run")["freed"]}
     assert not kinds & {"root", "artifact", "record", "object"}
     kinds = {each["kind"] for each in workshop.json("gc", "--dry-run", "--older-than", "0d")["freed"]}

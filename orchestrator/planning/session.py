@@ -61,6 +61,8 @@ class Session:
     """Whose machines the nodes run on, but for those that run in the command itself; None: on this one."""
     meeting: Meeting | None = None
     """Of the machines that a scheduler started, where this is the one that drives."""
+    unwritten: bool = False
+    """No file holds the recipe: others have the same path."""
     side_by_side: bool = True
     """May several nodes run at a time, and take each other's files as they are made?"""
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
@@ -83,7 +85,10 @@ class Session:
 
     @property
     def variant(self) -> str:
-        """Return what names the `-p` values: none, or a digest, since they may be secret."""
+        """Return what names the `-p` values, and the recipe where no file holds it: none, or a digest, since they may be
+        secret."""
+        if self.unwritten:
+            return digest_of("variant", [dict(self.arguments), self.recipe.text])
         return digest_of("variant", dict(self.arguments)) if self.arguments else ""
 
     @cached_property
@@ -319,6 +324,7 @@ def open_session(
         selected=selected,
         forced=_forced(recipe, force, selected),
         arguments=params,
+        unwritten=text is not None,
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"},
         **further,
     )
