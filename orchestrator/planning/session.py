@@ -85,8 +85,8 @@ class Session:
 
     @property
     def variant(self) -> str:
-        """Return what names the `-p` values, and the recipe where no file holds it: none, or a digest, since they may be
-        secret."""
+        """Return what names the `-p` values, and the recipe where no file holds it: none, or a digest, since they may
+        be secret."""
         if self.unwritten:
             return digest_of("variant", [dict(self.arguments), self.recipe.text])
         return digest_of("variant", dict(self.arguments)) if self.arguments else ""

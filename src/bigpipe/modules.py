@@ -50,7 +50,8 @@ def _locations(top: str, base: Path | None, *, first: bool = True) -> tuple[Path
 
 def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
     """Return (relative path, path) of all Python files of a top-level module or package, sorted; [] if there are none.
-    base: a directory that is looked at first, before what is installed."""
+    Links to nothing, which editors leave beside what they edit, are none. base: a directory that is looked at first,
+    before what is installed."""
     return _sources(_locations(top, base))
 
 
@@ -58,7 +59,7 @@ def _sources(places: Iterable[Path]) -> list[tuple[str, Path]]:
     found = []
     for place in places:
         if place.is_dir():
-            found += [(str(file.relative_to(place)), file) for file in place.rglob("*.py")]
+            found += [(str(file.relative_to(place)), file) for file in place.rglob("*.py") if file.is_file()]
         else:
             found.append((place.name, place))
     return sorted(found)

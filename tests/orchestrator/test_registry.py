@@ -229,6 +229,13 @@ def test_an_edited_kind_of_a_distribution_runs_again(workshop: Workshop, site: P
     assert note(workshop.run()) == "b"
 
 
+def test_what_an_editor_leaves_beside_a_module_is_no_source(tmp_path: Path) -> None:
+    write_package(tmp_path, "edited_kind", "text")
+    (tmp_path / "edited_kind/.#texts.py").symlink_to("ada@laptop.1234:1700000000")
+    (tmp_path / "edited_kind/odd.py").mkdir()
+    assert [name for name, _ in code_files("edited_kind", tmp_path)] == ["__init__.py", "texts.py"]
+
+
 def test_what_is_installed_beside_a_kind_is_not_read(site: Path) -> None:
     packages = site / "site-packages"
     packages.mkdir()
