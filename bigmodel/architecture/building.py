@@ -65,9 +65,17 @@ def _remote_code(request: Request) -> Any:
     config = transformers.AutoConfig.from_pretrained(str(request.code), trust_remote_code=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    names = [name for name in request.config["auto_map"] if name.startswith("AutoModelFor")]
-    auto = getattr(transformers, names[0] if names and request.head == "auto" else "AutoModel")
+    auto = getattr(transformers, _auto_class(request.config) if request.head == "auto" else "AutoModel")
     return auto.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=True)
+
+
+def _auto_class(config: Mapping[str, Any]) -> str:
+    """The name in `auto_map` that leads to the class under `architectures`, whose weights are stored; where none does,
+    the first one with a head."""
+    listed = {name: str(value) for name, value in config["auto_map"].items() if name.startswith("AutoModel")}
+    saved = named_classes(config)
+    own = (name for name, value in listed.items() if value.rpartition(".")[2] in saved)
+    return next(own, next((name for name in listed if name != "AutoModel"), "AutoModel"))
 
 
 def _named_class(raw: Mapping[str, Any]) -> Any:

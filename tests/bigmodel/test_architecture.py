@@ -11,7 +11,13 @@ import pytest
 from support.architectures import UNUSUAL
 from support.real import describe_here
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, read_request, request_key
+from bigpipe.bigmodel.architecture import (
+    Architecture,
+    describe_architecture,
+    read_request,
+    request_key,
+    with_empty_parameters,
+)
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
@@ -235,3 +241,45 @@ def test_an_infinite_number_as_transformers_writes_it_into_json() -> None:
     assert describe_here({**UNUSUAL["falcon_h1"], **limit}) == describe_here(
         {**UNUSUAL["falcon_h1"], "time_step_limit": [0.0, float("inf")]}
     )
+
+
+OWN = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "ownseveral"
+
+class Own(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(2, 2)
+        self.post_init()
+
+class OwnForCausalLM(Own):
+    pass
+
+class OwnForSequenceClassification(Own):
+    pass
+"""
+
+
+@pytest.mark.parametrize("saved", ["Own", "OwnForCausalLM", "OwnForSequenceClassification"])
+def test_of_several_classes_in_auto_map_the_one_that_was_saved_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    classes = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM", "AutoModel": "Own"}
+    classes["AutoModelForSequenceClassification"] = "OwnForSequenceClassification"
+    mapped = {name: f"own.{value}" for name, value in classes.items()}
+    config = {"model_type": "ownseveral", "architectures": [saved], "auto_map": mapped}
+    (folder := tmp_path / "model").mkdir()
+    (folder / "own.py").write_text(OWN)
+    (folder / "config.json").write_text(json.dumps(config))
+    request = read_request(folder, sources=Sources(trust_remote_code=True))
+    assert type(with_empty_parameters(request, torch.float32)).__name__ == saved
