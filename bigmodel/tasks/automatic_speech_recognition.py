@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.errors import UsageError, first_few
 
+from .arguments import GENERATION_CONFIG
 from .processing import load_processor, on_device, require_library, require_processor
 from .rows import Row
 from .sounds import read_sound
@@ -104,13 +109,53 @@ def _row_check(model: ModelDescription) -> Callable[[Row], None]:
     return check
 
 
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    asked = SpeechRecognition.model_validate(arguments)
+    if asked.stride_length_s is not None and 2 * asked.stride_length_s >= asked.chunk_length_s:
+        cause = f"stride_length_s {asked.stride_length_s:g} on both sides leaves nothing of {asked.chunk_length_s:g} s"
+        raise UsageError(cause, "give less than half of chunk_length_s", field="generation.stride_length_s")
+
+
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
+
     require_processor(model)
     require_tokenizer(model)
+    if model.path is not None and (model.path / GENERATION_CONFIG).is_file():
+        asked = SpeechRecognition.model_validate(arguments)
+        _check_spoken(read_json(model.path / GENERATION_CONFIG, model.path, MAX_CONFIG), asked)
+
+
+def _check_spoken(own: Mapping[str, Any], asked: SpeechRecognition) -> None:
+    """Raise UsageError where a model does not know the language, or is of one alone, as its generation_config.json
+    says. own: its contents."""
+    named = next((name for name in ("language", "task") if getattr(asked, name) is not None), None)
+    if named is not None and own.get("is_multilingual") is False:
+        cause = f"the model knows English alone, and takes no {named}"
+        raise UsageError(cause, "leave it out, or take a model of many languages", field=f"generation.{named}")
+    known = own.get("lang_to_id")
+    if asked.language is None or not isinstance(known, Mapping):
+        return
+    told = asked.language.lower()
+    codes = [told, *(other for pair in _language_names() if told in pair for other in pair)]
+    if told not in known and not any(f"<|{code}|>" in known for code in codes):
+        there = first_few(sorted(str(token).strip("<|>") for token in known))
+        cure = f"name it in English, or by its code: {there}"
+        raise UsageError(f"the model knows no language {asked.language!r}", cure, field="generation.language")
+
+
+@cache
+def _language_names() -> frozenset[tuple[str, str]]:
+    """Pairs of a language's name and its code, in either order, by the source of transformers: importing it takes a
+    second. None where it is written in another way than now."""
+    found = find_spec("transformers")
+    file = Path(found.origin or "").parent / "models/whisper/tokenization_whisper.py" if found else Path()
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return frozenset(re.findall(r'^    "([\w ]+)": "([\w ]+)",$', text, re.MULTILINE))
 
 
 TASK = Task(
     name="automatic-speech-recognition", bind=_bind, arguments=SpeechRecognition, check_model=_check_model,
     row_check=_row_check, reads=("sound",), classes=("WhisperForConditionalGeneration",), makes_tokens=True,
-    own_length=True, length_of=lambda row, arguments: 1, side_by_side=True,
+    own_length=True, check_arguments=_check_arguments, length_of=lambda row, arguments: 1, side_by_side=True,
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 import wave
 from pathlib import Path
@@ -131,6 +132,34 @@ def test_a_model_that_does_not_hear_is_refused_before_it_is_loaded(
     pytest.importorskip("PIL")
     with pytest.raises(UsageError, match=f"ViTForImageClassification does no {NAME}"):
         list(task.checked({}, sounds, describe_checkpoint(make_vit(tmp_path / "vit"))))
+
+
+def test_a_language_that_a_model_does_not_know_is_refused_before_it_is_loaded(
+    tmp_path: Path, sounds: list[Row], whisper: Path
+) -> None:
+    task, described = find_task(NAME, Sources()), describe_checkpoint(whisper)
+    for known in ("english", "German", "DE", "<|en|>", None):
+        list(task.checked({"language": known}, sounds, described))
+    for unknown in ("englsh", "french", "fr"):
+        with pytest.raises(UsageError, match=f"knows no language '{unknown}'") as error:
+            list(task.checked({"language": unknown}, sounds, described))
+        assert error.value.field == "generation.language"
+        assert "by its code: de" in str(error.value.cure)
+    alone = Path(shutil.copytree(whisper, tmp_path / "alone"))
+    own = json.loads((alone / "generation_config.json").read_bytes())
+    (alone / "generation_config.json").write_text(json.dumps({**own, "is_multilingual": False}))
+    for given in ({"language": "en"}, {"task": "transcribe"}):
+        with pytest.raises(UsageError, match="the model knows English alone"):
+            list(task.checked(given, sounds, describe_checkpoint(alone)))
+    list(task.checked({}, sounds, describe_checkpoint(alone)))
+
+
+def test_an_overlap_that_leaves_nothing_of_a_chunk_is_refused(sounds: list[Row]) -> None:
+    task = find_task(NAME, Sources())
+    list(task.checked({"chunk_length_s": 10.0, "stride_length_s": 4.0}, sounds, None))
+    with pytest.raises(UsageError, match="stride_length_s 5 on both sides leaves nothing of 10 s") as error:
+        list(task.checked({"chunk_length_s": 10.0, "stride_length_s": 5.0}, sounds, None))
+    assert error.value.field == "generation.stride_length_s"
 
 
 FORMATS = [
