@@ -422,9 +422,13 @@ def _settle_buffers(model: torch.nn.Module, matches: Packed, state: Loaded) -> N
 
 
 def _read_generation_config(model: Any, path: Path) -> None:
-    file = path / "generation_config.json"
-    if file.is_file() and hasattr(model, "generation_config"):
-        from transformers import GenerationConfig
+    """What `generate` does unless it is told otherwise, as the checkpoint says: in a file of its own or, in older ones
+    without it, among the fields of config.json."""
+    name = next((name for name in ("generation_config.json", "config.json") if (path / name).is_file()), None)
+    if name is None or getattr(model, "generation_config", None) is None:
+        return
+    from transformers import GenerationConfig
 
-        with foreign(f"{file} cannot be used", "mend it, or leave it out", InvalidCheckpoint):
-            model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    older = {"config_file_name": name, "_from_model_config": True} if name == "config.json" else {}
+    with foreign(f"{path / name} cannot be used", "mend it, or leave it out", InvalidCheckpoint):
+        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True, **older)

@@ -74,6 +74,11 @@ TOKENS = frozenset({
 """Arguments that are tokens."""
 COUNTS = frozenset({"num_beams", "num_return_sequences"})
 """Arguments that multiply the work."""
+SAY_LITTLE = frozenset({
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict_in_generate",
+})  # fmt: skip
+"""Arguments that stand in configs of models that say nothing of how they generate."""
 TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 """As transformers documents an argument → what may be given."""
 FRACTIONS = frozenset({
@@ -92,6 +97,15 @@ def known_arguments() -> frozenset[str]:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     names = re.findall(r"self\.(\w+) = kwargs\.pop\(\"\1\"", text)
     return frozenset(name for name in names if not name.startswith("_")) - {"transformers_version"}
+
+
+def said_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` that stand in a config.json: transformers heeds them where there is no
+    generation_config.json (`GenerationConfig.from_model_config`). Tokens that each config names are left out."""
+    nested = next((part for name in ("decoder", "generator", "text_config") if (part := config.get(name))), None)
+    names = known_arguments() - SAY_LITTLE
+    parts = [nested if isinstance(nested, Mapping) else {}, config]
+    return {name: value for part in parts for name, value in part.items() if name in names and value is not None}
 
 
 def check_names(arguments: Mapping[str, Any]) -> None:
@@ -119,11 +133,12 @@ def check_values(
     own: Mapping[str, Any] | None,
     sources: Sources,
     config: Mapping[str, Any] | None = None,
+    file: str = GENERATION_CONFIG,
 ) -> None:
     """Raise UsageError where transformers does not take a value, or one has no effect beside the others. own: what the
-    model's generation_config.json says, which holds where an argument is left out; None: not known. config: the
-    model's, complete; None: not known. The answer is kept; without transformers there is none. Raise
-    InvalidCheckpoint where more sequences are made of a prompt than the limits allow."""
+    model's `file` says, which holds where an argument is left out; None: not known. config: the model's, complete;
+    None: not known. The answer is kept; without transformers there is none. Raise InvalidCheckpoint where more
+    sequences are made of a prompt than the limits allow."""
     from bigpipe.bigmodel.architecture import ask_child
 
     if not arguments and not own:
@@ -143,8 +158,9 @@ def check_values(
         cure = "transformers documents what it takes under GenerationConfig"
         mend = "mend the model's file, or say otherwise under `generation`"
         of_file = wrong.startswith(GENERATION_CONFIG)
-        field = "generation" if of_file else wrong.partition(" ")[0].rstrip(":")
-        raise UsageError(wrong, mend if of_file else cure, field=field)
+        if of_file:
+            raise UsageError(file + wrong.removeprefix(GENERATION_CONFIG), mend, field="generation")
+        raise UsageError(wrong, cure, field=wrong.partition(" ")[0].rstrip(":"))
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values
+from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values, said_by_config
 from .task import Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
 from .tokenizing import (
     OWN_FUNCTION,
@@ -66,16 +66,17 @@ def check_generation(model: ModelDescription, arguments: Mapping[str, Any], sour
         cure = "take a model that does, the task feature-extraction, or `module:function`"
         raise UsageError(cause, cure, field="task")
     config = architecture.config if architecture else None
-    check_values(arguments, _own_arguments(model), sources, config)
+    own, file = _own_arguments(model)
+    check_values(arguments, own, sources, config, file)
 
 
-def _own_arguments(model: ModelDescription) -> Mapping[str, Any] | None:
-    """What the model's own file says; None where it is not here yet."""
+def _own_arguments(model: ModelDescription) -> tuple[Mapping[str, Any] | None, str]:
+    """What the model's own file says, and its name; None where it is not here yet."""
     from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
 
     if model.path is not None and (model.path / GENERATION_CONFIG).is_file():
-        return read_json(model.path / GENERATION_CONFIG, model.path, MAX_CONFIG)
-    return {} if has_weights(model) else None
+        return read_json(model.path / GENERATION_CONFIG, model.path, MAX_CONFIG), GENERATION_CONFIG
+    return (said_by_config(model.config or {}) if has_weights(model) else None), "config.json"
 
 
 @dataclass(frozen=True, slots=True)

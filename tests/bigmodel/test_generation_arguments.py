@@ -18,7 +18,14 @@ from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.memo import remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Answer, Row, TaskOptions, find_task
-from bigpipe.bigmodel.tasks.arguments import FIELDS, REFUSED, as_floats, known_arguments, wrong_value
+from bigpipe.bigmodel.tasks.arguments import (
+    FIELDS,
+    REFUSED,
+    as_floats,
+    known_arguments,
+    said_by_config,
+    wrong_value,
+)
 from bigpipe.errors import UsageError
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
@@ -342,6 +349,10 @@ PUBLISHED: list[tuple[int, bool, dict[str, Any]]] = [
     (151936, False, {"chat_format": "chatml", "max_window_size": 6144, "do_sample": True, "top_k": 0, "top_p": 0.8}),
     (264, False, {"output_scores": True, "return_dict_in_generate": True, "penalty_alpha": None}),
     (264, False, {"cache_implementation": "offloaded_static", "pad_token_id": -1}),
+    (264, True, {"do_sample": False, "early_stopping": False, "max_length": 20, "min_length": 0, "num_beams": 1,
+                 "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+                 "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+                 "encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1, "remove_invalid_values": False}),
 ]  # fmt: skip
 
 
@@ -356,3 +367,45 @@ def test_a_model_that_guesses_with_its_first_layers_takes_one_text_at_a_time(tmp
     with_own(tmp_path / "guessing", {"eos_token_id": 2, "assistant_early_exit": 1})
     plain, guessing = (generate(load(tmp_path / name), tmp_path / name, {}) for name in ("plain", "guessing"))
     assert [answer.payload for answer in guessing] == [answer.payload for answer in plain]
+
+
+OLDER: dict[str, Any] = {
+    "num_beams": 4, "no_repeat_ngram_size": 2, "length_penalty": 2.0, "early_stopping": True, "forced_bos_token_id": 9,
+}  # fmt: skip
+
+
+def as_published_before(folder: Path, architecture: str, **fields: Any) -> Path:
+    """A checkpoint of the time before generation_config.json: config.json says how it generates."""
+    make_checkpoint(folder, architecture)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_config_says_how_a_model_generates_where_no_other_file_does(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    path = as_published_before(tmp_path, "bart", **OLDER)
+    theirs, ours = AutoModelForSeq2SeqLM.from_pretrained(path), load(path)
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert ours.generation_config.num_beams == 4
+    tokens = torch.tensor([[20, 30, 40]])
+    wanted = theirs.generate(tokens, max_new_tokens=8).tolist()
+    assert ours.generate(tokens, max_new_tokens=8).tolist() == wanted
+    assert wanted[0][1] == 9
+
+
+def test_what_such_a_config_asks_for_is_tried_too(tmp_path: Path) -> None:
+    described = describe_checkpoint(as_published_before(tmp_path / "m", "llama", do_sample=True, temperature=0.0))
+    with pytest.raises(UsageError, match=r"config\.json: .*strictly positive") as error:
+        list(TASK.checked({}, rows(), described, Sources(), 8))
+    assert not error.value.cause.startswith("generation_config.json")
+    list(TASK.checked({"temperature": 0.5}, rows(), described, Sources(), 8))
+
+
+def test_a_config_of_a_model_that_says_nothing_of_it_asks_for_nothing(tmp_path: Path) -> None:
+    assert said_by_config(dict(describe_checkpoint(make_checkpoint(tmp_path, "llama")).config or {})) == {}
+    nested = {"text_config": {"num_beams": 3, "top_k": 7}, "top_k": 5, "temperature": None, "hidden_size": 8}
+    assert said_by_config(nested) == {"num_beams": 3, "top_k": 5}
