@@ -8,8 +8,15 @@ from typing import Any
 Config = Mapping[str, Any]
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
-                    "longformer", "mpnet", "ibert", "esm"})  # fmt: skip
+                    "longformer", "mpnet", "ibert", "esm", "luke", "lilt", "markuplm", "xmod"})  # fmt: skip
 """Model types that number positions from behind the padding token's, so that the table has so many less for tokens."""
+
+CAUSAL_AS_DECODER = frozenset({
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+    "xmod",
+})  # fmt: skip
+"""Model types that are encoders unless their config says `is_decoder`, whatever their class is called."""
 
 
 def text_config(config: Config) -> Config:
@@ -21,6 +28,22 @@ def text_config(config: Config) -> Config:
         if isinstance(nested, Mapping) and nested:
             return text_config(nested)
     return config
+
+
+def looks_ahead(config: Config) -> str | None:
+    """Return why what a model says of a token depends on those behind it, in words; None where it does not. config:
+    complete. Its numbers for the next token are then none: it has seen it."""
+    text = text_config(config)
+    kind = text.get("model_type")
+    if kind == "xlnet":
+        return "XLNet"
+    if kind in ("xlm", "flaubert") and not text.get("causal"):
+        return "causal: false"
+    if kind in CAUSAL_AS_DECODER and not text.get("is_decoder"):
+        return "is_decoder: false"
+    if text.get("use_bidirectional_attention") in (True, "all"):
+        return f"use_bidirectional_attention: {str(text['use_bidirectional_attention']).lower()}"
+    return "is_causal: false" if text.get("is_causal") is False else None
 
 
 def position_limit(config: Config) -> int | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         beyond,
         known_architecture,
         load_tokenizer,
+        refuse_looking_ahead,
         require_going_on,
         require_template,
         require_tokenizer,

@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import text_config
+from bigpipe.bigmodel.architecture import looks_ahead, text_config
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.modules import foreign
@@ -110,7 +110,16 @@ def require_going_on(
     if architecture is not None and architecture.config.get("is_encoder_decoder"):
         cause = f"{architecture.class_name} does no {asking.what}: it reads a prompt apart from what follows"
         raise UsageError(cause, "take a model that goes on with its prompt", field=field)
+    if architecture is not None:
+        refuse_looking_ahead(architecture, asking, field=field)
     return architecture
+
+
+def refuse_looking_ahead(architecture: Architecture, asking: Asking = TASK, *, field: str = "") -> None:
+    """Raise UsageError for a model that sees the token which it is asked about."""
+    if (told := looks_ahead(architecture.config)) is not None:
+        cause = f"{architecture.class_name} does no {asking.what}: it reads a text in both directions ({told})"
+        raise UsageError(cause, "take a model that reads forwards only, such as OPT, GPT-2 or Llama", field=field)
 
 
 def _has_template(model: ModelDescription) -> bool:

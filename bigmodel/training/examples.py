@@ -21,6 +21,7 @@ from bigpipe.bigmodel.tasks import (
     load_tokenizer,
     read_prompts,
     read_sound,
+    refuse_looking_ahead,
     require_library,
     require_processor,
     require_template,
@@ -152,6 +153,8 @@ def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], so
         cure = f"use task: {fitting[0]}" if fitting else FINETUNE.otherwise
         raise UsageError(f"{task} is for {TASKS[task].takes}; this is {architecture.class_name}", cure, field="task")
     if task == "causal-lm":
+        if architecture is not None:
+            refuse_looking_ahead(architecture, FINETUNE, field="task")
         check = require_template(model)
         for row in rows:
             check(row)

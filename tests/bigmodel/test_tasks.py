@@ -238,6 +238,34 @@ def test_continuations_that_cannot_be_scored(tmp_path: Path) -> None:
         list(find_task("scoring", Sources()).checked({}, rows(["a"]), None))
 
 
+BOTH_WAYS: dict[str, tuple[dict[str, Any], str]] = {
+    "bert": ({"architectures": ["BertLMHeadModel"]}, "is_decoder: false"),
+    "roberta": ({"architectures": ["RobertaForCausalLM"]}, "is_decoder: false"),
+    "llama": ({"is_causal": False}, "is_causal: false"),
+}
+
+
+@pytest.mark.parametrize("architecture", BOTH_WAYS)
+def test_a_model_that_sees_what_it_is_asked_about_scores_nothing(tmp_path: Path, architecture: str) -> None:
+    from bigpipe.bigmodel.evaluation.windows import check_model
+    from bigpipe.bigmodel.training.examples import check_model as check_learning
+
+    path, (changes, told) = make_checkpoint(tmp_path, architecture), BOTH_WAYS[architecture]
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    described, said = describe_checkpoint(path), rf"reads a text in both directions \({told}\)"
+    for check in (
+        lambda: list(find_task("scoring", Sources()).checked({}, rows(["a"], continuation=["b"]), described)),
+        lambda: check_model(described, Sources()),
+        lambda: check_learning("causal-lm", described, [], Sources()),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check()
+    more = {"is_decoder": True} if architecture != "llama" else {"is_causal": True}
+    (path / "config.json").write_text(json.dumps({**config, **changes, **more}))
+    check_model(describe_checkpoint(path), Sources())
+
+
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("architecture", ["t5", "bart"])
 @pytest.mark.parametrize("arguments", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
