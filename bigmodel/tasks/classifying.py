@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from .together import needs_equal_lengths
 from .tokenizing import Bounded, Encoded, check_length, encode_texts, longest, pad
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ def read_texts(
 
     encoded = encode_texts(tokenizer, texts, bounded, **asked)
     check_length(model, longest(encoded))
+    if len({len(each["input_ids"]) for each in encoded}) > 1 and needs_equal_lengths(model):
+        alone = [read_texts(model, tokenizer, [text], bounded, **asked)[1][0] for text in texts]
+        return encoded, torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
     with torch.inference_mode():
         logits = model(**pad(model, tokenizer, encoded, "right")).logits.float().cpu()
     return encoded, logits

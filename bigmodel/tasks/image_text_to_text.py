@@ -17,7 +17,15 @@ from .processing import load_processor, on_device, require_library, require_proc
 from .rows import Row
 from .task import Answerer, Arguments, Task, TaskOptions
 from .text_generation import Encoding, check_generation, generator, require_generate
-from .tokenizing import OWN_FUNCTION, Bounded, known_architecture, load_tokenizer, require_template
+from .tokenizing import (
+    ANSWERED,
+    OWN_FUNCTION,
+    Bounded,
+    ending,
+    known_architecture,
+    load_tokenizer,
+    require_template,
+)
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -126,7 +134,8 @@ def _text(processor: Any, row: Row, pictures: int, asked: str | None, bounded: B
     elif not picture_parts(prompt):
         prompt = _with_pictures(prompt, pictures)
     with bounded("the chat template of the model"):
-        return str(processor.apply_chat_template(_plain(prompt), tokenize=False, add_generation_prompt=True))
+        opened = ending(row) if isinstance(row.prompt, list) else ANSWERED
+        return str(processor.apply_chat_template(_plain(prompt), tokenize=False, **opened))
 
 
 def _with_pictures(chat: Any, pictures: int) -> list[Mapping[str, Any]]:

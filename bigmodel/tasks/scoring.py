@@ -10,9 +10,11 @@ from bigpipe.bigmodel.sources import Sources
 
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .together import needs_equal_lengths
 from .tokenizing import (
     Asking,
     Bounded,
+    added_behind,
     check_length,
     check_text_model,
     embedded,
@@ -42,9 +44,11 @@ class Scoring(Arguments):
 def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
     tokenizer = load_tokenizer(path, sources, options.bounded, embedded(model))
     column = Scoring.model_validate(options.arguments).continuation
+    with options.bounded("the tokenizer of the model"):
+        behind = added_behind(tokenizer)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
-        each = [_cases(tokenizer, row, column, options.bounded) for row in rows]
+        each = [_cases(tokenizer, row, column, behind, options.bounded) for row in rows]
         cases = [case for found in each for case in found]
         # As many at a time as there are rows, so that several continuations of a row take no more memory
         parts = [cases[start : start + len(rows)] for start in range(0, len(cases), len(rows))]
@@ -59,16 +63,19 @@ def _continuations(row: Row, column: str) -> list[str]:
     return [given] if isinstance(given, str) else given
 
 
-def _cases(tokenizer: Any, row: Row, column: str, bounded: Bounded) -> list[Case]:
-    """The prompt with each of its continuations. Both are read as
-    one text, whose tokens need not end where the prompt does: those beyond the prompt's own number are scored, as by
-    EleutherAI's lm-evaluation-harness."""
+def _cases(tokenizer: Any, row: Row, column: str, behind: int, bounded: Bounded) -> list[Case]:
+    """The prompt with each of its continuations. Both are read as one text, whose tokens need not end where the prompt
+    does: those beyond the prompt's own number are scored, as by EleutherAI's lm-evaluation-harness. behind: tokens that
+    the tokenizer puts after a text, which are no part of either."""
+
+    def read(text: str) -> list[int]:
+        tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+        return tokens[: len(tokens) - behind] if special else tokens
+
     with bounded("the tokenizer, or the chat template, of the model"):
-        text, special = text_of(tokenizer, row)
-        start = len(tokenizer(text, add_special_tokens=special)["input_ids"])
-        wholes = [
-            tokenizer(text + more, add_special_tokens=special)["input_ids"] for more in _continuations(row, column)
-        ]
+        text, special = text_of(tokenizer, row, going_on=True)
+        start = len(read(text))
+        wholes = [read(text + more) for more in _continuations(row, column)]
     if not start:
         raise ValueError("the prompt is empty: nothing stands before the first token that would be scored")
     if short := next((whole for whole in wholes if len(whole) <= start), None):
@@ -81,6 +88,8 @@ def _cases(tokenizer: Any, row: Row, column: str, bounded: Bounded) -> list[Case
 def _score(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[dict[str, Any]]:
     import torch
 
+    if len({len(whole) for whole, _ in cases}) > 1 and needs_equal_lengths(model):
+        return [score for case in cases for score in _score(model, tokenizer, [case])]
     encoded = [{"input_ids": whole} for whole, _ in cases]
     check_length(model, longest(encoded))
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from bigpipe.errors import UsageError
 
 from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values, said_by_config
 from .task import Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
+from .together import counts_padding, needs_equal_lengths
 from .tokenizing import (
     OWN_FUNCTION,
     check_length,
@@ -103,7 +104,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     side = "right" if getattr(model.config, "is_encoder_decoder", False) else "left"
 
     def read(rows: Sequence[Row]) -> Encoding:
-        encoded = encode(tokenizer, rows, options.bounded)
+        encoded = encode(tokenizer, rows, options.bounded, going_on=True)
         return Encoding(pad(model, tokenizer, encoded, side), [len(each["input_ids"]) for each in encoded])
 
     return generator(model, tokenizer, read, options, options.arguments)
@@ -117,6 +118,7 @@ def generator(
     ValueError for rows that it cannot. arguments: of `generate`, which the model has. apart: rows for which it gives
     different answers are not read together."""
     goes_on, given = not model.config.is_encoder_decoder, as_floats(arguments)
+    equal = needs_equal_lengths(model)
     draw_alone(model)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
@@ -144,6 +146,8 @@ def generator(
             settings["tokenizer"] = tokenizer
         cut, length = _cutter(settled, tokenizer), settings["max_new_tokens"]
         found = read(rows)
+        if len({*found.tokens}) > 1 and (equal or counts_padding(settled, goes_on)):
+            return [alike([row])[0] for row in rows]
         if goes_on:
             check_length(model, max(found.tokens), length)
         else:  # what is read and what is made have positions of their own

@@ -39,6 +39,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """One of the files that any tokenizer of transformers names, and no other does."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+ANSWERED = {"add_generation_prompt": True}
+"""How a chat ends that is to be answered, as arguments of `apply_chat_template`."""
 OWN_FUNCTION = "use the task `module:function` with a function of yours, called (model, rows, **generation)"
 DOWNLOAD = "bring its files along with the model (`include` of download)"
 
@@ -196,26 +198,48 @@ def load_tokenizer(path: Path, sources: Sources, bounded: Bounded, limit: int | 
     return tokenizer
 
 
-def encode(tokenizer: Any, rows: Sequence[Row], bounded: Bounded, most: int | None = None) -> list[Encoded]:
-    """Return the `input_ids` of each prompt, at `most` so many. Raise ValueError where one is empty. A list of messages
-    goes through the model's chat template, which transformers runs in a sandbox."""
+def encode(
+    tokenizer: Any, rows: Sequence[Row], bounded: Bounded, most: int | None = None, *, going_on: bool = False,
+    names: Sequence[str] = ("input_ids",),
+) -> list[Encoded]:  # fmt: skip
+    """Return the `input_ids` of each prompt, at `most` so many, and what else `names` asks for. Raise ValueError where
+    one is empty. A list of messages goes through the model's chat template, which transformers runs in a sandbox.
+    going_on: as in `text_of`."""
     cut = {} if most is None else {"truncation": True, "max_length": most}
     encoded: list[Encoded] = []
     with bounded("the tokenizer, or the chat template, of the model"):
-        for special, alike in groupby((text_of(tokenizer, row) for row in rows), itemgetter(1)):
+        for special, alike in groupby((text_of(tokenizer, row, going_on=going_on) for row in rows), itemgetter(1)):
             texts = [text for text, _ in alike]
-            ids = tokenizer(texts, add_special_tokens=special, **cut)["input_ids"]  # at once: each call takes its time
-            encoded += [{"input_ids": tokens} for tokens in ids]
+            found = tokenizer(texts, add_special_tokens=special, **cut)  # at once: each call takes its time
+            encoded += [{name: found[name][number] for name in names} for number in range(len(texts))]
     if not all(each["input_ids"] for each in encoded):
         raise ValueError("the prompt is empty")
     return encoded
 
 
-def text_of(tokenizer: Any, row: Row) -> tuple[str, bool]:
-    """Return a prompt as text, and whether special tokens are still to be added: a chat template writes them itself."""
+def text_of(tokenizer: Any, row: Row, *, going_on: bool = False) -> tuple[str, bool]:
+    """Return a prompt as text, and whether special tokens are still to be added: a chat template writes them itself.
+    going_on: does something follow? Then a chat whose last message is the assistant's is left open behind it."""
     if isinstance(row.prompt, str):
         return row.prompt, True
-    return str(tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)), False
+    opened = ending(row) if going_on else ANSWERED
+    return str(tokenizer.apply_chat_template(row.prompt, tokenize=False, **opened)), False
+
+
+def ending(row: Row) -> Mapping[str, bool]:
+    """Return how a chat ends, as arguments of `apply_chat_template`: as transformers' pipelines end it, which go on
+    with a last message of the assistant's. A request of OpenAI's API asks for a message of its own."""
+    last = row.prompt[-1] if row.prompt else None
+    begun = isinstance(last, Mapping) and last.get("role") == "assistant" and row.arguments is None
+    return {"continue_final_message": True} if begun else ANSWERED
+
+
+def added_behind(tokenizer: Any) -> int:
+    """Return how many tokens a tokenizer puts after a text, such as an end of its own (`add_eos_token`)."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    begins = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
+    start = next(begins, None) if bare else None
+    return 0 if start is None else len(whole) - len(bare) - start
 
 
 def encode_texts(

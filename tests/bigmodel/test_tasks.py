@@ -222,6 +222,34 @@ def test_a_chat_is_scored_after_its_template(tmp_path: Path) -> None:
     assert score(rows([chat], continuation=["yes"])) == score(rows([text], continuation=["yes"]))
 
 
+def test_what_a_tokenizer_puts_behind_a_text_is_no_part_of_a_continuation(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    path, given = make_checkpoint(tmp_path, "llama"), rows(["hello"], continuation=[[" world", "!"]])
+    wanted = bind("scoring", path)(given)[0].payload["scores"]
+    tokenizer, ends = tiny_tokenizer(), [("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=ends)
+    tokenizer.save_pretrained(path)
+    assert_alike(bind("scoring", path)(given)[0].payload["scores"], wanted)
+
+
+def test_a_chat_that_the_assistant_has_begun_is_gone_on_with(tmp_path: Path) -> None:
+    """As transformers' pipeline does."""
+    path = make_checkpoint(tmp_path, "llama")
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    settings = json.loads((path / "tokenizer_config.json").read_bytes())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    text, generate = "[user] hi</s>[assistant] Well", bind("text-generation", path)
+    wanted = pipeline("text-generation", path)(begun, max_new_tokens=32, do_sample=False)[0]["generated_text"]
+    found = generate(rows([begun, text]))
+    assert found[0].payload == found[1].payload
+    assert wanted[-1]["content"] == f"Well{found[0].payload['text']}"
+    score = bind("scoring", path)
+    assert score(rows([begun], continuation=["!"])) == score(rows([text], continuation=["!"]))
+
+
 def test_continuations_that_cannot_be_scored(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "opt", max_position_embeddings=32)
     given = rows(["hello", "", "a"], continuation=["x", "y", "z" * 40])
