@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,16 @@ from bigpipe.errors import UsageError
 from .pooling import LENGTHS, Mode, Pooling, pooling_of
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .together import needs_equal_lengths
 from .tokenizing import (
+    MODEL_INPUTS,
+    OWN_FUNCTION,
+    Bounded,
     check_length,
     check_text_model,
     embedded,
     encode,
+    known_architecture,
     load_tokenizer,
     longest,
     pad,
@@ -26,6 +32,7 @@ from .tokenizing import (
 )
 
 if TYPE_CHECKING:
+    from bigpipe.bigmodel.architecture import Architecture
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
 
@@ -53,27 +60,38 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         known = (pooling.max_length, position_limit(model.config.to_dict()), tokenizer.model_max_length)
         limit = min((most for most in known if most is not None and most < UNLIMITED), default=None)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    equal, names = needs_equal_lengths(body), _inputs(body, tokenizer, options.bounded)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
 
-        named = [_prefixed(row, pooling.prefix) for row in rows]
-        encoded = encode(tokenizer, named, options.bounded, limit)
+        told = [replace(row, prompt=pooling.text(row.prompt)) if isinstance(row.prompt, str) else row for row in rows]
+        encoded = encode(tokenizer, told, options.bounded, limit, names=names)
         if pooling.max_length is not None and longest(encoded) > pooling.max_length:
             cause = f"{longest(encoded)} tokens are more than the {pooling.max_length} of its {LENGTHS}"
             raise ValueError(f"{cause}: shorten the text, or set truncate")
         check_length(model, longest(encoded))
+        lengths = [len(each["input_ids"]) for each in encoded]
+        if equal and len({*lengths}) > 1:
+            return [answer([row])[0] for row in rows]
         inputs = pad(model, tokenizer, encoded, "right")
         with torch.inference_mode():
             states = body(**inputs).last_hidden_state
             hidden = states.to("cpu", torch.promote_types(states.dtype, torch.float32))
-        lengths = [len(each["input_ids"]) for each in encoded]
         return [
             Answer({"features": pooling.vector(states[:length]).tolist()}, length, length)
             for states, length in zip(hidden, lengths, strict=True)
         ]
 
     return answer
+
+
+def _inputs(body: Any, tokenizer: Any, bounded: Bounded) -> Sequence[str]:
+    """What a model reads of a text alone: beside its tokens the kinds of them, where a tokenizer tells several in one
+    text, as those of XLNet and Funnel do."""
+    with bounded("the tokenizer of the model"):
+        kinds = tokenizer("a").get("token_type_ids") or ()
+    return MODEL_INPUTS if any(kinds) and MODEL_INPUTS[1] in signature(body.forward).parameters else MODEL_INPUTS[:1]
 
 
 def _pooling(path: Path, asked: FeatureExtraction) -> Pooling:
@@ -83,14 +101,21 @@ def _pooling(path: Path, asked: FeatureExtraction) -> Pooling:
     return replace(own, modes=modes, normalize=own.normalize if asked.normalize is None else asked.normalize)
 
 
-def _prefixed(row: Row, prefix: str) -> Row:
-    return replace(row, prompt=prefix + row.prompt) if isinstance(row.prompt, str) else row
-
-
 def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
     check_text_model(model, arguments, sources)
+    architecture = known_architecture(model, sources)
+    if architecture is not None and _reads_more(architecture):
+        cause = f"{architecture.class_name} makes no features of a text alone"
+        raise UsageError(cause, f"take a model of texts; or {OWN_FUNCTION}", field="task")
     if model.path is not None:
         pooling_of(model.path)
+
+
+def _reads_more(architecture: Architecture) -> bool:
+    """Does its forward need a picture or a sound beside a text, as CLIP's does, or in its place?"""
+    config = architecture.config
+    two = any(name in config for name in ("vision_config", "audio_config"))
+    return bool(config.get("num_mel_bins")) or (two and not architecture.generates)
 
 
 TASK = Task(

@@ -2,7 +2,7 @@
 
 modules.json                        Transformer, Pooling, Normalize, in their order
 1_Pooling/config.json               pooling_mode: "mean"; or pooling_mode_mean_tokens: true and the like
-sentence_bert_config.json           max_seq_length
+sentence_bert_config.json           max_seq_length, do_lower_case
 config_sentence_transformers.json   prompts, default_prompt_name
 """
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 MODULES, LENGTHS, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+OLDER_LENGTHS = tuple(
+    f"sentence_{kind}_config.json" for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""What sentence-transformers called that file before, and still reads."""
 Mode = Literal["mean", "last", "first", "max", "mean_sqrt_len", "weighted_mean"]
 
 
@@ -65,6 +69,15 @@ class Pooling:
     """Tokens of a text at the most."""
     prefix: str = ""
     """Before every text."""
+    strips: bool = False
+    lowers: bool = False
+    """Is a text read without the blanks around it, and in lower case?"""
+
+    def text(self, given: str) -> str:
+        """Return a text as the model reads it."""
+        whole = self.prefix + given
+        whole = whole.strip() if self.strips else whole
+        return whole.lower() if self.lowers else whole
 
     def vector(self, states: torch.Tensor) -> torch.Tensor:
         """[tokens, width] → [width · modes]"""
@@ -92,8 +105,12 @@ def pooling_of(path: Path) -> Pooling:
         raise UsageError(
             "the model leaves the tokens of its prompt out of its vectors, which is not done here", OWN_FUNCTION
         )
-    limit = _config(path, LENGTHS).get("max_seq_length")
-    return Pooling(modes, any(kind == "Normalize" for kind, _ in parts), limit if type(limit) is int else None, prefix)
+    reading = next((found for name in (LENGTHS, *OLDER_LENGTHS) if (found := _config(path, name))), {})
+    limit = reading.get("max_seq_length")
+    return Pooling(
+        modes, any(kind == "Normalize" for kind, _ in parts), limit if type(limit) is int else None, prefix,
+        strips=True, lowers=bool(reading.get("do_lower_case")),
+    )  # fmt: skip
 
 
 def _modes(config: Mapping[str, Any], path: Path) -> tuple[Mode, ...]:

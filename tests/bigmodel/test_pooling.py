@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import make_with_head, word_tokenizer
+from support.models import make_with_head, tiny_tokenizer, word_tokenizer
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
@@ -37,11 +37,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_with_head(tmp_path_factory.mktemp("model"), "bert", "Model")
 
 
-def states(path: Path, text: str) -> torch.Tensor:
+def states(path: Path, text: str, tokenizer: Any = None) -> torch.Tensor:
     """Of the tokens of a text alone, by transformers."""
     from transformers import AutoModel
 
-    tokens = torch.tensor([word_tokenizer()(text)["input_ids"]])
+    tokens = torch.tensor([(tokenizer or word_tokenizer())(text)["input_ids"]])
     with torch.no_grad():
         found: torch.Tensor = AutoModel.from_pretrained(path)(tokens).last_hidden_state[0]
     return found
@@ -101,6 +101,28 @@ def test_a_default_prompt_stands_before_every_text(tmp_path: Path, plain: Path) 
     told = {"prompts": {"query": "the cat "}, "default_prompt_name": "query"}
     path = published(plain, tmp_path / "m", {"pooling_mode": "mean"}, config_sentence_transformers=told)
     assert_close(vectors(path), [states(plain, f"the cat {text}").mean(0) for text in TEXTS])
+
+
+def test_texts_are_read_as_sentence_transformers_reads_them(tmp_path: Path) -> None:
+    """Without the blanks around them and, where the model says so, in lower case."""
+    plain = make_with_head(tmp_path / "plain", "bert", "Model", tokenizer=tiny_tokenizer())
+    given = [" Hello World\n", "the cat", "X "]
+
+    def wanted(texts: list[str]) -> list[torch.Tensor]:
+        return [states(plain, text, tiny_tokenizer()).mean(0) for text in texts]
+
+    path = published(plain, tmp_path / "m", {"pooling_mode": "mean"}, sentence_bert_config={"do_lower_case": False})
+    assert_close(vectors(path, given), wanted(["Hello World", "the cat", "X"]))
+    path = published(plain, tmp_path / "lower", {"pooling_mode": "mean"}, sentence_bert_config={"do_lower_case": True})
+    assert_close(vectors(path, given), wanted(["hello world", "the cat", "x"]))
+    assert_close(vectors(plain, given), wanted(given))
+
+
+def test_an_older_file_says_how_long_a_text_may_be(tmp_path: Path, plain: Path) -> None:
+    told = {"sentence_roberta_config": {"max_seq_length": 6}}
+    path = published(plain, tmp_path / "m", {"pooling_mode": "mean"}, **told)
+    with pytest.raises(ValueError, match="15 tokens are more than the 6"):
+        vectors(path)
 
 
 def test_a_text_beyond_the_models_own_limit_is_an_error_or_cut(tmp_path: Path, plain: Path) -> None:

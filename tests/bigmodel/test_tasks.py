@@ -152,6 +152,15 @@ def test_labels_that_are_ignored(tmp_path: Path) -> None:
     }
 
 
+def make_clip(folder: Path) -> Path:
+    import transformers
+
+    few: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sees = {**few, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config={**few, "vocab_size": 264}, vision_config=sees, projection_dim=32)
+    return models.save_model(transformers.CLIPModel(config), folder)
+
+
 MASKED = ["hello [MASK]", "the cat [MASK] on a mat, the cat sat on a mat", "[MASK] is in [MASK]."]
 
 
@@ -332,6 +341,9 @@ def test_tasks_that_make_or_score_text_refuse_the_other_kind_of_model(tmp_path: 
             list(find_task(name, Sources()).checked({}, given, model))
         assert error.value.field == "task"
     list(find_task("text2text-generation", Sources()).checked({"num_beams": 2}, given, both))
+    seeing = describe_checkpoint(answer_here(make_clip(tmp_path / "clip")))
+    with pytest.raises(UsageError, match="CLIPModel makes no features of a text alone"):
+        list(find_task("feature-extraction", Sources()).checked({}, given, seeing))
     list(find_task("scoring", Sources()).checked({}, given, causal))
 
 
