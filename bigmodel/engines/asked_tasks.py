@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, model_validator
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import Answer, Answerer, Arguments, Row, Task, TaskOptions, find_task
+from bigpipe.bigmodel.tasks import ANSWERED, Answer, Answerer, Arguments, Row, Task, TaskOptions, ending, find_task
 
 from .endpoint import LEAST, Endpoint, NoAnswer
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 OF_A_TOKEN, OF_A_VECTOR = 2**10, 2**20
 """Bytes of an answer at most for each: a token with its log-probabilities, a vector of numbers as text."""
+CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
+"""What vLLM's server is asked beside a chat that it is to go on with."""
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -80,7 +82,8 @@ def _bind_generation(endpoint: Endpoint, path: Path | None, options: TaskOptions
     def answer(row: Row) -> Answer:
         drawn = {"seed": (options.seed + row.index) % 2**63} if arguments.do_sample else {}
         if chat := _chat(row, endpoint):
-            found = endpoint.ask("/chat/completions", {"messages": chat, **common, **drawn}, limit)
+            begun = CONTINUED if endpoint.goes_on and ending(row) is not ANSWERED else {}
+            found = endpoint.ask("/chat/completions", {"messages": chat, **common, **drawn, **begun}, limit)
         else:
             found = endpoint.ask("/completions", {"prompt": row.prompt, **common, **drawn}, limit)
         made = [_text(choice, chat=bool(chat)) for choice in _listed(found, "choices", texts)]

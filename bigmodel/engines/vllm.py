@@ -166,6 +166,7 @@ def _started(settings: Vllm, wanted: Wanted, opened: ExitStack) -> Endpoint:
             model=MODEL,
             key=key,
             chat=settings.chat,
+            goes_on=True,
             timeout=settings.timeout,
             retries=settings.retries,
             longest_wait=settings.longest_wait,

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from .sounds import read_sound
     from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments
     from .tokenizing import (
+        ANSWERED,
         OTHER_TOKENIZER,
         Asking,
         Bounded,
         beyond,
+        ending,
         known_architecture,
         load_tokenizer,
         refuse_looking_ahead,

@@ -22,7 +22,7 @@ WHOLE = ("last", "mean")
 def needs_equal_lengths(model: Any) -> bool:
     """Return whether a loaded model of transformers gives a text other numbers where it is padded."""
     config = model.config
-    parts = [config, config.get_text_config(), getattr(config, "encoder", None)]
+    parts = [config, *(getattr(config, name, None) for name in ("text_config", "encoder", "decoder"))]
     kinds = {getattr(part, "model_type", None) for part in parts}
     half = config.model_type in HALVES and not config.is_encoder_decoder
     return bool(HEEDLESS & kinds) or half or getattr(config, "summary_type", None) in WHOLE

@@ -229,7 +229,7 @@ def text_of(tokenizer: Any, row: Row, *, going_on: bool = False) -> tuple[str, b
 def ending(row: Row) -> Mapping[str, bool]:
     """Return how a chat ends, as arguments of `apply_chat_template`: as transformers' pipelines end it, which go on
     with a last message of the assistant's. A request of OpenAI's API asks for a message of its own."""
-    last = row.prompt[-1] if row.prompt else None
+    last = row.prompt[-1] if isinstance(row.prompt, list) and row.prompt else None
     begun = isinstance(last, Mapping) and last.get("role") == "assistant" and row.arguments is None
     return {"continue_final_message": True} if begun else ANSWERED
 

@@ -17,6 +17,7 @@ import pytest
 from support.api import KEY, MODEL, Api, Asked, Reply, error_body, follows
 
 from bigpipe.bigmodel.engines import NoAnswer, Wanted, find_engine
+from bigpipe.bigmodel.engines.endpoint import connecting
 from bigpipe.bigmodel.engines.openai import OpenAI
 from bigpipe.bigmodel.inference import Bound, compute_share, merge_results, plan_work, side_by_side
 from bigpipe.bigmodel.sources import Sources
@@ -67,6 +68,18 @@ def test_a_text_may_be_the_message_of_a_user(api: Api) -> None:
     with asking(api, chat=True) as answer:
         assert answer(rows("abc"))[0].payload == {"text": "cba"}
     assert api.asked[0].body["messages"] == [{"role": "user", "content": "abc"}]
+
+
+def test_vllm_goes_on_with_a_message_that_the_assistant_has_begun(api: Api) -> None:
+    """As transformers does; of another server nobody knows whether it would."""
+    asked, begun = [{"role": "user", "content": "a"}], {"role": "assistant", "content": "b"}
+    task, told = find_engine("vllm").find_task("text-generation", Sources()), []
+    for goes_on in (True, False):
+        with connecting(api.url, 1, model=MODEL, timeout=10.0, goes_on=goes_on) as endpoint:
+            task.bind(endpoint, Path(), TaskOptions(), Sources())(rows(asked, [*asked, begun]))
+        told += [{name: value for name, value in each.body.items() if "_" in name} for each in api.asked[-2:]]
+    own = {"max_tokens": 32}
+    assert told == [own, {**own, "add_generation_prompt": False, "continue_final_message": True}, own, own]
 
 
 def test_what_is_drawn_has_a_seed_for_each_record(api: Api) -> None:
