@@ -199,6 +199,20 @@ class Replaced:
 
 
 @dataclass(frozen=True, slots=True)
+class Unchanged:
+    """A tensor that stays what it was, beside another that it was tied to."""
+
+    whole: ClassVar[bool] = False
+    parts: ClassVar[int] = 0
+
+    def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        return []
+
+    def apply(self, weight: torch.Tensor, start: int, stop: int, parts: Parts) -> torch.Tensor:
+        return weight
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of an embedding that were trained by themselves: `trainable_token_indices`."""
 
@@ -283,6 +297,8 @@ def dtypes_of(change: Change) -> list[str]:
         return [dtype for pair in change.pairs for dtype in (pair.a_dtype, pair.b_dtype)]
     if isinstance(change, Dora):
         return [*dtypes_of(change.low_rank), change.dtype]
+    if isinstance(change, Unchanged):
+        return []
     assert isinstance(change, Added | Replaced | Rows)  # noqa: S101
     return [change.dtype]
 

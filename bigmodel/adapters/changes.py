@@ -13,7 +13,7 @@ from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescr
 from bigpipe.bigmodel.formats import agree, match_stored
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 
-from .arithmetic import Added, Change, Dora, LowRank, Pair, Replaced, Rows
+from .arithmetic import Added, Change, Dora, LowRank, Pair, Replaced, Rows, Unchanged
 from .method import Lora, read_lora
 
 PREFIX = "base_model.model."
@@ -105,6 +105,7 @@ class _Binding:
         self._refuse_unknown(modules, whole)
         for name, tensor in whole.items():
             yield self._replaced(name, *tensor)
+            yield from self._left(name, whole)
         order = {module.name: index for index, module in enumerate(self.architecture.modules)}
         for name in sorted(modules, key=order.__getitem__):
             yield from self._of_module(self.architecture.by_name[name], modules[name])
@@ -157,6 +158,17 @@ class _Binding:
         # What lies under an adapter is the model's own, which peft leaves tied.
         apart = tied and target in self.architecture.aliases and ".base_layer." not in name
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
+
+    def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
+        """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they
+        were, unless the config says `ensure_weight_tying`."""
+        config, module = self.adapter.config, target.rpartition(".")[0]
+        saved = any(module.endswith(str(name)) for name in config.get("modules_to_save") or ())
+        if not saved or config.get("ensure_weight_tying") or target in self.architecture.aliases:
+            return
+        for name in next((group for group in self.architecture.tied if target in group), ()):
+            if name != target and name not in whole:
+                yield Bound(name, self._stored(target)[0], Unchanged(), (), apart=True)
 
     def _of_module(self, module: ModuleSpec, parts: _OfModule) -> Iterator[Bound]:
         weight = next((tensor for tensor in module.tensors if tensor.name == f"{module.name}.weight"), None)

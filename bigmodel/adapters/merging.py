@@ -130,7 +130,10 @@ def _architecture(described: ModelDescription, sources: Sources) -> Architecture
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose head is stored beside the embedding, as peft's merge leaves it."""
+    """The config of a model whose head is stored beside the embedding, as peft's merge leaves it. T5's kind means by
+    the field whether outputs are scaled, and unties what is stored twice without it."""
+    if config.get("model_type") in SCALED:
+        return dict(config)
     text = config.get("text_config")
     part = {"text_config": _untied(text)} if isinstance(text, Mapping) and "tie_word_embeddings" in text else {}
     return {**config, **part, "tie_word_embeddings": False}
@@ -153,6 +156,8 @@ class MergedCheckpoint:
         return f"<MergedCheckpoint: {size}, {counted(self.merged, 'tensor')} changed>"
 
 
+SCALED = frozenset({"t5", "mt5", "longt5", "umt5", "switch_transformers", "udop"})
+"""Model types whose `tie_word_embeddings` is about more than ties."""
 ADAPTERS = Given((*PATH.kinds, Adapter, list, tuple), "a folder of peft's files, or a list of such folders")
 
 

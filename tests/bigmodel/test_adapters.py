@@ -93,6 +93,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "a whole norm": ("opt", {"target_modules": ["q_proj"], "modules_to_save": ["final_layer_norm"]}),
     "an embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied embeddings": ("qwen2", {"target_modules": ["embed_tokens", "v_proj"]}),
+    "an embedding that was tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "an embedding and a head that were tied": ("qwen2", {
+        "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"],
+    }),
+    "an embedding that stays tied": ("qwen2", {
+        "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True,
+    }),
     "a head that was tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "matrices of a head that is tied": ("qwen2", {"target_modules": ["lm_head", "q_proj"]}),
     "some tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 200, 7]}),
@@ -104,6 +111,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_every_kind_of_lora_gives_the_bytes_of_peft(tmp_path: Path, kind: str) -> None:
     architecture, config = KINDS[kind]
     merged(tmp_path, make_checkpoint(tmp_path / "base", architecture, dtype="bfloat16"), **{"r": 4, **config})
+
+
+def test_a_head_of_its_own_does_not_change_how_t5_scales(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", "t5")
+    adapter = tuned(base, tmp_path / "lora", target_modules=["q"], modules_to_save=["lm_head"])
+    merge_adapter(base, adapter, tmp_path / "out")
+    given = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[0, 9]])}
+    with torch.no_grad():
+        wanted, found = (model(**given).logits for model in (merged_by_peft(base, adapter), loaded(tmp_path / "out")))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_matrix_of_many_runs_of_rows_gives_the_bytes_of_peft(tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "an embedding and a whole head": ("llama", "float32", {
         "target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"],
     }),
+    "an embedding that was tied": ("qwen2", "float32", {
+        "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"],
+    }),
     "biases": ("opt", "float32", {"target_modules": ["q_proj"], "lora_bias": True, "bias": "all"}),
     "some tokens": ("llama", "bfloat16", {"target_modules": ["q_proj"], "trainable_token_indices": [6, 20]}),
 }  # fmt: skip

@@ -68,14 +68,15 @@ SMALL = {
     ("name", "more"),
     [
         *((name, {}) for name in ("Bert", "Roberta", "XLMRoberta", "XLMRobertaXL", "Camembert", "RobertaPreLayerNorm",
-                                  "Data2VecText", "MPNet", "MarkupLM", "Lilt")),
+                                  "Data2VecText", "MPNet", "MarkupLM")),
+        ("Lilt", {"hidden_size": 24}),
         ("Luke", {"entity_vocab_size": 4, "entity_emb_size": 4}), ("Xmod", {"default_language": "en_XX"}),
     ],
 )  # fmt: skip
 def test_the_limit_is_where_a_table_of_positions_ends(name: str, more: dict[str, Any]) -> None:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**SMALL, **more, max_position_embeddings=20)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **more, "max_position_embeddings": 20})
     model = getattr(transformers, f"{name}Model")(config).eval()
     limit = position_limit(config.to_dict())
     assert limit is not None
