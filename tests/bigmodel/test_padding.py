@@ -15,7 +15,6 @@ from bigpipe.bigmodel.tasks import Row, TaskOptions, find_task
 
 TEXTS = ["Hello", "a much longer prompt than the others", "x", "two words"]
 XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 264, "pad_token_id": 0}
-XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_words": 264, "max_position_embeddings": 128, "pad_index": 0}
 RWKV = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 264, "context_length": 128}
 WIDTHS = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 264,
@@ -50,8 +49,8 @@ def answers(task: str, path: Path, new: int = 6, **arguments: Any) -> tuple[list
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("prefix", "head", "config"),
-    [("XLNet", "LMHeadModel", XLNET), ("XLM", "WithLMHeadModel", XLM), ("Rwkv", "ForCausalLM", RWKV)],
-    ids=["xlnet", "xlm", "rwkv"],
+    [("XLNet", "LMHeadModel", XLNET), ("Rwkv", "ForCausalLM", RWKV)],
+    ids=["xlnet", "rwkv"],
 )
 def test_a_model_that_drops_the_mask_reads_texts_of_one_length(
     tmp_path: Path, prefix: str, head: str, config: dict[str, Any]
