@@ -28,7 +28,7 @@ class MergeMetrics(Metrics):
 
 STAGE = Stage(
     kind="merge",
-    version=2,
+    version=3,
     params=MergeParams,
     metrics=MergeMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", many=True)},

@@ -80,7 +80,7 @@ class SaveMetrics(Metrics):
 
 STAGE = Stage(
     kind="save",
-    version=2,
+    version=3,
     params=SaveParams,
     metrics=SaveMetrics,
     inputs={

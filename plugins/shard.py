@@ -24,7 +24,7 @@ class ShardMetrics(Metrics):
 
 STAGE = Stage(
     kind="shard",
-    version=3,
+    version=4,
     params=ShardParams,
     metrics=ShardMetrics,
     inputs={"model": Port("checkpoint")},
