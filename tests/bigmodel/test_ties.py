@@ -11,12 +11,15 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.adapters import merged_by_peft, tuned
 from support.models import forward, tiny_model
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+from bigpipe.bigmodel.adapters import Merge, merge_adapter
 from bigpipe.bigmodel.architecture import untied
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_checkpoint
-from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.bigmodel.writing import save_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_adapter, open_checkpoint
+from bigpipe.bigmodel.quantization import Settings, quantize_checkpoint, understand
+from bigpipe.bigmodel.writing import Conversion, planned_bytes, save_checkpoint
 from bigpipe.errors import UsageError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -61,6 +64,36 @@ def test_a_head_that_is_tied_is_stored_once(tmp_path: Path) -> None:
     quantize_checkpoint(tmp_path / "source", tmp_path / "quantized", scheme="int8")
     for folder in ("resharded", "of-memory", "quantized"):
         assert HEAD not in names(tmp_path / folder), folder
+
+
+def test_a_plan_counts_the_head_that_is_written(tmp_path: Path) -> None:
+    shared(tmp_path / "source")
+    described = describe_checkpoint(tmp_path / "source")
+    saved = save_checkpoint(tmp_path / "source", tmp_path / "resharded")
+    plans, _ = Conversion(max_shard_size=10**9).of(described)
+    assert planned_bytes(plans) == saved.bytes
+    made = quantize_checkpoint(tmp_path / "source", tmp_path / "quantized", scheme="int8")
+    assert understand(described, Settings(scheme="int8"))[0].nbytes == made.bytes
+
+
+@pytest.mark.filterwarnings("ignore")  # peft asks transformers in a way that is going out
+def test_an_adapter_of_an_embedding_leaves_a_head_with_its_bytes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = shared(tmp_path / "source")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "apart")
+    for number, targets in enumerate((["embed_tokens"], ["lm_head"])):
+        adapter = tuned(tmp_path / "apart", tmp_path / f"lora-{number}", r=4, target_modules=targets)
+        saved = merge_adapter(tmp_path / "source", adapter, out := tmp_path / f"out-{number}")
+        wanted, found = merged_by_peft(tmp_path / "apart", adapter).state_dict(), load_file(out / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+        merge, described = Merge(max_shard_size=10**9), describe_checkpoint(tmp_path / "source")
+        plans, _ = merge.of(described, merge.changes(described, [open_adapter(adapter).described]))
+        assert planned_bytes(plans) == saved.bytes
 
 
 BOTH = ("float32", (4, 2))
@@ -112,12 +145,21 @@ class Wrapping(torch.Tensor):
 def test_tensors_without_memory_of_their_own_are_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'a' has no data here"):
         save_checkpoint({"a": Wrapping(torch.ones(2)), "b": Wrapping(torch.zeros(2))}, tmp_path / "out")
+    with FunctionalTensorMode(), pytest.raises(UsageError, match="'a' has no data here"):  # one without a pointer
+        save_checkpoint({"a": FunctionalTensor.to_functional(torch.ones(2))}, tmp_path / "out")
 
 
 def test_a_conjugate_is_no_alias(tmp_path: Path) -> None:
     number = torch.tensor([1 + 2j])
     save_checkpoint({"a": number, "b": number.conj()}, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["b"], number.conj().resolve_conj())
+
+
+def test_a_negative_view_is_no_alias(tmp_path: Path) -> None:
+    number = torch.tensor([1 + 2j])
+    save_checkpoint({"a": number.imag, "b": number.conj().imag}, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert (found["a"].tolist(), found["b"].tolist()) == ([2.0], [-2.0])
 
 
 def test_what_torchao_says_in_headers_is_not_lost(tmp_path: Path) -> None:
