@@ -9,6 +9,7 @@ import pytest
 import bigpipe
 from bigpipe.bigmodel.publishing.addresses import open_destination
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator.planning import open_session
 from bigpipe.orchestrator.store.remote import open_remote
 
 QUICKSTART = Path(__file__).parents[1] / "models" / "quickstart"
@@ -64,3 +65,12 @@ def test_a_destination_that_a_shell_would_have_read_is_refused(tmp_path: Path) -
             open_destination(to)
     with pytest.raises(UsageError, match="would be a name with a dollar sign in it"):
         open_remote("$SCRATCH/shared", tmp_path, tmp_path / "store", {})
+
+
+@pytest.mark.parametrize(("said", "offline"), [("1", True), ("True", True), ("on", True), ("YES", True), ("0", False)])
+def test_a_run_is_offline_where_the_environment_says_so_to_huggingface_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, offline: bool
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", said)
+    (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
+    assert open_session(tmp_path / "r.yaml", params={}, store=tmp_path / "store").offline is offline

@@ -241,8 +241,17 @@ def test_the_environment_is_read_as_huggingface_hub_reads_it(tmp_path: Path) -> 
             [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
         )
         assert str(Hub.from_environment({**dict.fromkeys(names, ""), **case}).cache) == theirs.stdout.strip()
-    assert Hub.from_environment({"HF_HUB_OFFLINE": "1"}).offline
     assert "secret" not in repr(Hub.from_environment({"HF_TOKEN": "secret"}))
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+@pytest.mark.parametrize(
+    ("said", "offline"),
+    [("1", True), ("True", True), ("on", True), ("YES", True), ("0", False), ("false", False), ("", False)],
+)
+def test_offline_is_said_as_to_huggingface_hub(name: str, said: str, offline: bool) -> None:
+    nothing = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "")
+    assert Hub.from_environment({**nothing, name: said}).offline is offline
 
 
 def test_a_token_from_a_file_may_end_in_a_newline(tmp_path: Path) -> None:
