@@ -12,10 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support.contexts import inputs, stage_context
 from support.workshop import environment, statuses
 
 import bigpipe
 from bigpipe.errors import ManifestError, StageFailed, Transient, UsageError
+from bigpipe.plugins.command import CommandParams
+from bigpipe.plugins.commanding import run
 
 COUNT = """\
 import json, os, sys
@@ -295,6 +298,13 @@ def test_several_inputs_in_one_argument_are_refused_and_not_all_but_one_left_out
     )
     (error,) = bigpipe.plan(workshop.manifest).errors()
     assert error.cause == "3 are gathered on the port 'all', and '--all=${input.all}' is one argument"
+
+
+@pytest.mark.parametrize("gathered", [0, 2])
+def test_what_is_gathered_into_one_argument_is_counted_again_when_it_runs(tmp_path, gathered):
+    params = CommandParams(argv=["sh", "--all=${input.all}"], produces="directory")
+    with pytest.raises(StageFailed, match=f"{gathered} are gathered on the port 'all'"):
+        run(params, stage_context(tmp_path, inputs=inputs(all=[tmp_path] * gathered)))
 
 
 def test_a_command_is_skipped_with_what_its_arguments_name(workshop):
