@@ -11,6 +11,7 @@ from support import models
 from support.asking import answer_here
 from support.models import tiny_tokenizer
 
+from bigpipe.bigmodel.architecture import looks_ahead
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.inference.working import answer_batch
@@ -280,6 +281,18 @@ BOTH_WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "roberta": ({"architectures": ["RobertaForCausalLM"]}, "is_decoder: false"),
     "llama": ({"is_causal": False}, "is_causal: false"),
 }
+
+
+@pytest.mark.parametrize(("config", "told"), [
+    ({"model_type": "xlnet"}, "XLNet"),
+    ({"model_type": "xlm"}, "causal: false"),
+    ({"model_type": "flaubert", "causal": True}, None),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+    ({"model_type": "x", "text_config": {"use_bidirectional_attention": "all"}}, "use_bidirectional_attention: all"),
+    ({"model_type": "x", "use_bidirectional_attention": "vision"}, None),
+])  # fmt: skip
+def test_configs_say_whether_a_model_looks_ahead(config: dict[str, Any], told: str | None) -> None:
+    assert looks_ahead(config) == told
 
 
 @pytest.mark.parametrize("architecture", BOTH_WAYS)
