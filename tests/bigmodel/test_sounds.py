@@ -134,6 +134,11 @@ def test_a_model_that_does_not_hear_is_refused_before_it_is_loaded(
         list(task.checked({}, sounds, describe_checkpoint(make_vit(tmp_path / "vit"))))
 
 
+def test_a_model_that_hears_makes_no_features_of_a_text(whisper: Path) -> None:
+    with pytest.raises(UsageError, match="WhisperForConditionalGeneration makes no features of a text alone"):
+        list(find_task("feature-extraction", Sources()).checked({}, [Row(0, "a", {})], describe_checkpoint(whisper)))
+
+
 def test_a_language_that_a_model_does_not_know_is_refused_before_it_is_loaded(
     tmp_path: Path, sounds: list[Row], whisper: Path
 ) -> None:

@@ -89,6 +89,12 @@ def test_a_server_is_started_asked_and_ended(tmp_path: Path, model: Path) -> Non
     assert "shutting down" in (tmp_path / "attempt" / "log.txt").read_text()
 
 
+def test_a_server_goes_on_with_a_message_that_the_assistant_has_begun(tmp_path: Path, model: Path) -> None:
+    asked = {"role": "user", "content": "a"}
+    start(tmp_path, model, prompts=[[asked], [asked, {"role": "assistant", "content": "b"}]])
+    assert (tmp_path / "attempt" / "log.txt").read_text().count("goes on with a message") == 1
+
+
 def test_embeddings_are_asked_of_a_pooling_server(tmp_path: Path, model: Path) -> None:
     start(tmp_path, model, task="feature-extraction", batch_size=5)
     assert results(tmp_path)[0]["features"] == [len("prompt 0"), 0.5, -1.0]

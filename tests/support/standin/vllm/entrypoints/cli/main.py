@@ -61,6 +61,8 @@ def main() -> None:
             if trouble == "dies" and question.number == 3:
                 say("engine core died")
                 os.kill(os.getpid(), signal.SIGKILL)
+            if question.body.get("continue_final_message"):
+                say("goes on with a message")
             return replace(reply, after=0.02)
 
         api.change = change
