@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bigpipe.bigmodel.architecture import untied_checkpoint
 from bigpipe.bigmodel.checkpoint import Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import PLAIN, decode, decoded, format_of
 from bigpipe.bigmodel.hub import COMMIT, Hub, HubSource, Watch
@@ -116,7 +117,7 @@ def _reproduced(
     there: Found, origin: Found, record: Record, asked: Source, sources: Sources, progress: ReportProgress
 ) -> Reproduction:
     _refuse_quantized(origin)
-    source = decode(origin.checkpoint)
+    source = untied_checkpoint(decode(origin.checkpoint))
     if record.cast not in (None, record.settings.dtype):  # else the second cast gives what both do
         source = cast_while_read(source, record.cast)
     settings = replace(record.settings, threads=torch_threads())

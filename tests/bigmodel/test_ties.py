@@ -15,6 +15,7 @@ from support.adapters import merged_by_peft, tuned
 from support.models import forward, tiny_model
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
+import bigpipe
 from bigpipe.bigmodel.adapters import Merge, merge_adapter
 from bigpipe.bigmodel.architecture import untied
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_adapter, open_checkpoint
@@ -53,6 +54,7 @@ def test_a_head_that_is_not_tied_keeps_its_weight(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "of-memory" / "model.safetensors")[HEAD], model.lm_head.weight)
     quantize_checkpoint(tmp_path / "source", tmp_path / "quantized", scheme="int8")
     assert {HEAD, EMBEDDING} <= names(tmp_path / "quantized")
+    assert bigpipe.reproduce(tmp_path / "quantized", tmp_path / "source").equal
     save_checkpoint(tmp_path / "source", tmp_path / "bin", format="bin")
     assert open_checkpoint(tmp_path / "bin").tied == {HEAD: EMBEDDING}
 
