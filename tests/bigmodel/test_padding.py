@@ -79,6 +79,7 @@ def test_a_head_that_reads_padding_reads_texts_of_one_length(
             )
 
 
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 @pytest.mark.parametrize("where", ["argument", "file"])
 @pytest.mark.parametrize("arguments", [{"min_length": 9}, {"no_repeat_ngram_size": 1}], ids=str)
 def test_arguments_that_count_what_stands_before_count_no_padding(
