@@ -161,10 +161,10 @@ class _Binding:
 
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
         """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they
-        were, unless the config says `ensure_weight_tying`."""
+        were; with `ensure_weight_tying` it saves them too."""
         config, module = self.adapter.config, target.rpartition(".")[0]
         saved = any(module.endswith(str(name)) for name in config.get("modules_to_save") or ())
-        if not saved or config.get("ensure_weight_tying") or target in self.architecture.aliases:
+        if not saved or target in self.architecture.aliases:
             return
         for name in next((group for group in self.architecture.tied if target in group), ()):
             if name != target and name not in whole:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, untied, untied_checkpoint
+from bigpipe.bigmodel.architecture import Architecture, describe_architecture, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import (
     DECODED,
     Adapter,
@@ -72,7 +72,6 @@ class Merge:
         self, described: ModelDescription, adapters: Sequence[AdapterDescription], sources: Sources = Sources()
     ) -> list[Bound]:
         """Return what adapters change in a model whose tensors are known. Raise as `bind` and `combined`."""
-        described = untied(described)
         if not adapters:
             raise UsageError("no adapter is given", "give one, as peft saved it", field="inputs.adapter")
         weights = require_weights(self.weights, len(adapters), self.combination)
@@ -87,7 +86,7 @@ class Merge:
 
     def of(self, described: ModelDescription, bounds: Iterable[Bound]) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files of the merged checkpoint, and what it is. Raise as `Conversion.of`."""
-        plain = decoded(untied(described))
+        plain = decoded(described)
         stored = dict(plain.tensors or {})
         apart = {bound.target: stored[bound.stored] for bound in bounds if bound.apart}
         tied = {alias: kept for alias, kept in plain.tied.items() if alias not in apart}

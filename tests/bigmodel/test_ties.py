@@ -87,8 +87,13 @@ def test_an_adapter_of_an_embedding_leaves_a_head_with_its_bytes_alone(
     model = shared(tmp_path / "source")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(tmp_path / "apart")
-    for number, targets in enumerate((["embed_tokens"], ["lm_head"])):
-        adapter = tuned(tmp_path / "apart", tmp_path / f"lora-{number}", r=4, target_modules=targets)
+    whole = {"target_modules": ["q_proj"]}
+    kinds: tuple[dict[str, Any], ...] = (
+        {"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]},
+        {**whole, "modules_to_save": ["embed_tokens"]}, {**whole, "modules_to_save": ["lm_head"]},
+    )  # fmt: skip
+    for number, kind in enumerate(kinds):
+        adapter = tuned(tmp_path / "apart", tmp_path / f"lora-{number}", r=4, **kind)
         saved = merge_adapter(tmp_path / "source", adapter, out := tmp_path / f"out-{number}")
         wanted, found = merged_by_peft(tmp_path / "apart", adapter).state_dict(), load_file(out / "model.safetensors")
         assert found.keys() == wanted.keys()
