@@ -6,13 +6,15 @@ null alone. `long` is a whole number that no double holds. A field that some row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from bigpipe.errors import StageFailed
 
 Type = Any
+PLAIN = {NoneType: None, str: "text", bool: "bool", float: "double"}
 NAMES = {
     "bool": "a truth value",
     "int": "a whole number",
@@ -32,24 +34,23 @@ class Unfit(Exception):
 
 def type_of(value: Any, at: str = "") -> Type:
     """Return the type of a JSON value. Raise Unfit for one that Parquet has none for."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, float):
-        return "double"
+    if (kind := type(value)) in PLAIN:
+        return PLAIN[kind]
     if isinstance(value, int):
         if not -WHOLE <= value < WHOLE:
             raise Unfit(at, f"is {value!r:.40}, more than 64 bits hold")
         return "int" if abs(value) <= EXACT else "long"
+    if isinstance(value, str | float):  # of a class that derives from it
+        return "text" if isinstance(value, str) else "double"
     if isinstance(value, list):
         kinds = set(map(type, value))
         return ["double"] if kinds == {float} else [_of_all(value, at)]
     if not value:
         raise Unfit(at, "is an object without fields, which Parquet does not hold")
-    return {name: type_of(inner, f"{at}.{name}") for name, inner in value.items()}
+    return {
+        name: PLAIN[kind] if (kind := type(inner)) in PLAIN else type_of(inner, f"{at}.{name}")
+        for name, inner in value.items()
+    }
 
 
 def _of_all(values: list[Any], at: str) -> Type:
@@ -98,6 +99,14 @@ class Columns:
         import pyarrow as arrow
 
         return arrow.schema([(name, _arrow(kind)) for name, kind in self.types.items()])
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]], before: Columns | None = None) -> Columns:
+    """Return what columns results need, with those of the ones `before`. Raise StageFailed."""
+    columns = Columns(before.types if before else {})
+    for row in rows:
+        columns.add(row["index"], row)
+    return columns
 
 
 def _arrow(kind: Type) -> Any:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +20,8 @@ from bigpipe.files import FileWriter, copy_file, hash_file, make_folders, share_
 from bigpipe.redaction import redact_json
 from bigpipe.sizes import counted
 
-from .columns import Columns
+from .columns import Columns, columns_of
+from .lines import to_line
 from .records import FAILED, MISSING, Found, Record, check_errors
 from .resultfiles import kept_file
 from .workfolder import WorkPlan, gather, peak_of, timeline_of, times
@@ -28,11 +30,12 @@ Format = Literal["jsonl", "parquet"]
 RESULTS = "results"
 GROUP_ROWS, GROUP_BYTES = 2**14, 2**23
 """Of a row group of Parquet, at most: rows, and characters of JSON."""
+Result = dict[str, Any]
 Written = dict[str, tuple[str, int]]
 """Name of a file → (hex sha256, bytes)."""
 
 
-def plain_result(row: Row, record: Record) -> dict[str, Any]:
+def plain_result(row: Row, record: Record) -> Result:
     """Return a row of results: the row's index and prompt, and what the task gave. Records are redacted already."""
     own = {"index": row.index, "prompt": redact_json(row.prompt)}
     return {**own, **record.payload, **own}
@@ -45,7 +48,7 @@ class Output:
     format: Format = "jsonl"
     rows_per_file: int | None = None
     """None: all in one."""
-    result: Callable[[Row, Record], dict[str, Any]] = plain_result
+    result: Callable[[Row, Record], Result] = plain_result
     """What stands for a row, as a JSON object."""
 
     def names(self, rows: int) -> list[str]:
@@ -93,14 +96,7 @@ class _Results:
     read: int = 0
     files: Written = field(default_factory=dict)
 
-    def typed(self) -> Iterator[dict[str, Any]]:
-        """Yield objects of the same types, without a look at the rows where all prompts are texts."""
-        texts = Row(0, "", {}) if self.plan.texts else None
-        for number in range(len(self.plan.rows)):
-            row = self.plan.rows[number] if texts is None else replace(texts, index=number)
-            yield self.output.result(row, self.found[number])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Result]:
         self.tokens = self.read = 0
         for row, record in gather(self.plan.rows, self.found):
             self.tokens += record.tokens
@@ -167,26 +163,32 @@ class HashedFile:
 
 
 def _write(out: Path, results: _Results, count: int, output: Output) -> Written:
-    schema = None
-    if output.format == "parquet":
-        columns = Columns()
-        for row in results.typed():
-            columns.add(row["index"], row)
-        schema = columns.schema()
+    if output.format == "jsonl":
+        return _write_files(out, results, count, output, _write_lines)
+    try:
+        first = columns_of(islice(results, GROUP_ROWS))
+        return _write_files(out, results, count, output, partial(_write_table, columns=first))
+    except _Wider:
+        return _write_files(out, results, count, output, partial(_write_table, columns=columns_of(results)))
+
+
+class _Wider(Exception):
+    """A row needs other columns than those before it."""
+
+
+def _write_files(
+    out: Path, results: _Results, count: int, output: Output, write: Callable[[HashedFile, Iterable[Result]], None]
+) -> Written:
     rows, written = iter(results), {}
     for name in output.names(count):
-        part = rows if output.rows_per_file is None else islice(rows, output.rows_per_file)
         with HashedFile(out / name) as file:
-            if schema is None:
-                _write_lines(file, part)
-            else:
-                _write_table(file, part, schema)
+            write(file, rows if output.rows_per_file is None else islice(rows, output.rows_per_file))
             written[name] = file.settle()
     next(rows, None)  # to its end, where it has counted all
     return written
 
 
-def _write_lines(file: HashedFile, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_lines(file: HashedFile, rows: Iterable[Result]) -> None:
     for row in rows:
         file.write((_encode(row) + "\n").encode())
 
@@ -194,21 +196,25 @@ def _write_lines(file: HashedFile, rows: Iterable[Mapping[str, Any]]) -> None:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def _write_table(file: HashedFile, rows: Iterable[Mapping[str, Any]], schema: Any) -> None:
+def _write_table(file: HashedFile, rows: Iterable[Result], columns: Columns) -> None:
+    """Raise _Wider for rows that do not go into these columns as they are."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    schema = columns.schema()
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for group in _groups(rows):
+            if columns_of(group, columns) != columns:
+                raise _Wider
             writer.write_table(arrow.Table.from_pylist(group, schema=schema), row_group_size=GROUP_ROWS)
 
 
-def _groups(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    group: list[Mapping[str, Any]] = []
+def _groups(rows: Iterable[Result]) -> Iterator[list[Result]]:
+    group: list[Result] = []
     size = 0
     for row in rows:
         group.append(row)
-        size += len(repr(row))
+        size += len(to_line(row))
         if len(group) >= GROUP_ROWS or size >= GROUP_BYTES:
             yield group
             group, size = [], 0

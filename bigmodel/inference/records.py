@@ -7,7 +7,7 @@ The payload comes last, so that whoever looks for a record need not parse what i
 
 from __future__ import annotations
 
-import json
+import os
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +17,11 @@ from typing import Any
 
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
-from bigpipe.files import LogFile, make_directory, parse_json, sync_directory
-from bigpipe.redaction import redacted_text
+from bigpipe.files import LogFile, make_directory, sync_directory
+from bigpipe.redaction import redacted_texts
 from bigpipe.sizes import counted
 
+from .lines import from_line, to_line
 from .storedrows import StoredRows
 
 LOG = "records.jsonl"
@@ -28,6 +29,8 @@ LOG = "records.jsonl"
 PAYLOAD, CRC = b',"payload":', b',"crc":"'
 LOGS = 48
 """Bits of a place that are the offset in a log; those above are its number."""
+SHORT = 2**10
+"""Bytes of a line: most have less."""
 MISSING, FAILED, DONE = 0, 1, 2
 
 
@@ -73,20 +76,20 @@ def append(log: LogFile, records: Iterable[Record]) -> None:
 
 def encoded(records: Iterable[Record]) -> bytes:
     """Return the lines of records, as a log holds them."""
-    return b"".join(map(_encode, records))
+    records = list(records)
+    payloads = redacted_texts([record.payload for record in records], lambda payload: to_line(payload).decode())
+    return b"".join(map(_encode, records, payloads))
 
 
-_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-def _encode(record: Record) -> bytes:
-    head = {
-        "index": record.index, "digest": record.digest, "tokens": record.tokens, "seconds": record.seconds,
-        "read": record.read, "files": record.files, "failed": record.failed,
-    }  # fmt: skip
-    payload = redacted_text(record.payload, _compact)
-    body = f'{_compact(head)[:-1]},"payload":{payload}}}'.encode()
-    return b'%s,"crc":"%08x"}\n' % (body[:-1], zlib.crc32(body))
+def _encode(record: Record, payload: str) -> bytes:
+    head = to_line(
+        {
+            "index": record.index, "digest": record.digest, "tokens": record.tokens, "seconds": record.seconds,
+            "read": record.read, "files": record.files, "failed": record.failed,
+        }
+    )  # fmt: skip
+    body = b"%s%s%s}" % (head[:-1], PAYLOAD, payload.encode())
+    return b'%s%s%08x"}\n' % (body[:-1], CRC, zlib.crc32(body))
 
 
 def _body(line: bytes) -> bytes | None:
@@ -108,7 +111,7 @@ def _decode(line: bytes) -> Record | None:
     body = _body(line)
     if body is None:
         return None
-    fields = parse_json(body.decode())
+    fields = from_line(body)
     del fields["failed"]
     return Record(**fields)
 
@@ -116,6 +119,18 @@ def _decode(line: bytes) -> Record | None:
 def rank_logs(folder: Path) -> list[Path]:
     """Return the logs of all ranks of all attempts in `folder`."""
     return sorted(folder.glob(f"rank-*/{LOG}"))
+
+
+def _line_at(file: int, offset: int) -> bytes:
+    """Return the line that begins there, or what there is of it."""
+    size = SHORT
+    while True:
+        piece = os.pread(file, size, offset)
+        if end := piece.find(b"\n") + 1:
+            return piece[:end]
+        if len(piece) < size:
+            return piece
+        size *= 16
 
 
 class Found:
@@ -139,7 +154,7 @@ class Found:
             offset += len(line)
             if body is None:
                 continue
-            head = json.loads(f"{body[: body.index(PAYLOAD)].decode()}}}")
+            head = from_line(body[: body.index(PAYLOAD)] + b"}")
             self.busy[number] += head["seconds"]
             row = head["index"]
             if row < len(rows) and self.states[row] != DONE and rows.digest(row) == head["digest"]:
@@ -150,9 +165,7 @@ class Found:
     def __getitem__(self, row: int) -> Record:
         """Return the record of a row that is not missing. Raise StageFailed where its bytes changed meanwhile."""
         place = self._places[row]
-        file = self._files[place >> LOGS]
-        file.seek(place & (1 << LOGS) - 1)
-        record = _decode(file.readline())
+        record = _decode(_line_at(self._files[place >> LOGS].fileno(), place & (1 << LOGS) - 1))
         if record is None:
             path = self._logs[place >> LOGS]
             raise StageFailed(f"{path} changed while it was read: the record of row {row}", "run it again")

@@ -46,12 +46,17 @@ def keep_files(
 
 def without_files(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Return the payload with null in place of each file."""
-    return _replaced(payload, repeat(None))
+    return _replaced(payload, repeat(None)) if _files(payload) else dict(payload)
 
 
 def _files(payload: Mapping[str, Any]) -> list[ResultFile]:
-    made = (each for value in payload.values() for each in (value if isinstance(value, list) else (value,)))
-    return [each for each in made if isinstance(each, ResultFile)]
+    made: list[ResultFile] = []
+    for value in payload.values():
+        if isinstance(value, ResultFile):
+            made.append(value)
+        elif isinstance(value, list):
+            made += [each for each in value if isinstance(each, ResultFile)]
+    return made
 
 
 def _replaced(payload: Mapping[str, Any], names: Iterator[Any]) -> dict[str, Any]:

@@ -51,9 +51,6 @@ class Batching:
     shapes: set[tuple[int, int]] = field(default_factory=set)
     """(rows, tokens of the longest) that a chunk has."""
 
-    texts: bool = True
-    """Is every prompt a text?"""
-
     def add(self, rows: int, longest: int) -> None:
         self.sizes.append(rows)
         self.shapes.add((rows, longest))

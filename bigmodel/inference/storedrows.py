@@ -10,7 +10,6 @@ The last three are unsigned numbers of 64 bits in the order of this machine's by
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import weakref
@@ -22,8 +21,9 @@ from pathlib import Path
 from typing import overload
 
 from bigpipe.bigmodel.tasks import Row
-from bigpipe.files import LogFile, parse_json
+from bigpipe.files import LogFile
 
+from .lines import from_line, to_line
 from .sharing import Batching, chunks_of
 
 ROWS, ROWS_INDEX, CHUNKS, CHUNKS_INDEX = "rows.jsonl", "rows.index", "chunks.rows", "chunks.index"
@@ -42,11 +42,10 @@ def store_rows(
 
         def keep(row: Row) -> int:
             nonlocal offset
-            line = (_encode(_fields(row)) + "\n").encode()
+            line = to_line(_fields(row)) + b"\n"
             index.append(array("Q", (offset, int(row.digest, 16))).tobytes(), later=True)
             lines.append(line, later=True)
             offset += len(line)
-            batching.texts &= isinstance(row.prompt, str)
             return length_of(row)
 
         with LogFile(folder / CHUNKS) as members, LogFile(folder / CHUNKS_INDEX) as chunks:
@@ -59,7 +58,6 @@ def store_rows(
     return batching
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _fields = attrgetter(*(field.name for field in fields(Row)))
 """All of a row, in the order in which `Row` takes them."""
 
@@ -94,12 +92,12 @@ class StoredRows(Sequence[Row]):
             return [self[each] for each in range(*number.indices(len(self)))]
         begin = self._index[2 * number]
         end = self._index[2 * number + 2] if number + 1 < len(self) else self._size
-        return Row(*parse_json(os.pread(self._file, end - begin, begin).decode()))
+        return Row(*from_line(os.pread(self._file, end - begin, begin)))
 
     def __iter__(self) -> Iterator[Row]:
-        with self._path.open(encoding="utf-8", newline="\n") as file:
+        with self._path.open("rb") as file:
             for line in file:
-                yield Row(*parse_json(line))
+                yield Row(*from_line(line))
 
     def digest(self, number: int) -> str:
         """Return the digest of a row, as `Row.digest` has it."""

@@ -43,8 +43,6 @@ class WorkPlan:
     ranks: int
     together: int = 1
     """How many chunks of a rank may be under way at once."""
-    texts: bool = True
-    """Is every prompt a text?"""
 
     def batch(self, chunk: int) -> list[Row]:
         return [self.rows[row] for row in self.chunks[chunk]]
@@ -120,7 +118,7 @@ def plan_work(
         _taken(folder, name).unlink(missing_ok=True)
     plan = {
         "queues": len(queues), "suspects": suspects, "finished": len(chunks) - unfinished, "ranks": ranks,
-        "together": together(batching), "texts": batching.texts,
+        "together": together(batching),
     }  # fmt: skip
     write_file(folder / PLAN, json.dumps(plan))
     return WorkPlan.read(folder)

@@ -26,6 +26,9 @@ from .resultfiles import keep_files, without_files
 from .workfolder import PEAKS, TIMES, WorkPlan
 
 Work = Callable[[int], None]
+NOTE_SECONDS = 1.0
+"""Between two notes of when a rank was at work."""
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def one_by_one(work: Work, chunks: Iterable[int], together: int) -> None:
@@ -115,15 +118,22 @@ def compute_share(
     tell()  # before the model loads
     bound = bind()
     failed: list[Record] = []
-    peaks: dict[str, int] = {}
-    writing = threading.Lock()
+    writing, noted = threading.Lock(), 0.0
     own = folder / f"rank-{rank}"
+
+    def note() -> None:
+        nonlocal noted
+        noted = ended
+        write_file(own / PEAKS, json.dumps(_peaks(bound.computes)), durable=False)
+        times = {"began": began, "ended": time.time(), "busy": busy, "prompts": done, "tokens": tokens}
+        write_file(own / TIMES, json.dumps(times), durable=False)
+
     with open_log(own / LOG) as records_log, LogFile(own / BEGUN) as begun_log, ThreadPoolExecutor(1) as disk:
         syncing = disk.submit(records_log.sync)
         ended = time.monotonic()
 
         def compute(numbers: Sequence[int]) -> None:
-            nonlocal done, ended, tokens, busy, began, peaks, syncing
+            nonlocal done, ended, tokens, busy, began, syncing
             with writing:
                 batch, started = [plan.rows[number] for number in numbers], time.monotonic()
                 began = began or time.time()
@@ -135,21 +145,20 @@ def compute_share(
                 records_log.append(encoded(records))
                 syncing.result()  # of the chunk before
                 syncing = disk.submit(records_log.sync)
-                if (peaks_now := _peaks(bound.computes)) != peaks:
-                    write_file(own / PEAKS, json.dumps(peaks := peaks_now), durable=False)
                 failed.extend(record for record in records if record.failed)
                 check_errors(len(failed), max_errors, failed, plan.rows)
                 done += len(records)
                 tokens += sum(record.tokens for record in records)
                 busy += seconds
-                times = {"began": began, "ended": time.time(), "busy": busy, "prompts": done, "tokens": tokens}
-                write_file(own / TIMES, json.dumps(times), durable=False)
+                if ended - noted >= NOTE_SECONDS:
+                    note()
                 tell()
 
         with finishing() as told:
             bound.each(lambda chunk: compute(plan.chunks[chunk]), until(told, queue), plan.together)
             bound.each(lambda row: compute([row]), until(told, suspects), 1)
             syncing.result()
+            note()
         tell()  # others may have taken what it expected
 
 
@@ -179,8 +188,7 @@ def answer_batch(
     try:
         with _no_grad() if computes else nullcontext():
             answers = answerer(rows)
-        for answer in answers:
-            json.dumps(without_files(answer.payload), allow_nan=False, ensure_ascii=False).encode()
+        _as_json([without_files(answer.payload) for answer in answers]).encode()  # raises what no record can hold
         return answers
     except BigpipeError:
         raise

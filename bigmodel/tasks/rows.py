@@ -25,6 +25,8 @@ MEDIA: Mapping[str, Reads] = {
     **dict.fromkeys((".wav", ".flac", ".ogg"), "sound"),
 }
 """Ending → what a file of that name is, as a row."""
+_canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+_written = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,7 @@ class Row:
     @property
     def digest(self) -> str:
         """Return 64 bits of the sha256 of the object, in hex: with the index, what identifies a record."""
-        text = json.dumps(self.data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(_canonical(self.data).encode()).hexdigest()[:16]
 
     @property
     def nbytes(self) -> int:
@@ -229,7 +230,7 @@ def _is_chat(prompt: Any) -> bool:
 def _unwritable(data: dict[str, Any]) -> str | None:
     """Why it cannot be written as JSON in UTF-8, as a record is."""
     try:
-        json.dumps(data, ensure_ascii=False).encode()
+        _written(data).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         return f"holds half of a surrogate pair, {half!a}, which is no text"

@@ -164,11 +164,19 @@ def redact_json(value: Any) -> Any:
     return value
 
 
-def redacted_text(value: Any, encode: Callable[[Any], str]) -> str:
-    """Return a JSON value as `encode` spells it, with every string in it redacted. What has nothing to redact, as most
-    has, is spelled once: a string without a backslash stands in JSON as it is."""
-    text = encode(value)
-    return text if "\\" not in text and redact(text) == text else encode(redact_json(value))
+def redacted_texts(values: Iterable[Any], encode: Callable[[Any], str]) -> list[str]:
+    """Return JSON values as `encode` spells them, on a line each, with every string in them redacted. Those that have
+    nothing to redact, as most, are spelled once and looked through together: a string without a backslash stands in
+    JSON as it is."""
+    values = list(values)
+    texts = [encode(value) for value in values]
+    if _is_clean("\n".join(texts)):
+        return texts
+    return [text if _is_clean(text) else encode(redact_json(value)) for text, value in zip(texts, values, strict=True)]
+
+
+def _is_clean(text: str) -> bool:
+    return "\\" not in text and redact(text) == text
 
 
 def unfinished(text: str) -> int:
