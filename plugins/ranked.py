@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from bigpipe.allocator import keep_freed_blocks
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import as_placement, cast_bytes, loading_dtype
 from bigpipe.bigmodel.placement import Placement
@@ -73,12 +74,16 @@ def misfits_of_gpus(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
 def load_on_rank(
     ctx: StageContext, dtype: str | None, placement: Placement | None = None, port: str = "model"
 ) -> torch.nn.Module:
-    """Return the model on a port, on the rank's share of the machine. placement: None is the first GPU, else RAM."""
+    """Return the model on a port, on the rank's share of the machine. placement: None is the first GPU, else RAM, and
+    memory that nobody limits."""
     import torch
 
-    placement = placement or as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
+    anywhere = as_placement({"": 0 if torch.cuda.is_available() else "cpu"})
     ranks = os.environ.get("LOCAL_WORLD_SIZE", ctx.world_size)
-    return load_placed(placement, ctx, dtype=dtype, rank=local_rank(ctx), ranks=int(ranks), port=port)
+    model = load_placed(placement or anywhere, ctx, dtype=dtype, rank=local_rank(ctx), ranks=int(ranks), port=port)
+    if placement is None:
+        keep_freed_blocks()
+    return model
 
 
 def local_rank(ctx: StageContext) -> int:

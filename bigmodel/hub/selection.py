@@ -142,12 +142,13 @@ def _folders(names: list[str], library: Library) -> dict[str, list[str]]:
     """Folder → the names in it, of those whose weights are read: the root; of a pipeline those below it; of
     sentence-transformers also those of its modules."""
     folders: dict[str, list[str]] = {}
+    there = frozenset(names)
     for name in names:
         folder, _, file = name.rpartition("/")
         if library == "diffusers":
             wanted = folder.count("/") == 0 and folder != ""  # single files of whole pipelines lie in the root
         else:
-            wanted = folder == "" or is_module(folder, names)
+            wanted = folder == "" or is_module(folder, there)
         if wanted:
             folders.setdefault(folder, []).append(file)
     return folders

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bigpipe.allocator import ALLOCATOR
 from bigpipe.environment import inherited, python_path
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Stage, Surroundings
@@ -13,16 +14,6 @@ from bigpipe.redaction import HUB_TOKENS
 
 from .lifeline import PARENT_VARIABLE
 
-ALLOCATOR = (
-    "glibc.malloc.mmap_threshold=1048576:glibc.malloc.trim_threshold=33554432:glibc.malloc.hugetlb=1:"
-    "glibc.malloc.arena_max=1"
-)
-"""glibc gives back what is freed from 1 MiB up. Left to itself it raises that bound to 32 MiB as larger blocks are
-freed, and keeps smaller ones in a heap with holes: small models then need 3 to 21 % more than their tensors, and than
-a plan says. Mapping costs page faults, a sixth of a prefill, most of which huge pages save again; without a trim
-threshold it would be 128 KiB. All threads share a heap: batches that go together run in threads of their own, one
-at a time, and with a heap for each four of them held twice what their tensors take. An older glibc ignores what it does
-not know, another C library all of it."""
 LOADS_CODE = frozenset({
     "LD_PRELOAD", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "CUDA_INJECTION64_PATH", "GCONV_PATH", "BASH_ENV",
     "PYTHONSTARTUP", "PYTHONHOME", "PYTHONINSPECT", "PYTHONUSERBASE", "PYTHONPLATLIBDIR", "PYTHONBREAKPOINT",

@@ -17,12 +17,12 @@ import pytest
 from support.memory_groups import memory_group, there
 from support.models import make_checkpoint
 
+from bigpipe.allocator import ALLOCATOR
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.placement import Placement, batches_together, place
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.machine import detect
-from bigpipe.orchestrator.launch.environment import ALLOCATOR
 
 pytestmark = [
     pytest.mark.slow,

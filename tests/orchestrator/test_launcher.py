@@ -13,9 +13,9 @@ from support.launching import Launched, gone, make_job, read_pid, wait_for
 from support.workshop import Workshop
 
 import bigpipe
+from bigpipe.allocator import ALLOCATOR
 from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.events import LogLine, Progress
-from bigpipe.orchestrator.launch.environment import ALLOCATOR
 
 CANARY = "hf_canaryCANARY0123456789"
 
@@ -216,6 +216,29 @@ def test_the_allocator_of_a_worker_keeps_no_holes() -> None:
         for setting in ("", ALLOCATOR)
     }  # fmt: skip
     assert kept[ALLOCATOR] < 64 * 1024 < 256 * 1024 < kept[""]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the tunables")
+@pytest.mark.parametrize("setting", [ALLOCATOR, "glibc.malloc.mmap_threshold=1048576"])
+def test_blocks_that_are_kept_are_not_mapped_anew(setting: str) -> None:
+    """A hundred blocks of 3 MiB one after the other, of 768 pages each: all of them anew, unless they are kept. What
+    somebody else set stays as it is."""
+    script = (
+        "import ctypes, resource\n"
+        "from bigpipe.allocator import keep_freed_blocks\n"
+        "keep_freed_blocks()\n"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p]\n"
+        "libc.malloc.argtypes = [ctypes.c_size_t]\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(100):\n"
+        "    block = libc.malloc(3 << 20)\n"
+        "    for page in range(0, 3 << 20, 4096): ctypes.memset(block + page, 1, 1)\n"
+        "    libc.free(block)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    environment = {**os.environ, "GLIBC_TUNABLES": setting}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True, text=True)
+    assert (int(ended.stdout) < 2000) == (setting == ALLOCATOR)
 
 
 def test_a_kind_that_declares_the_hub_token_gets_it_under_any_name(tmp_path: Path) -> None:
