@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings, strategies as st
 
 from bigpipe.bigmodel.inference import Record, read_log
+from bigpipe.bigmodel.inference.lines import from_line, to_line
 from bigpipe.bigmodel.inference.records import append, open_log
 
 RECORDS = [Record(index, f"{index:016x}", {"text": f"é{index}\n"}, index, 0.25) for index in range(6)]
@@ -22,6 +24,44 @@ def test_gives_back_what_was_appended(tmp_path: Path) -> None:
     write(path, RECORDS[:4])
     write(path, RECORDS[4:])
     assert list(read_log(path)) == RECORDS
+
+
+def test_a_secret_is_masked_in_the_record_that_holds_it_alone(tmp_path: Path) -> None:
+    token = "hf_" + "a1B2" * 9
+    payloads = [
+        {"text": "plain"}, {"text": f"with {token}"}, {"text": 'a "quote"\n', token: [token]}, {"text": "a\\b"},
+    ]  # fmt: skip
+    write(tmp_path / "records.jsonl", [Record(number, "0", payload) for number, payload in enumerate(payloads)])
+    assert token.encode() not in (tmp_path / "records.jsonl").read_bytes()
+    assert [record.payload for record in read_log(tmp_path / "records.jsonl")] == [
+        payloads[0], {"text": "with ***"}, {"text": 'a "quote"\n', "***": ["***"]}, payloads[3],
+    ]  # fmt: skip
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=VALUES)
+def test_a_line_gives_back_the_value_to_its_last_bit(value: Any) -> None:
+    line = to_line(value)
+    assert b"\n" not in line
+    found = from_line(line)
+    assert found == value
+    assert repr(found) == repr(value)
+    assert json.loads(line) == value
+
+
+def test_what_is_too_deep_for_one_encoder_goes_through_the_other() -> None:
+    value: Any = "é"
+    for _ in range(600):
+        value = [value]
+    assert from_line(to_line(value)) == value
 
 
 def test_every_way_of_tearing_the_tail(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bigpipe.bigmodel.inference import Bound, Output, compute_share, merge_results, plan_work, read_log
+from bigpipe.bigmodel.inference import Bound, Output, compute_share, merge_results, merging, plan_work, read_log
 from bigpipe.bigmodel.inference.columns import Columns
 from bigpipe.bigmodel.inference.sharing import WINDOW, Batching, chunked, chunks_of
 from bigpipe.bigmodel.tasks import Answer, ResultFile, Row, read_prompts
@@ -60,6 +60,12 @@ def table(*files: bytes) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     return [row for file in files for row in parquet.read_table(io.BytesIO(file)).to_pylist()]
+
+
+def schema(file: bytes) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_schema(io.BytesIO(file))
 
 
 def test_rows_of_several_shapes_come_back_from_parquet(tmp_path: Path) -> None:
@@ -116,6 +122,43 @@ def test_what_no_column_holds_is_refused_with_its_row(
         merged(tmp_path, payloads, output=Output("parquet"))
     assert "jsonl" in str(refused.value.cure)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("rows_per_file", [None, 2])
+def test_columns_that_only_a_late_row_needs_are_there_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_file: int | None
+) -> None:
+    output = Output("parquet", rows_per_file)
+    files = {"picture": ResultFile(b"0", ".png")}
+    payloads = [{"a": 1}, {"a": None} | files, {"a": 2, "b": None}, {"a": 0.5, "c": [{"d": 1}]}, {"c": [{"d": 0.5}]}]
+    whole = merged(tmp_path / "whole", payloads, output=output)
+    monkeypatch.setattr(merging, "GROUP_ROWS", 1)
+    by_one = merged(tmp_path / "by one", payloads, output=output)
+    assert sorted(whole) == sorted(by_one)
+    assert "files/000001.png" in by_one
+    names = [name for name in sorted(whole) if name.endswith(".parquet")]
+    assert [schema(whole[name]) for name in names] == [schema(by_one[name]) for name in names]
+    found = table(*(by_one[name] for name in names))
+    assert found == table(*(whole[name] for name in names))
+    assert [row["a"] for row in found] == [1.0, None, 2.0, 0.5, None]
+    assert [row["c"] for row in found] == [None, None, None, [{"d": 1.0}], [{"d": 0.5}]]
+
+
+def test_a_late_row_that_no_column_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "GROUP_ROWS", 1)
+    with pytest.raises(StageFailed, match=r"prompt 2: .* 'a' is a text, and a whole number in a row before"):
+        merged(tmp_path, [{"a": 1}, {"a": None}, {"a": "x"}], output=Output("parquet"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_results_of_any_length_and_depth_come_back(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(400):
+        deep = [deep]
+    payloads = [{"text": "é" * length, "nested": deep} for length in (0, 1, 700, 1024, 30_000, 300_000)]
+    (data,) = merged(tmp_path, payloads).values()
+    found = [json.loads(line) for line in data.splitlines()]
+    assert [{name: row[name] for name in ("text", "nested")} for row in found] == payloads
 
 
 def test_whole_numbers_beyond_doubles_stay_whole(tmp_path: Path) -> None:

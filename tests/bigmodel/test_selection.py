@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from bigpipe.bigmodel.hub.selection import Choice, check_index, detect
@@ -95,3 +97,17 @@ def test_an_index_must_find_its_shards() -> None:
     with pytest.raises(InvalidCheckpoint, match="no weight_map"):
         check_index(names, "model.safetensors.index.json", {"weight_map": 3})
     check_index([f"unet/{name}" for name in names], "unet/model.safetensors.index.json", index)
+
+
+@pytest.mark.parametrize("name", ["{0}/a", "{0}_a/model.safetensors", "a{0}/b{0}.json", "model-{0:05}-of-00099.bin"])
+def test_so_many_files_are_looked_through_once(name: str) -> None:
+    """`path` may name a home. Each folder against all files would take a minute."""
+
+    def seconds(count: int) -> float:
+        names = [name.format(number) for number in range(count)]
+        started = time.process_time()
+        with pytest.raises((UsageError, InvalidCheckpoint)):
+            Choice().among(names)
+        return time.process_time() - started
+
+    assert seconds(40_000) < 20 * (seconds(4_000) + 0.02)
