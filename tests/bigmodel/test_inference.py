@@ -80,6 +80,13 @@ def test_a_timeline_says_when_each_rank_was_at_work_in_the_last_attempt(tmp_path
     assert told[1].busy == pytest.approx(times["0"]["busy"], abs=0.001)
 
 
+def test_what_a_rank_did_is_noted_to_its_end(tmp_path: Path) -> None:
+    share_out(tmp_path, batch_size=2, ranks=1)
+    compute_share(tmp_path, 0, 1, counting([]))
+    timeline = merge_results(tmp_path, tmp_path)[0]["timeline"]
+    assert (timeline["0"]["prompts"], timeline["0"]["tokens"]) == (7, 7)
+
+
 def test_a_rank_without_work_binds_nothing(tmp_path: Path) -> None:
     share_out(tmp_path, ROWS[:1], batch_size=2, ranks=2)
     compute_share(tmp_path, 1, 2, lambda: pytest.fail("the model was loaded"))
