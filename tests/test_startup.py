@@ -26,8 +26,8 @@ command()
 print(*sys.modules)
 """
 ROOMS = {
-    "": "cli commandline environment errors faces files filesystems fit git machine modules names passing redaction"
-    " sizes tables programs trust versions",
+    "": "allocator cli commandline environment errors faces files filesystems fit git machine modules names passing"
+    " redaction sizes tables programs trust versions",
     "commandline": "completing options pages printing published questions recipes single stored streams",
     "plugins": "download estimate library save saving shard",
     "orchestrator": "commands contract launch lock planning recipe report running stage store",

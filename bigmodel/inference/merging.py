@@ -182,7 +182,7 @@ def _write_files(
     rows, written = iter(results), {}
     for name in output.names(count):
         with HashedFile(out / name) as file:
-            write(file, rows if output.rows_per_file is None else islice(rows, output.rows_per_file))
+            write(file, islice(rows, min(output.rows_per_file or count, count)))
             written[name] = file.settle()
     next(rows, None)  # to its end, where it has counted all
     return written

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -80,7 +81,7 @@ class Prompts:
     """Rows that are taken, from the first on; None: all."""
 
     def __iter__(self) -> Iterator[Row]:
-        rows = islice(self._rows(), self.limit)
+        rows = islice(self._rows(), None if self.limit is None else min(self.limit, sys.maxsize))
         first = next(rows, None)
         if first is None:
             cause = f"{self.wording.field}: there is no {self.wording.row} in {self.given!r:.200}"

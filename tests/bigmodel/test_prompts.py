@@ -82,6 +82,11 @@ def test_a_cell_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
     assert csv.field_size_limit() == before
 
 
+@pytest.mark.parametrize(("limit", "taken"), [(1, 1), (2, 2), (3, 2), (2**63, 2), (10**30, 2)])
+def test_as_many_rows_as_the_limit_says_or_there_are(tmp_path: Path, limit: int, taken: int) -> None:
+    assert len(read_prompts(["one", "two"], "prompt", tmp_path, limit=limit)) == taken
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -161,6 +161,10 @@ def test_results_of_any_length_and_depth_come_back(tmp_path: Path) -> None:
     assert [{name: row[name] for name in ("text", "nested")} for row in found] == payloads
 
 
+def test_so_many_rows_to_a_file_as_no_machine_counts_are_one_file(tmp_path: Path) -> None:
+    assert list(merged(tmp_path, PAYLOADS, output=Output(rows_per_file=2**70))) == ["results-00001-of-00001.jsonl"]
+
+
 def test_whole_numbers_beyond_doubles_stay_whole(tmp_path: Path) -> None:
     payloads = [{"a": 1}, {"a": 2**63 - 1}, {"a": -(2**63)}]
     (data,) = merged(tmp_path, payloads, output=Output("parquet")).values()
