@@ -68,7 +68,7 @@ def streaming(folder: Path, model: Path, stays: str = "model.decoder.embed_token
 def start(folder: Path, model: Path, ranks: int, report: Callable[[Event], object] = bool, **fields: Any) -> Outcome:
     folder.mkdir(exist_ok=True)
     job = make_job(
-        folder, stage=STAGE, module="bigpipe.plugins.distributed_infer:STAGE", params=fields, timeout=150,
+        folder, stage=STAGE, module="bigpipe.plugins.distributed_infer:STAGE", params=fields, timeout=280,
         report=report, inputs={"model": (model,)}, launch=Launch(num_processes=ranks),
         trust=Trust(modules=("mytasks",)),
         parent_environment={**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"},
