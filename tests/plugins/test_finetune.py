@@ -42,7 +42,7 @@ def start(folder: Path, model: Path, ranks: int = 1, report: Any = bool, **field
     """What the command does: a launcher, and so many ranks."""
     folder.mkdir(exist_ok=True)
     job = make_job(
-        folder, stage=STAGE, module="bigpipe.plugins.finetune:STAGE", params={**FIELDS, **fields}, timeout=150,
+        folder, stage=STAGE, module="bigpipe.plugins.finetune:STAGE", params={**FIELDS, **fields}, timeout=280,
         report=report, inputs={"model": (model,)}, launch=Launch(num_processes=ranks),
         lineage=(Lineage("download", "download", "k", "d", {"repo": "owner/name"}, {"commit": "c" * 40}),),
         parent_environment={
