@@ -180,11 +180,16 @@ def _write_files(
     out: Path, results: _Results, count: int, output: Output, write: Callable[[HashedFile, Iterable[Result]], None]
 ) -> Written:
     rows, written = iter(results), {}
-    for name in output.names(count):
-        with HashedFile(out / name) as file:
-            write(file, islice(rows, min(output.rows_per_file or count, count)))
-            written[name] = file.settle()
-    next(rows, None)  # to its end, where it has counted all
+    try:
+        for name in output.names(count):
+            with HashedFile(out / name) as file:
+                write(file, islice(rows, min(output.rows_per_file or count, count)))
+                written[name] = file.settle()
+        next(rows, None)  # to its end, where it has counted all
+    except BaseException:
+        for name in written:
+            (out / name).unlink()
+        raise
     return written
 
 

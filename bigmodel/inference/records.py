@@ -7,6 +7,7 @@ The payload comes last, so that whoever looks for a record need not parse what i
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from array import array
@@ -77,8 +78,12 @@ def append(log: LogFile, records: Iterable[Record]) -> None:
 def encoded(records: Iterable[Record]) -> bytes:
     """Return the lines of records, as a log holds them."""
     records = list(records)
-    payloads = redacted_texts([record.payload for record in records], lambda payload: to_line(payload).decode())
+    payloads = redacted_texts([record.payload for record in records], _compact)
     return b"".join(map(_encode, records, payloads))
+
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Of what tasks give: the same encoder that they were held to, whatever they made their values of."""
 
 
 def _encode(record: Record, payload: str) -> bytes:
@@ -123,14 +128,13 @@ def rank_logs(folder: Path) -> list[Path]:
 
 def _line_at(file: int, offset: int) -> bytes:
     """Return the line that begins there, or what there is of it."""
-    size = SHORT
-    while True:
-        piece = os.pread(file, size, offset)
-        if end := piece.find(b"\n") + 1:
-            return piece[:end]
-        if len(piece) < size:
-            return piece
-        size *= 16
+    line = b""
+    while piece := os.pread(file, max(SHORT, len(line)), offset + len(line)):
+        end = piece.find(b"\n") + 1
+        line += piece[: end or None]
+        if end:
+            break
+    return line
 
 
 class Found:

@@ -125,6 +125,8 @@ def compute_share(
         nonlocal noted
         noted = ended
         write_file(own / PEAKS, json.dumps(_peaks(bound.computes)), durable=False)
+        if not began:  # others took what there was while the model was loaded
+            return
         times = {"began": began, "ended": time.time(), "busy": busy, "prompts": done, "tokens": tokens}
         write_file(own / TIMES, json.dumps(times), durable=False)
 

@@ -87,6 +87,18 @@ def test_what_a_rank_did_is_noted_to_its_end(tmp_path: Path) -> None:
     assert (timeline["0"]["prompts"], timeline["0"]["tokens"]) == (7, 7)
 
 
+def test_a_rank_that_came_too_late_was_not_at_work(tmp_path: Path) -> None:
+    share_out(tmp_path, ROWS[:2], batch_size=2, ranks=2, split="queue")
+
+    def bind() -> Bound:
+        compute_share(tmp_path, 0, 2, counting([]))
+        return counting([])()
+
+    compute_share(tmp_path, 1, 2, bind)
+    timeline = merge_results(tmp_path, tmp_path)[0]["timeline"]
+    assert (list(timeline), timeline["0"]["began"]) == (["0"], 0)
+
+
 def test_a_rank_without_work_binds_nothing(tmp_path: Path) -> None:
     share_out(tmp_path, ROWS[:1], batch_size=2, ranks=2)
     compute_share(tmp_path, 1, 2, lambda: pytest.fail("the model was loaded"))

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from bigpipe.bigmodel.inference import Record, read_log
 from bigpipe.bigmodel.inference.lines import from_line, to_line
-from bigpipe.bigmodel.inference.records import append, open_log
+from bigpipe.bigmodel.inference.records import _line_at, append, open_log
 
 RECORDS = [Record(index, f"{index:016x}", {"text": f"é{index}\n"}, index, 0.25) for index in range(6)]
 
@@ -24,6 +26,19 @@ def test_gives_back_what_was_appended(tmp_path: Path) -> None:
     write(path, RECORDS[:4])
     write(path, RECORDS[4:])
     assert list(read_log(path)) == RECORDS
+
+
+@pytest.mark.parametrize("length", [0, 1, 1023, 1024, 1025, 2047, 2048, 5000, 70_000])
+def test_a_line_is_read_from_where_it_begins_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    lines = [b"x" * 10 + b"\n", b"y" * length + b"\n", b"z" * length]
+    (tmp_path / "log").write_bytes(b"".join(lines))
+    whole = os.pread
+    with (tmp_path / "log").open("rb") as file:
+        for read in (whole, lambda *asked: whole(asked[0], max(1, asked[1] // 3), asked[2])):  # as far as it gets
+            monkeypatch.setattr(os, "pread", read)
+            assert [_line_at(file.fileno(), at) for at in (0, 11, 12 + length)] == lines
 
 
 def test_a_secret_is_masked_in_the_record_that_holds_it_alone(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import io
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +146,31 @@ def test_columns_that_only_a_late_row_needs_are_there_for_all(
     assert [row["c"] for row in found] == [None, None, None, [{"d": 1.0}], [{"d": 0.5}]]
 
 
-def test_a_late_row_that_no_column_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows_per_file", [None, 1])
+def test_a_late_row_that_no_column_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_file: int | None
+) -> None:
     monkeypatch.setattr(merging, "GROUP_ROWS", 1)
     with pytest.raises(StageFailed, match=r"prompt 2: .* 'a' is a text, and a whole number in a row before"):
-        merged(tmp_path, [{"a": 1}, {"a": None}, {"a": "x"}], output=Output("parquet"))
+        merged(tmp_path, [{"a": 1}, {"a": None}, {"a": "x"}], output=Output("parquet", rows_per_file))
     assert not list((tmp_path / "out").iterdir())
+
+
+@dataclass(init=False)
+class Seen(OrderedDict[str, Any]):
+    """As transformers' outputs are: a mapping whose class has fields, too."""
+
+    extra: None = None
+
+
+def test_what_a_task_made_its_values_of_is_written_as_json_has_it(tmp_path: Path) -> None:
+    seen = Seen(score=1.5)
+    made = [{"seen": seen, "keys": {None: 0.5, 1: True}}, {"text": 'a "quote"', "seen": seen}]
+    (data,) = merged(tmp_path, made).values()
+    assert [json.loads(line) for line in data.splitlines()] == [
+        {"index": 0, "prompt": "prompt 0", "seen": {"score": 1.5}, "keys": {"null": 0.5, "1": True}},
+        {"index": 1, "prompt": "prompt 1", "text": 'a "quote"', "seen": {"score": 1.5}},
+    ]
 
 
 def test_results_of_any_length_and_depth_come_back(tmp_path: Path) -> None:
