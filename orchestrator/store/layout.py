@@ -81,10 +81,13 @@ def write_sealed(path: Path, value: Json) -> None:
 
 def names_in(folder: Path) -> list[str]:
     """Return the names in a directory of the store, which need not be there, sorted."""
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
+    while True:
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+        except InterruptedError:  # Python tries calls again that a signal broke off (PEP 475), opendir(3) not
+            continue
 
 
 def sealed_digests(folder: Path) -> list[str]:
@@ -149,7 +152,9 @@ class Layout:
         it is none."""
         self.refuse_file()
         ours = {path.name for path in vars(self).values() if isinstance(path, Path) and path.parent == self.root}
-        others = [name for name in names_in(self.root) if name not in ours and name[0] != "." and name != "lost+found"]
+        with explained(self.root):
+            names = names_in(self.root)
+        others = [name for name in names if name not in ours and name[0] != "." and name != "lost+found"]
         if others and not (self.keys.is_dir() and self.locks.is_dir()):
             cause = f"{self.root} is no store: it holds {first_few(others, 3)}"
             raise UsageError(cause, "name a directory that is empty, or not there yet: --store DIR or BIGPIPE_HOME")

@@ -21,7 +21,7 @@ from bigpipe.errors import Interrupted, UsageError
 from bigpipe.files import NO_LOCKS, open_lock
 
 from .artifacts import remove_tree
-from .layout import Layout, explained, make_directory
+from .layout import Layout, explained, make_directory, names_in
 
 POLL = 0.05
 """Seconds between two tries. `flock` cannot wait and listen for a cancellation at once."""
@@ -204,7 +204,7 @@ def anybody(layout: Layout) -> bool:
 def _others(layout: Layout, own: str) -> bool:
     """Is any process present besides the one named `own`? Removes what dead ones left."""
     alive = False
-    for name in {item.partition(".")[0] for item in os.listdir(layout.tmp)} - {own}:
+    for name in {item.partition(".")[0] for item in names_in(layout.tmp)} - {own}:
         if not MEMBER.fullmatch(name):
             continue
         path = layout.tmp / f"{name}.lock"

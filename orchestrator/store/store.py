@@ -237,7 +237,7 @@ class Store:
     def resume_work(self, key: str, work: Work) -> None:
         """Go on with what was done under another key, where nothing has been done under this one. Both are held."""
         folder = self.layout.working(key)
-        if not self._presence.locks_work or not folder.is_dir() or any(os.scandir(work.out)):
+        if not self._presence.locks_work or not folder.is_dir() or names_in(work.out):
             return
         with explained(folder), if_free(folder / WORK_LOCK) as abandoned:
             if not abandoned:

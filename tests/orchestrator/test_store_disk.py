@@ -3,13 +3,18 @@
 A small tmpfs in a mount namespace of its own.
 """
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+
+from bigpipe.errors import BigpipeError
+from bigpipe.orchestrator.store import Store
 
 TESTS = Path(__file__).parents[1]
 
@@ -159,3 +164,23 @@ def test_a_read_only_store_can_be_read_and_says_what_it_cannot(tmp_path):
         assert cause.startswith("the store may not be used: ")
         assert "Read-only file system" in cause
         assert "--store DIR" in cure
+
+
+@pytest.mark.parametrize(("number", "succeeds"), [(errno.EINTR, True), (errno.EIO, False)])
+def test_a_listing_that_is_broken_off_is_tried_again_and_one_that_fails_is_told(
+    tmp_path, monkeypatch, number, succeeds
+):
+    """Python repeats what a signal broke off, but not opendir(3); file systems that others serve break it off."""
+    Store(tmp_path / "store").close()
+    listed, broken = os.listdir, {str(tmp_path / "store")}
+
+    def listdir(folder):
+        if str(folder) in broken:
+            broken.remove(str(folder))
+            raise OSError(number, os.strerror(number), str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with Store(tmp_path / "store") as store, nullcontext() if succeeds else pytest.raises(BigpipeError, match="store"):
+        store.gc(lambda path: frozenset())
+    assert not broken
