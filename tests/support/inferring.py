@@ -65,11 +65,16 @@ def streaming(folder: Path, model: Path, stays: str = "model.decoder.embed_token
     return folder
 
 
-def start(folder: Path, model: Path, ranks: int, report: Callable[[Event], object] = bool, **fields: Any) -> Outcome:
+def start(
+    folder: Path, model: Path, ranks: int, report: Callable[[Event], object] = bool, placement: Path | None = None,
+    **fields: Any,
+) -> Outcome:  # fmt: skip
+    """placement: the folder of one."""
     folder.mkdir(exist_ok=True)
+    placed = {"placement": (placement,)} if placement else {}
     job = make_job(
         folder, stage=STAGE, module="bigpipe.plugins.distributed_infer:STAGE", params=fields, timeout=280,
-        report=report, inputs={"model": (model,)}, launch=Launch(num_processes=ranks),
+        report=report, inputs={"model": (model,), **placed}, launch=Launch(num_processes=ranks),
         trust=Trust(modules=("mytasks",)),
         parent_environment={**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"},
     )  # fmt: skip
