@@ -75,6 +75,15 @@ def test_a_graph_is_not_drawn_over_its_recipe(greeting):
     assert "is the recipe itself" in done.stderr
 
 
+@pytest.mark.parametrize("words", [("graph", "recipe.yaml", "--format", "svg"), ("export", "github", "recipe.yaml")])
+@pytest.mark.parametrize("out", [".", ""])
+def test_a_file_to_write_is_no_directory(greeting, words, out):
+    done = greeting.command(*words, "-o", out)
+    assert done.returncode == 2
+    assert "Is a directory" in done.stderr
+    assert "name another file with -o" in done.stderr
+
+
 TWICE = """\
 version: 1
 stages:

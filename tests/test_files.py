@@ -84,6 +84,11 @@ class TestWholeFiles:
         assert not is_partial("file")
         assert not is_partial(".gitattributes")
 
+    @pytest.mark.parametrize("path", [".", "", "..", "/", "../.."])
+    def test_a_path_that_is_a_directory_by_its_name_is_one_for_the_errors_too(self, path):
+        with pytest.raises(UsageError, match="Is a directory"), explained(Path(path)):
+            write_file(Path(path), b"")
+
 
 class TestSyncing:
     """macOS alone has F_FULLFSYNC; any command of fcntl that works, or does not, stands for it here."""

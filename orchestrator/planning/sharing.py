@@ -62,6 +62,8 @@ def require_possible(node: Node, claim: Claim) -> None:
     """Raise Wrong where this cannot be what the node's kind gives."""
     if claim.kind != node.kind.kind:
         raise Wrong(f"it is of the kind {claim.kind}")
+    if node.kind.output and not claim.artifact_type:
+        raise Wrong("it gave nothing")
     if claim.artifact_type and not node.kind.may_give(claim.artifact_type):
         raise Wrong(f"it gave a {claim.artifact_type}")
     try:

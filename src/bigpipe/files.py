@@ -347,7 +347,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 def partial_name(path: Path) -> Path:
     """Return a name beside `path` that no other writer uses: not in a container or on a host of the same disk, where
-    the same process number means another process."""
+    the same process number means another process. Raise IsADirectoryError where the path says by itself that it is a
+    directory: `.`, `..`, `/`."""
+    if path.name in ("", ".."):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return path.with_name(f".{path.name[:40]}.{os.urandom(8).hex()}{PARTIAL}")
 
 

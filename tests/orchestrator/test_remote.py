@@ -584,14 +584,15 @@ class TestRuns:
             {"artifact_type": "adapter"},
             {"metrics": {"x": 1}},
             {"files": {"text": {"sha256": "0" * 64, "size": 2**53}}, "digest": ...},
+            {"files": {}, "digest": None, "artifact_type": ""},
         ],
     )
     def test_a_record_that_cannot_be_is_refused_in_a_line(self, workshop, warmed, shared, change):
-        """Of another kind, or of more than is free here, which is no misfit."""
+        """Of another kind, of nothing where there must be something, or of more than is free here, which is no misfit."""
         key = key_of(workshop, "a")
         path = shared / "v1/keys" / f"{hex_of(key)}.json"
         claim = read_claim(path.read_bytes(), key)
-        if "digest" in change:
+        if change.get("digest"):
             change = {**change, "digest": record("a").holding({"text": ("0" * 64, 2**53)}).digest}
         path.chmod(0o600)
         path.write_bytes(Claim.model_validate({**claim.model_dump(), **change}).sealed())
