@@ -588,7 +588,7 @@ class TestRuns:
         ],
     )
     def test_a_record_that_cannot_be_is_refused_in_a_line(self, workshop, warmed, shared, change):
-        """Of another kind, of nothing where there must be something, or of more than is free here, which is no misfit."""
+        """Of another kind, of nothing where something must be, or of more than is free here, which is no misfit."""
         key = key_of(workshop, "a")
         path = shared / "v1/keys" / f"{hex_of(key)}.json"
         claim = read_claim(path.read_bytes(), key)
