@@ -62,10 +62,10 @@ class EvaluateMetrics(Metrics):
     perplexity: float
     perplexity_stderr: float
     tokens: int
-    """Scored: all but the first of the text."""
+    """Scored: all but the first of the text; where windows do not overlap, all but the first of each."""
     windows: int
     bits_per_byte: float
-    """Of the UTF-8 text: comparable over tokenizers."""
+    """Of the UTF-8 text that the scored tokens stand for: comparable over tokenizers."""
     bits_per_byte_stderr: float
     baseline_perplexity: float | None = None
     """With a baseline, as all that follows but the last two."""
@@ -106,7 +106,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="evaluate",
-    version=1,
+    version=2,
     params=EvaluateParams,
     metrics=EvaluateMetrics,
     inputs={

@@ -49,6 +49,7 @@ from .windows import (
     plan_windows,
     tokenize,
     tokens_of,
+    windows_of,
 )
 from .working import Pair, bind_windows
 
@@ -124,7 +125,8 @@ def prepare(
     def read(path: Path, model: ModelDescription) -> Tokens:
         limit = tokens_of(check_model(model, sources))
         place = partial(place_in, question.data, question.column, base)
-        return tokenize(path, text, sources, bounded, question.max_tokens, limit=limit, where=place)
+        windows = partial(windows_of, length=length, stride=stride)
+        return tokenize(path, text, sources, bounded, windows, question.max_tokens, limit=limit, where=place)
 
     tokens = read(model, described[0])
     if baseline is not None:

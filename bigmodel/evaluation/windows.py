@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Tokens:
 
     ids: array[int]
     text_bytes: int
-    """UTF-8 bytes of the tokens that can be scored: all but the first."""
+    """UTF-8 bytes of the tokens that are scored, whatever the number of windows that each stands in."""
 
     @property
     def digest(self) -> str:
@@ -79,15 +80,17 @@ def tokenize(
     text: str,
     sources: Sources,
     bounded: Bounded,
+    windows: Callable[[int], Iterable[Window]],
     most: int | None = None,
     *,
     limit: int | None = None,
     where: Callable[[int], str] = "character {}".format,
 ) -> Tokens:
     """Return the first `most` tokens (None: all) of a text, by the tokenizer in a checkpoint's directory, with the
-    special tokens that it puts around a text. limit: tokens of the model's vocabulary; None: nobody knows. where: how
-    errors call the place of a character. Raise UsageError for fewer than two tokens, as nothing stands before the
-    first, and for one that the model does not have."""
+    special tokens that it puts around a text. windows: those over so many tokens, as `windows_of` gives them. limit:
+    tokens of the model's vocabulary; None: nobody knows. where: how errors call the place of a character. Raise
+    UsageError for fewer than two tokens, as nothing stands before the first, and for one that the model does not
+    have."""
     tokenizer = load_tokenizer(path, sources, bounded)
     broken = foreign(f"{path} has a tokenizer that cannot be used", "mend it, or take another model")
     with broken, bounded(f"the tokenizer of {path}"):
@@ -95,8 +98,8 @@ def tokenize(
         encoded = tokenizer(text, return_offsets_mapping=offsets, verbose=False)
         ids = array("i", encoded["input_ids"][:most])
         cause = beyond(tokenizer, ids, limit)
-        if len(ids) > 1:
-            size = _bytes_of(text, encoded["offset_mapping"], len(ids)) if offsets else _decoded(tokenizer, ids)
+        scored = _together((window.scored, window.end) for window in windows(len(ids)))
+        size = _bytes_of(text, encoded["offset_mapping"], scored) if offsets else _decoded(tokenizer, ids, scored)
     if len(ids) < 2:
         cause = f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}, and the first is never scored"
         raise UsageError(cause, "give a longer text", field="data")
@@ -107,14 +110,31 @@ def tokenize(
     return Tokens(ids, size)
 
 
-def _bytes_of(text: str, offsets: Any, count: int) -> int:
-    """Of the tokens after the first. offsets: of each token its characters, equal ones for a special token."""
-    spans = [(begin, end) for begin, end in offsets[1:count] if end > begin]
-    return len(text[spans[0][0] : max(end for _, end in spans)].encode()) if spans else 0
+def _together(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same tokens in as few (begin, end) as there can be: those of windows that overlap are one."""
+    found: list[tuple[int, int]] = []
+    for begin, end in spans:
+        first = found.pop()[0] if found and found[-1][1] == begin else begin
+        found.append((first, end))
+    return found
 
 
-def _decoded(tokenizer: Any, ids: array[int]) -> int:
-    return len(tokenizer.decode(list(ids[1:]), skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+def _bytes_of(text: str, offsets: Sequence[tuple[int, int]], scored: Iterable[tuple[int, int]]) -> int:
+    """UTF-8 bytes of the tokens from each begin to its end, the first never among them. offsets: of each token its
+    characters, (0, 0) for a special one. What a tokenizer leaves out between two tokens belongs to the second, a
+    character of several tokens to the first."""
+    ends = list(accumulate((end for _, end in offsets), max))
+    return sum(len(text[ends[begin - 1] : ends[end - 1]].encode()) for begin, end in scored)
+
+
+def _decoded(tokenizer: Any, ids: array[int], scored: Iterable[tuple[int, int]]) -> int:
+    """The same, where only the tokens' texts are known: what they add to the token before them."""
+
+    def size(begin: int, end: int) -> int:
+        text = tokenizer.decode(list(ids[begin:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode())
+
+    return sum(size(begin - 1, end) - size(begin - 1, begin) for begin, end in scored)
 
 
 def plan_windows(tokens: Tokens, length: int, stride: int, asked: str = "") -> list[Row]:

@@ -14,6 +14,8 @@ from hypothesis import given, strategies as some
 from support.contexts import MACHINE
 from support.models import make_checkpoint, save_model, tiny_model
 from support.plain_perplexity import all_logits, divergences, ids_of, load_plainly, perplexity, windows
+from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bigpipe
 from bigpipe.bigmodel.architecture import describe_architecture
@@ -63,8 +65,37 @@ def test_perplexity_of_the_quickstart_is_that_of_a_plain_script(quickstart: Path
     found = bigpipe.evaluate(quickstart, text, sequence_length=32)
     assert found.perplexity.value == pytest.approx(wanted, rel=1e-6, abs=1e-4)
     assert found.tokens == count
-    bits = math.log2(found.perplexity.value) * count / len(TEXT.encode())
-    assert found.bits_per_byte.value == pytest.approx(bits, rel=0.02)  # the first token is not scored
+
+
+@pytest.mark.parametrize("stride", [64, 63, 7])
+def test_bits_are_over_the_bytes_of_the_tokens_that_are_scored(tmp_path: Path, stride: int) -> None:
+    """Also where windows do not overlap, and of the first token of each nothing is in the sum of nats."""
+    (tmp_path / "text.txt").write_text(TEXT.replace("e", "é"))
+    ids = ids_of(QUICKSTART, TEXT.replace("e", "é"))[0]
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
+    scored = [ids[window.scored : window.end] for window in windows_of(len(ids), 64, stride)]
+    size = len(b"".join(token for part in scored for token in as_bytes(tokenizer, part)))
+    found = bigpipe.evaluate(QUICKSTART, tmp_path / "text.txt", sequence_length=64, stride=stride)
+    nats = found.tokens * math.log(found.perplexity.value)
+    assert found.bits_per_byte.value == pytest.approx(nats / math.log(2) / size)
+    assert found.bits_per_byte.stderr == pytest.approx(
+        found.perplexity.stderr / found.perplexity.value * found.tokens / math.log(2) / size
+    )
+
+
+def as_bytes(tokenizer: Any, ids: torch.Tensor) -> list[bytes]:
+    """Of each token of a byte-level tokenizer, whose letters stand for bytes."""
+    letters = {letter: bytes([number]) for number, letter in bytes_to_unicode().items()}
+    return [b"".join(letters[letter] for letter in token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+
+@pytest.mark.parametrize("stride", [16, 15, 1])
+def test_bits_are_those_of_a_tokenizer_without_offsets_too(tmp_path: Path, text: Path, stride: int) -> None:
+    """One that makes a token of each byte."""
+    model = save_model(tiny_model("opt", vocab_size=384), tmp_path / "model", tokenizer=False)
+    ByT5Tokenizer().save_pretrained(model)
+    found = bigpipe.evaluate(model, text, sequence_length=16, stride=stride, max_tokens=120)
+    assert found.bits_per_byte.value == pytest.approx(math.log2(found.perplexity.value))
 
 
 def test_divergence_from_the_quickstart_is_that_of_a_script_that_keeps_all_logits(quickstart: Path, text: Path) -> None:
