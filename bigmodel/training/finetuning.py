@@ -126,7 +126,8 @@ def train_rank(
     """Do one rank's part. folder: of all ranks; each writes only to `folder/rank-N`, rank 0 states to go on from, too,
     and the adapter.
 
-    Raise StageFailed for a loss that is no number, and every error of loading and attaching.
+    Raise StageFailed for a loss or gradients that are no numbers, with the step, and every error of loading and
+    attaching.
     """
     import torch
     from transformers import set_seed
@@ -251,7 +252,8 @@ def finetune(
     progress: called with steps done, all steps, and loss and speed in words.
 
     Random numbers of this process go on afterwards as if none had been drawn. Raise UsageError for data or a model that
-    the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss that is no number.
+    the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss or gradients that are
+    no numbers, with the step.
     """
     require("finetune", "torch", "transformers", "accelerate")
     require_peft()

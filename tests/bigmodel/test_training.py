@@ -20,6 +20,7 @@ from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.training import Lora, Training, finetune, foreseen_adapter, parameters_of, training_memory
 from bigpipe.bigmodel.training.order import Order
+from bigpipe.bigmodel.training.stepping import Trainer
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 
 pytest.importorskip("peft")
@@ -361,8 +362,27 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_it_at_its_step(tmp_path: Path, models: dict[str, Path]) -> None:
-    with pytest.raises(StageFailed, match=r"step \d+: the loss is nan"):
+    with pytest.raises(StageFailed, match=r"step \d+: the (loss|norm of the gradients) is (nan|inf)"):
         finetune(models["plain"], ROWS, tmp_path / "out", max_steps=20, learning_rate=1e30)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_gradients_that_are_no_numbers_end_it_at_their_step_and_nothing_is_written(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Also at the last step, after which no loss would tell."""
+    learn = Trainer._learn
+
+    def overflowing(self: Trainer, *given: Any) -> float:
+        loss = learn(self, *given)
+        if self._so_far.step == 1:
+            next(iter(self._parameters.values())).grad[0, 0] = value  # type: ignore[index]
+        return loss
+
+    monkeypatch.setattr(Trainer, "_learn", overflowing)
+    with pytest.raises(StageFailed, match=rf"step 2: the norm of the gradients is {value}: .*diverged"):
+        finetune(models["plain"], ROWS, tmp_path / "out", max_steps=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_row_is_longer_than_the_model_has_positions(tmp_path: Path, models: dict[str, Path]) -> None:
