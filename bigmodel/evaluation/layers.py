@@ -5,8 +5,8 @@ is given that same input, and the relative error is
 
     e = √( Σ (own output − baseline's)² / Σ (baseline's output)² )
 
-over all tokens read. So a module is blamed for what it loses itself, not for what came wrong from the ones before it.
-Nothing is kept but two sums for each.
+over all tokens read; of a module that gives several tensors, the first one of floats. So a module is blamed for what
+it loses itself, not for what came wrong from the ones before it. Nothing is kept but two sums for each.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ class Layers:
 
     def _compare(self, name: str, own: Any, module: Any, given: Any, named: Any, output: Any) -> None:
         made = own(*map(partial(_as_taken, own), given), **{key: _as_taken(own, value) for key, value in named.items()})
-        wanted = output.float()
-        error = (made.to(wanted.device).float() - wanted).square().sum(dtype=_float64())
+        found, compared = _tensor_of(made), _tensor_of(output)
+        if found is None or compared is None:
+            return
+        wanted = compared.float()
+        error = (found.to(wanted.device).float() - wanted).square().sum(dtype=_float64())
         sums = self._losses.setdefault(name, [0.0, 0.0])
         sums[0] += float(error)
         sums[1] += float(wanted.square().sum(dtype=_float64()))
@@ -71,6 +74,15 @@ def _float64() -> torch.dtype:
     import torch
 
     return torch.float64
+
+
+def _tensor_of(output: Any) -> torch.Tensor | None:
+    """What is compared of a module's output: the tensor that it is, or the first one of floats among several, as of a
+    router of experts its logits; None: there is none."""
+    import torch
+
+    parts = output if isinstance(output, tuple | list) else (output,)
+    return next((each for each in parts if isinstance(each, torch.Tensor) and each.is_floating_point()), None)
 
 
 def _leaves(model: Any) -> dict[str, Any]:

@@ -204,6 +204,25 @@ def test_each_module_is_blamed_for_what_it_loses_itself(tmp_path: Path, text: Pa
     assert found.total == pytest.approx(0.1, rel=1e-3)
 
 
+def test_modules_of_a_mixture_are_compared_its_routers_among_them(tmp_path: Path, text: Path) -> None:
+    """A router gives its logits, and with them what comes of these."""
+    baseline = save_model(tiny_model("mixtral"), tmp_path / "baseline")
+    changed = tiny_model("mixtral")
+    router = next(name for name, _ in changed.named_modules() if name.endswith("layers.1.mlp.gate"))
+    with torch.no_grad():
+        changed.get_submodule(router).weight *= 1.1
+    save_model(changed, tmp_path / "changed")
+    same, found = (
+        bigpipe.evaluate(path, text, baseline=baseline, sequence_length=32, per_layer=True).layers
+        for path in (baseline, tmp_path / "changed")
+    )
+    assert same is not None
+    assert set(same.modules.values()) == {0.0}
+    assert found is not None
+    assert next(iter(found.modules)) == router
+    assert found.modules[router] == pytest.approx(0.1, rel=1e-3)
+
+
 def test_the_fewest_modules_are_left_that_bring_the_error_under_the_bound() -> None:
     losses = [{"a": [9.0, 100.0], "b": [16.0, 100.0]}, {"c": [1.0, 100.0], "norm": [25.0, 100.0], "a": [9.0, 100.0]}]
     quantized = {"a", "b", "c"}
