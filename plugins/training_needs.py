@@ -17,6 +17,7 @@ from bigpipe.bigmodel.training import (
     input_column_of,
     parameters_of,
     read_data,
+    stored_beside,
     training_memory,
 )
 from bigpipe.errors import UsageError
@@ -56,7 +57,7 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     local = ctx.launch.local_processes
     return Forecast(
         download_bytes=0,
-        write_bytes=4 * count,
+        write_bytes=4 * count + stored_beside(adapter),
         ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
         vram={rank: memory.own for rank in range(local)} if gpu else {},
         metrics=known | {"trainable_parameters": count},

@@ -31,7 +31,7 @@ from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
-from .adapting import attach, require_peft, trained, write_adapter
+from .adapting import attach, copies_in, require_peft, trained, write_adapter
 from .examples import (
     Examples,
     check_model,
@@ -146,7 +146,10 @@ def train_rank(
     trainer = Trainer(adapted, examples, work.training, first, rank, ranks, progress)
     done = trainer.run()
     loss = trainer.evaluate(others) if work.eval_rows else None
-    files = write_adapter(adapted, own / ADAPTER, work.base_model, work.revision) if rank == 0 else {}
+    files: dict[str, tuple[str, int]] = {}
+    if rank == 0:
+        beside = copies_in(work.adapter) if work.adapter is not None else {}
+        files = write_adapter(adapted, own / ADAPTER, work.base_model, work.revision, beside)
     count = sum(parameter.numel() for _, parameter in trained(adapted))
     measured = {**asdict(done), "eval_loss": loss, "parameters": count, "peak": _peaks(), "files": files}
     write_file(own / MEASURED, json.dumps(measured))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bigpipe.bigmodel.adapters import copies
 from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, itemsize, tensor_nbytes
 from bigpipe.bigmodel.execution import cast_bytes
@@ -48,10 +49,18 @@ def foreseen_adapter(
 
 
 def parameters_of(adapter: AdapterDescription) -> tuple[int, int]:
-    """Return how many numbers an adapter holds, and for how many modules."""
-    tensors = adapter.tensors or {}
+    """Return how many numbers of an adapter are trained, and for how many modules. Weights of the model that its file
+    holds too are none of them."""
+    held = set(copies(adapter))
+    tensors = {name: each for name, each in (adapter.tensors or {}).items() if name not in held}
     count = sum(math.prod(shape) for _, shape in tensors.values())
     return count, sum(name.endswith(".lora_A.weight") for name in tensors)
+
+
+def stored_beside(adapter: AdapterDescription) -> int:
+    """Return the bytes of the model's weights that an adapter's file holds, and one that goes on from it, too."""
+    tensors = adapter.tensors or {}
+    return sum(tensor_nbytes(*tensors[name]) for name in copies(adapter))
 
 
 @dataclass(frozen=True, slots=True)

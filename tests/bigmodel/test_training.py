@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from support.adapters import loaded, tuned, with_adapter
 from support.media import make_whisper, tones, write_wav
-from support.models import make_checkpoint
+from support.models import make_checkpoint, save_model
+from transformers import AutoTokenizer
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.training import Lora, Training, finetune, foreseen_adapter, parameters_of, training_memory
@@ -167,6 +169,45 @@ def test_going_on_from_an_adapter_that_was_pickled(tmp_path: Path, models: dict[
         for path in (first, pickled)
     ]
     assert both[0] == both[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["lm_head", "embed_tokens", "a larger vocabulary"])
+def test_going_on_from_an_adapter_beside_which_peft_stored_weights_of_the_model(tmp_path: Path, case: str) -> None:
+    """An embedding or a head that it adapts, or both where the vocabulary was resized: they take the place of the
+    model's, are not trained, and stay with the adapter."""
+    base = make_checkpoint(tmp_path / "model", "llama")
+    model, targets = loaded(base), ["q_proj"]
+    if case == "a larger vocabulary":
+        model.resize_token_embeddings(272)
+        save_model(model, base := tmp_path / "resized")
+    else:
+        targets.append(case)
+    adapter = tuned(base, tmp_path / "first", model=model, r=4, target_modules=targets)
+    file = adapter / "adapter_model.safetensors"
+    before = load_file(file)
+    held = [name for name in before if "lora_" not in name]
+    assert held
+    before |= {name: before[name] * 1.5 for name in held}
+    save_file(before, file, metadata={"format": "pt"})
+    made = finetune(base, ROWS[:1], tmp_path / "more", adapter=adapter, max_steps=1)
+    ids = AutoTokenizer.from_pretrained(base)(ROWS[0], return_tensors="pt").input_ids
+    wanted = float(with_adapter(base, adapter)(input_ids=ids, labels=ids).loss)
+    assert made.losses == pytest.approx([wanted], rel=1e-5)
+    after = load_file(made.path / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == held
+    trained = sum(value.numel() for name, value in before.items() if name not in held)
+    assert made.trainable_parameters == parameters_of(describe_adapter(adapter))[0] == trained
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_the_model_beside_an_adapter_do_not_replace_quantized_ones(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "model", "llama")
+    adapter = tuned(base, tmp_path / "first", r=4, target_modules=["q_proj", "lm_head"])
+    quantize_checkpoint(base, tmp_path / "int8", scheme="int8", skip_modules=[])
+    with pytest.raises(UsageError, match=r"weights of the model itself, which are quantized in this one: .*lm_head"):
+        finetune(tmp_path / "int8", ROWS, tmp_path / "more", adapter=adapter, max_steps=1)
 
 
 MIXTURES: dict[str, tuple[str, dict[str, Any], str]] = {
