@@ -19,7 +19,8 @@ class EvaluateParams(Params):
     column: str = "text"
     """The field of each JSON object, or the column of a table, that holds the text."""
     sequence_length: int | None = Field(None, ge=2)
-    """Tokens of a window. null: as many as the model has positions for, and 2,048 where these have no end."""
+    """Tokens of a window. null: as many as the model and its baseline have positions for, and 2,048 where these have
+    no end."""
     stride: int | None = Field(None, ge=1)
     """Tokens between the begins of two windows, each of which scores what the ones before it did not. null: half."""
     batch_size: int = Field(1, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -151,15 +151,20 @@ def window_of(row: Row) -> Window:
     return Window(row.data["begin"], row.data["end"], row.data["scored"])
 
 
-def check_windows(
-    model: ModelDescription, architecture: Architecture | None, length: int | None, stride: int | None
-) -> tuple[int, int]:
-    """Return tokens of a window and between the begins of two. length: None is what the model has positions for, and
-    where these have no end 2,048. stride: None is half of it. Raise UsageError for more than the model's positions, and
-    for a stride above the length, which would leave tokens out."""
-    limit = position_limit(architecture.config if architecture else model.config or {})
+def positions_of(model: ModelDescription, architecture: Architecture | None) -> int | None:
+    """Return how many tokens a model reads at once; None where there is no last one."""
+    return position_limit(architecture.config if architecture else model.config or {})
+
+
+def check_windows(readers: Mapping[str, int | None], length: int | None, stride: int | None) -> tuple[int, int]:
+    """Return tokens of a window and between the begins of two. readers: who reads them, the model and its baseline,
+    with the positions that each has. length: None is what all have positions for, and where these have no end 2,048.
+    stride: None is half of it. Raise UsageError for more than there are positions, and for a stride above the length,
+    which would leave tokens out."""
+    known = [(limit, who) for who, limit in readers.items() if limit is not None]
+    limit, who = min(known, key=lambda found: found[0], default=(None, ""))
     if length is not None and limit is not None and length > limit:
-        cause = f"sequence_length is {length}, and the model has {limit} positions"
+        cause = f"sequence_length is {length}, and the {who} has {limit} positions"
         raise UsageError(cause, f"give at most {limit}, or leave it out", field="sequence_length")
     settled = length or limit or UNLIMITED
     if stride is not None and stride > settled:

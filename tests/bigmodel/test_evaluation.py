@@ -295,6 +295,19 @@ def test_windows_that_the_model_cannot_read_are_refused(
     assert error.value.field == field
 
 
+def test_windows_that_the_baseline_cannot_read_are_refused_and_those_that_are_left_out_fit_both(
+    tmp_path: Path, model: Path, text: Path
+) -> None:
+    short = make_checkpoint(tmp_path / "short", "opt", max_position_embeddings=64)
+    for own, other, who in ((model, short, "baseline"), (short, model, "model")):
+        with pytest.raises(UsageError, match=f"sequence_length is 128, and the {who} has 64 positions") as error:
+            bigpipe.evaluate(own, text, baseline=other, sequence_length=128)
+        assert error.value.field == "sequence_length"
+        assert bigpipe.evaluate(own, text, baseline=other) == bigpipe.evaluate(
+            own, text, baseline=other, sequence_length=64
+        )  # fmt: skip
+
+
 def test_a_text_of_one_token_is_refused(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UsageError, match="the text has 1 token, and the first is never scored"):
