@@ -258,6 +258,11 @@ def test_rows_and_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"body": "one"}\n', "a.jsonl:1: there is no 'text', only 'body'"),
         ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: 'text' holds no text"),
+        (
+            "a.jsonl",
+            '{"text": "a \\ud800"}\n',
+            "a.jsonl:1: 'text' holds half of a surrogate pair, '\\ud800', which is no",
+        ),
         ("a.jsonl", "nonsense\n", "a.jsonl:1: not JSON"),
         ("a.txt", "", "holds no text"),
         ("a.txt", " \n\n", "holds no text"),
