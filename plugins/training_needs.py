@@ -53,7 +53,8 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     count, adapted = parameters_of(adapter)
     dtype = computing_dtype(model, gpu, params.dtype)
     longest = max(row.nbytes for row in rows)
-    memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu)
+    given = max(len(row.data[column].encode()) for row in rows) if (column := input_of(params)) else 0
+    memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu, given=given)
     local = ctx.launch.local_processes
     return Forecast(
         download_bytes=0,

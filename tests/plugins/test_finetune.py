@@ -144,6 +144,24 @@ def test_what_a_plan_says(tmp_path: Path, model: Path) -> None:
     assert "6 steps over 6 rows, 2 ranks; 2,048 parameters on 4 modules" in said.summary
 
 
+def test_a_plan_counts_what_an_encoder_reads(tmp_path: Path) -> None:
+    """A few words to make of a long text: its tokens take most of the memory, up to max_length."""
+    model = make_checkpoint(tmp_path / "t5", "t5")
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
+
+    def ram(tokens: int, **fields: Any) -> int:
+        rows = [{"input": "a" * tokens, "text": "yes"}] * 2
+        asked = params(task="seq2seq-lm", data=rows, **fields)
+        found = training_needs.forecast(asked, forecast_context(tmp_path, inputs=wired, machine=MACHINE)).ram
+        assert found is not None
+        return found
+
+    layer = 34 * 32 * 2  # of 32 numbers, in float32
+    assert ram(500, gradient_checkpointing=False) - ram(5, gradient_checkpointing=False) > 2 * 495 * layer
+    assert ram(500) > ram(5)
+    assert ram(500, max_length=50) == ram(50, max_length=50)
+
+
 WRONG = {
     "column": ({"data": [{"body": "x"}]}, "row|there is no 'text'"),
     "empty": ({"data": [*ROWS, ""]}, r"data\[6\]: there is nothing to learn in 'text'"),
