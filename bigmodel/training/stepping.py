@@ -112,11 +112,11 @@ class Trainer:
         return Order(rows, self.ranks, asked.batch_size, each, asked.seed)
 
     def _go_on(self) -> None:
-        """Take up the last state, if there is one."""
+        """Take up the last state, if there is one of the same kind of device: another one draws other numbers."""
         import torch
 
         found = read_state(self.folder)
-        if found is None:
+        if found is None or len(found[1][RANDOM][self.rank]) != len(random_state(torch.device(self.device))):
             self._tell()
             return
         self._so_far, tensors = found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,20 @@ from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.training import Lora, Training, finetune, foreseen_adapter, parameters_of, training_memory
+from bigpipe.bigmodel.training import (
+    Lora,
+    Training,
+    Work,
+    finetune,
+    foreseen_adapter,
+    parameters_of,
+    read_data,
+    train_rank,
+    training_memory,
+)
 from bigpipe.bigmodel.training.order import Order
-from bigpipe.bigmodel.training.stepping import Trainer
+from bigpipe.bigmodel.training.saved import read_state, save_state
+from bigpipe.bigmodel.training.stepping import Trainer, seeded
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 
 pytest.importorskip("peft")
@@ -132,6 +144,28 @@ def test_what_gradients_through_packed_matrices_take_is_foreseen(models: dict[st
         plain = activations("plain", **how)
         assert activations("int8", **how) - plain == size * matrix + kept
         assert activations("nf4", **how) - plain == (6 if size == 4 else 2) * matrix
+
+
+def test_a_state_of_another_kind_of_device_is_not_gone_on_from(tmp_path: Path, models: dict[str, Path]) -> None:
+    """A GPU's has its random numbers besides."""
+    rows = read_data(ROWS, "text", "", tmp_path)
+    work = Work(model=models["plain"], training=Training(max_steps=2, save_steps=1), rows=rows)
+    with seeded(0):
+        train_rank(work, tmp_path)
+    own = tmp_path / "rank-0"
+    file = own / "adapter" / "adapter_model.safetensors"
+    expected = file.read_bytes()
+    found = read_state(own)
+    assert found is not None
+    tensors = {
+        name: torch.zeros_like(value) if name.startswith("adapter/") else value for name, value in found[1].items()
+    }
+    for more, same in ((0, False), (16, True)):
+        random = torch.nn.functional.pad(tensors["random"], (0, more))
+        save_state(own, replace(found[0], step=1, losses=found[0].losses[:1]), {**tensors, "random": random})
+        with seeded(0):
+            train_rank(work, tmp_path)
+        assert (file.read_bytes() == expected) == same
 
 
 def test_a_step_over_several_batches_is_one_over_all_their_rows(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome
-from bigpipe.orchestrator.stage import Forecast, Launch
+from bigpipe.orchestrator.stage import Forecast, Gpu, Launch
 from bigpipe.plugins import finetuning, training_needs
 from bigpipe.plugins.finetune import STAGE, FinetuneParams, in_words
 
@@ -214,6 +215,14 @@ def test_a_plan_refuses_what_peft_does_not_adapt_and_foresees_what_it_does(tmp_p
 def test_fields_are_refused_where_they_are_written(fields: dict[str, Any], cause: str) -> None:
     with pytest.raises(ValidationError, match=cause):
         params(**fields)
+
+
+def test_what_decides_the_dtype_is_in_the_key_where_none_is_given() -> None:
+    gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 << 30, 24 << 30),))
+    assert STAGE.planning.facts is not None
+    assert STAGE.planning.facts(params(), gpu) == {"gpu": True}
+    assert STAGE.planning.facts(params(), MACHINE) == {"gpu": False}
+    assert STAGE.planning.facts(params(dtype="float32"), gpu) == {}
 
 
 def test_sounds_that_rows_name_enter_the_key(tmp_path: Path) -> None:
