@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from bigpipe.errors import StageFailed, Transient, UsageError
 from bigpipe.names import did_you_mean
@@ -23,7 +24,8 @@ OWN = frozenset({"PYTHONSAFEPATH", "PYTHONFAULTHANDLER", "PYTHONIOENCODING"})
 
 
 def check(params: CommandParams, context: CheckContext) -> None:
-    """Raise UsageError where the program, or a port that an argument names, is not there."""
+    """Raise UsageError where the program, or a port that an argument names, is not there, and for files of which two
+    would lie at one place."""
     for number, argument in enumerate(params.argv):
         for _, port, _ in PLACEHOLDER.findall(argument):
             if port and port not in context.inputs:
@@ -43,6 +45,7 @@ def _several(argument: str, port: str, number: int) -> tuple[str, str]:
 
 
 def _require_program(params: CommandParams, context: CheckContext) -> None:
+    places = laid_out(params.files, context.base)
     program = params.argv[0]
     if program == "${python}":
         return
@@ -51,7 +54,7 @@ def _require_program(params: CommandParams, context: CheckContext) -> None:
             cure = "install it, or name your own by its path and list it under `files`"
             raise UsageError(f"there is no program {program!r} on the PATH", cure, field="argv[0]")
         return
-    if not os.path.isabs(program) and laid_out_at(program) not in dict(laid_out(params.files, context.base)):
+    if not os.path.isabs(program) and laid_out_at(program) not in places:
         cure = f"list it, or the directory it lies in: files: [{program}]"
         raise UsageError(f"{program} is not among the files of the command", cure, field="argv[0]")
     path = context.base / program
@@ -78,12 +81,10 @@ def run(params: CommandParams, context: StageContext) -> StageResult:
             emptied.unlink()
         shutil.rmtree(emptied, ignore_errors=True)
         emptied.mkdir(parents=True)
-    for place, source in laid_out(params.files, context.base):
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, folder / place)
+    lay_out(params.files, context.base, folder)
     environment = {name: value for name, value in os.environ.items() if name not in OWN}
     environment.setdefault("PYTHONUNBUFFERED", "1")  # what it prints is in the log while it runs, and in order
-    argv = list(_filled_in(params.argv, context))
+    argv = list(_filled_in([_started(params.argv[0]), *params.argv[1:]], context))
     try:
         ended = run_program(argv, folder=folder, environment=environment)
     except OSError as error:
@@ -95,6 +96,18 @@ def run(params: CommandParams, context: StageContext) -> StageResult:
     check_output(params, context.out)
     metrics = read_metrics(context.out / params.metrics) if params.metrics else {}
     return StageResult(CommandMetrics.model_validate(metrics), type=params.produces)
+
+
+def lay_out(files: Sequence[str], base: Path, folder: Path) -> None:
+    """Copy the files into a working directory, with their modes and times."""
+    for place, source in laid_out(files, base).items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, folder / place)
+
+
+def _started(program: str) -> str:
+    """A program among `files` lies in the working directory, without the `..` that it may be written with."""
+    return f"./{laid_out_at(program)}" if "/" in program and not os.path.isabs(program) else program
 
 
 def _filled_in(argv: Sequence[str], context: StageContext) -> Iterator[str]:
