@@ -46,7 +46,7 @@ def check(params: FinetuneParams, ctx: CheckContext) -> None:
     if model is not None:
         with about("inputs.model"):
             require_class(model)
-            architecture = check_model(params.task, model, rows, sources_of(ctx))
+            architecture = check_model(params.task, model, [*rows, *others], sources_of(ctx))
         if architecture is not None and "adapter" not in ctx.inputs:
             with about("lora.target_modules"):
                 foreseen_adapter(model, architecture, training_of(params), sources_of(ctx))
@@ -63,9 +63,9 @@ def leads_to(params: FinetuneParams, base: Path) -> Sequence[Path]:
 
 def prepare(params: FinetuneParams, ctx: StageContext) -> None:
     """Checks again what is known now that the model is here."""
-    rows, _ = rows_of(params, ctx.base)
+    rows, others = rows_of(params, ctx.base)
     model, sources = describe_checkpoint(ctx.input("model")), sources_of(ctx)
-    architecture = check_model(params.task, model, rows, sources)
+    architecture = check_model(params.task, model, [*rows, *others], sources)
     if architecture is not None and "adapter" not in ctx.inputs:
         with about("lora.target_modules"):
             foreseen_adapter(model, architecture, training_of(params), sources)

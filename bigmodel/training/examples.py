@@ -30,6 +30,7 @@ from bigpipe.bigmodel.tasks import (
 )
 from bigpipe.errors import UsageError
 from bigpipe.files import missing
+from bigpipe.modules import foreign
 from bigpipe.sizes import counted
 
 from .settings import TaskName
@@ -152,12 +153,11 @@ def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], so
         fitting = [name for name, other in TASKS.items() if other.fits(architecture)]
         cure = f"use task: {fitting[0]}" if fitting else FINETUNE.otherwise
         raise UsageError(f"{task} is for {TASKS[task].takes}; this is {architecture.class_name}", cure, field="task")
-    if task == "causal-lm":
-        if architecture is not None:
-            refuse_looking_ahead(architecture, FINETUNE, field="task")
-        check = require_template(model)
-        for row in rows:
-            check(row)
+    if task == "causal-lm" and architecture is not None:
+        refuse_looking_ahead(architecture, FINETUNE, field="task")
+    check = require_template(model)
+    for row in rows:
+        check(row)
     return architecture
 
 
@@ -239,7 +239,8 @@ class Reading:
     def _text(self, row: Row) -> tuple[str, bool]:
         if isinstance(row.prompt, str):
             return row.prompt, True
-        return str(self.tokenizer.apply_chat_template(row.prompt, tokenize=False)), False
+        with foreign(f"{row.place}: the model's chat template refuses it", "mend the chat, or the template"):
+            return str(self.tokenizer.apply_chat_template(row.prompt, tokenize=False)), False
 
     def _given(self, row: Row, column: str, max_length: int) -> tuple[Any, bool]:
         if not column:

@@ -271,7 +271,7 @@ def finetune(
     if task == "speech-seq2seq":
         require_sound_reader(sounds_of([*rows, *others], given, base))
     described = describe_checkpoint(path)
-    architecture = check_model(task, described, rows, sources)
+    architecture = check_model(task, described, [*rows, *others], sources)
     if architecture is not None and adapter is None:
         foreseen_adapter(described, architecture, asked, sources)
     work = Work(

@@ -408,6 +408,34 @@ def test_a_row_that_is_written_in_a_list_is_told_by_its_number(tmp_path: Path, u
         assert error.value.field == place
 
 
+CHAT = {"text": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "place"),
+    [
+        ("opt", {"data": [*ROWS, CHAT]}, "data[7]"),
+        ("opt", {"data": ROWS, "eval_data": [CHAT]}, "eval_data[0]"),
+        ("t5", {"data": [{"input": "a", **CHAT}], "task": "seq2seq-lm"}, "data[0]"),
+    ],
+)
+def test_a_chat_where_there_is_no_template_is_told_by_its_row(
+    tmp_path: Path, architecture: str, fields: dict[str, Any], place: str
+) -> None:
+    model = make_checkpoint(tmp_path / "model", architecture)
+    with pytest.raises(UsageError, match="this is a chat, and the model's tokenizer has no chat template") as error:
+        finetune(model, out=tmp_path / "out", max_steps=1, **fields)
+    assert error.value.cause.startswith(f"{place}: ")
+    assert error.value.field == place
+
+
+def test_a_chat_that_the_template_refuses_is_told_by_its_row(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "opt")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UsageError, match=r"data\[0\]: the model's chat template refuses it: .*roles must alternate"):
+        finetune(model, [CHAT], tmp_path / "out", max_steps=1)
+
+
 @pytest.mark.parametrize(
     ("architecture", "rows", "fields"),
     [
