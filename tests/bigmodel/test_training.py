@@ -32,6 +32,8 @@ from bigpipe.bigmodel.training import (
     train_rank,
     training_memory,
 )
+from bigpipe.bigmodel.training.examples import reading
+from bigpipe.bigmodel.training.finetuning import unbounded
 from bigpipe.bigmodel.training.order import Order
 from bigpipe.bigmodel.training.saved import read_state, save_state
 from bigpipe.bigmodel.training.stepping import Trainer, seeded
@@ -317,6 +319,27 @@ def test_whisper_learns_what_is_said(tmp_path: Path) -> None:
 
     again = peft.PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained(model), str(made.path))
     assert again.peft_config["default"].auto_mapping["base_model_class"] == "WhisperForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cause"),
+    [(31.0, "the sound has 31 s, and the model hears 30 at a time"), (None, "1.wav is no sound that can be read")],
+)
+def test_a_sound_that_whisper_does_not_hear_whole_is_told_by_its_row(
+    tmp_path: Path, seconds: float | None, cause: str
+) -> None:
+    """Its whole text would be learnt."""
+    model = make_whisper(tmp_path / "whisper")
+    write_wav(tmp_path / "0.wav", [0.0] * (16_000 * 30 + 160))
+    write_wav(tmp_path / "1.wav", [0.0] * int(16_000 * (seconds or 1)))
+    if seconds is None:
+        (tmp_path / "1.wav").write_bytes(b"RIFF, but nothing else")
+    rows = [{"audio": f"{number}.wav", "text": "hello"} for number in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = reading("speech-seq2seq", None, model, Sources(base=tmp_path), unbounded)
+    assert len(read.examples(read_data("rows.jsonl", "text", "audio", tmp_path, limit=1), "audio", 64).all) == 1
+    with pytest.raises(UsageError, match=rf"rows.jsonl:2: .*{cause}"):
+        read.examples(read_data("rows.jsonl", "text", "audio", tmp_path), "audio", 64)
 
 
 def test_every_row_is_taken_once_an_epoch_whoever_asks_from_where() -> None:
