@@ -35,9 +35,11 @@ class LayerLoss:
     """Square root of the sum of their squares: what they lose together, were their errors independent."""
     bound: float
     """What `total` should not be above."""
-    skip_modules: tuple[str, ...]
+    skip_modules: tuple[str, ...] | None
     """What to leave as it is, for `quantize`, so that `total` would not be above `bound`: those that were left before,
-    and the fewest others. Squares add up, so that these are the largest ones."""
+    and the fewest others. Squares add up, so that these are the largest ones. None: nothing is quantized."""
+    left: float
+    """What `total` would be with these left; above `bound` where modules that are not quantized lose more."""
 
 
 class Layers:
@@ -123,11 +125,12 @@ def lose_least(
     modules = dict(sorted(relative.items(), key=lambda item: (-item[1], item[0])))
     total = math.sqrt(math.fsum(error * error for error in modules.values()))
     limit = total / 2 if bound is None else bound
-    return LayerLoss(modules, total, limit, (*kept, *_largest(modules, limit, quantized)))
+    chosen, rest = _largest(modules, limit, quantized)
+    return LayerLoss(modules, total, limit, (*kept, *chosen) if quantized else None, math.sqrt(rest))
 
 
-def _largest(modules: Mapping[str, float], bound: float, quantized: Collection[str]) -> list[str]:
-    """The fewest modules without which the rest is not above the bound."""
+def _largest(modules: Mapping[str, float], bound: float, quantized: Collection[str]) -> tuple[list[str], float]:
+    """The fewest modules without which the rest is not above the bound, and the sum of squares that is left."""
     chosen: list[str] = []
     rest = math.fsum(error * error for error in modules.values())
     for name, error in modules.items():
@@ -136,4 +139,4 @@ def _largest(modules: Mapping[str, float], bound: float, quantized: Collection[s
         if name in quantized:
             chosen.append(name)
             rest = math.fsum(other * other for left, other in modules.items() if left not in chosen)
-    return chosen
+    return chosen, rest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import bigpipe
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.evaluation import Divergence, Known, place_pair, read_texts, windows_of
+from bigpipe.bigmodel.evaluation import Divergence, Known, place_pair, read_texts, render, windows_of
 from bigpipe.bigmodel.evaluation.layers import lose_least
 from bigpipe.bigmodel.evaluation.measures import measure
 from bigpipe.bigmodel.evaluation.summary import _divergence, _mean_of
@@ -153,7 +154,7 @@ def test_a_model_is_as_good_as_itself(model: Path, text: Path) -> None:
     assert found.comparison.kl == Divergence(*[type(found.perplexity)(0.0, 0.0)] * 3)
     assert found.comparison.top1.value == 1
     assert set(found.layers.modules.values()) == {0.0}
-    assert found.layers.skip_modules == ()
+    assert found.layers.skip_modules is None  # nothing is quantized
 
 
 def test_standard_errors_are_those_of_the_tokens() -> None:
@@ -234,6 +235,21 @@ def test_the_fewest_modules_are_left_that_bring_the_error_under_the_bound() -> N
     assert lose_least(losses, 0.55, (), quantized).skip_modules == ("b", "a")
     assert lose_least(losses, 0.8, (), quantized).skip_modules == ()
     assert lose_least(losses, None, (), quantized).bound == pytest.approx(found.total / 2)
+    assert found.left == pytest.approx(math.sqrt(0.35))
+
+
+def test_what_is_left_is_told_where_leaving_modules_does_not_bring_it_under_the_bound(
+    tmp_path: Path, model: Path, text: Path
+) -> None:
+    losses = [{"norm": [25.0, 100.0], "a": [9.0, 100.0]}]
+    found = lose_least(losses, 0.1, ("lm_head",), {"a"})
+    assert (found.skip_modules, found.left) == (("lm_head", "a"), 0.5)
+    assert lose_least(losses, 0.1, (), ()).skip_modules is None
+    whole = bigpipe.evaluate(model, text, baseline=model, sequence_length=32)
+    told = {bound: render(replace(whole, layers=lose_least(losses, bound, (), {"a"}))) for bound in (0.1, 0.5)}
+    assert "even with skip_modules: [a] it would be 50.000%, not 10.000%: what is not quantized loses" in told[0.1]
+    assert "for 50.000% together, quantize with skip_modules: [a]" in told[0.5]
+    assert "skip_modules" not in render(replace(whole, layers=lose_least(losses, 0.1, (), ())))
 
 
 def test_streamed_models_give_the_same_numbers(model: Path, other: Path, text: Path) -> None:
@@ -458,4 +474,4 @@ def test_a_report_says_all(tmp_path: Path, model: Path, other: Path, text: Path)
     assert list(told["per_layer"]["modules"]) == list(found.layers.modules) if found.layers else False
     lines = (tmp_path / "report/report.txt").read_text()
     assert f"{found.perplexity.value:.6g} ± {found.perplexity.stderr:.2g}" in lines
-    assert "quantize with skip_modules: [" in lines
+    assert "skip_modules" not in lines  # nothing is quantized
