@@ -114,7 +114,7 @@ def finish(params: FinetuneParams, ctx: StageContext) -> StageResult:
 
 def metrics_of(made: TrainedAdapter) -> FinetuneMetrics:
     losses = list(enumerate(made.losses, 1))
-    every = max(1, -(-len(losses) // POINTS))
+    every = max(1, -(-(len(losses) - 1) // (POINTS - 1)))
     curve = [[step, loss] for step, loss in (*losses[:-1:every], losses[-1])]
     return FinetuneMetrics(
         loss=Losses(first=made.losses[0], last=made.losses[-1], curve=curve),

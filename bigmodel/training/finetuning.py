@@ -140,7 +140,7 @@ def train_rank(
     scheme = format_of(describe_checkpoint(work.model))
     adapted = attach(model, work.training, None if scheme is PLAIN else scheme.name, work.adapter)
     if rank:
-        set_seed(work.training.seed + rank)
+        set_seed(work.training.seed_of(rank))
     first, own = folder / "rank-0", folder / f"rank-{rank}"
     make_directory(own)
     trainer = Trainer(adapted, examples, work.training, first, rank, ranks, progress)

@@ -38,6 +38,13 @@ class Ended:
     last: tuple[str, ...]
 
 
+def signal_in_words(number: int) -> str:
+    """Return `signal 11 (SIGSEGV)`; of a signal without a name of its own, as those of real time, the number alone."""
+    with contextlib.suppress(ValueError):
+        return f"signal {number} ({signal.Signals(number).name})"
+    return f"signal {number}"
+
+
 def busy(process: int) -> float:
     """Return the seconds in which a process has had a processor so far, over all its threads; 0 once it is gone."""
     import psutil

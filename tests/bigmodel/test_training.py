@@ -342,6 +342,15 @@ def test_a_sound_that_whisper_does_not_hear_whole_is_told_by_its_row(
         read.examples(read_data("rows.jsonl", "text", "audio", tmp_path), "audio", 64)
 
 
+def test_the_largest_seed_is_one_for_every_rank() -> None:
+    """Each draws from its own."""
+    seeds = [Training(max_steps=1, seed=2**32 - 1).seed_of(rank) for rank in range(3)]
+    assert seeds == [2**32 - 1, 0, 1]
+    for seed in seeds:
+        with seeded(seed):
+            pass
+
+
 def test_every_row_is_taken_once_an_epoch_whoever_asks_from_where() -> None:
     order = Order(rows=10, ranks=2, batch_size=2, accumulation=2, seed=1)
     steps = list(order.steps(0, 6))

@@ -13,14 +13,15 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 from support.contexts import inputs, stage_context
-from support.forking import forked
+from support.forking import TOLD, forked
 from support.stores import in_memory
 from support.workshop import environment, statuses
 
 import bigpipe
 from bigpipe.errors import ManifestError, StageFailed, Transient, UsageError
+from bigpipe.orchestrator.store import remove_tree
 from bigpipe.plugins.command import CommandParams
-from bigpipe.plugins.commanding import lay_out, run
+from bigpipe.plugins.commanding import empty, lay_out, run
 from bigpipe.programs import files_below, laid_out
 
 NOBODY = 65534
@@ -219,6 +220,48 @@ def test_its_end_is_told_with_the_last_lines(workshop):
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     error = workshop.run(recipe(f"['${{python}}', -c, \"{killed}\"]")).errors[0]
     assert "was ended by signal 11 (SIGSEGV) and printed nothing" in error.cause
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(workshop):
+    error = workshop.run(recipe("[sh, -c, 'kill -35 $$']")).errors[0]
+    assert isinstance(error, StageFailed)
+    assert error.cause == "sh was ended by signal 35 and printed nothing"
+
+
+def test_what_an_attempt_left_where_nobody_may_write_is_removed(tmp_path):
+    """As copies of read-only trees are."""
+    with in_memory(tmp_path) as place:
+        place.chmod(0o777)
+
+        def leave() -> None:
+            inner = place / "out/a/b"
+            inner.mkdir(parents=True)
+            (inner / "file").touch()
+            (place / "out/link").symlink_to(place / "out/a")
+            for folder in (inner, inner.parent, place / "out"):
+                folder.chmod(0o555)
+
+        def twice() -> None:
+            leave()
+            empty(place / "out")
+            assert list((place / "out").iterdir()) == []
+            (place / "out").rmdir()
+            leave()
+            remove_tree(place / "out")
+            assert not (place / "out").exists()
+
+        assert forked(twice, user=NOBODY).said == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to leave what is somebody else's")
+def test_what_cannot_be_removed_of_an_attempt_is_told(tmp_path):
+    with in_memory(tmp_path) as place:
+        place.chmod(0o755)
+        (place / "out/theirs").mkdir(parents=True)
+        (place / "out/theirs/file").touch()
+        ending = forked(lambda: empty(place / "out"), user=NOBODY)
+        assert ending.code == TOLD
+        assert f"which an attempt before left, cannot be removed: Permission denied; remove {place}" in ending.said
 
 
 def test_exit_status_75_is_tried_again(workshop):

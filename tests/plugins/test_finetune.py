@@ -17,6 +17,7 @@ from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.training import TrainedAdapter
 from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.launch.executors import executor
@@ -95,6 +96,19 @@ def test_metrics_and_their_words(tmp_path: Path, model: Path) -> None:
     assert metrics["eval_loss"] > 0
     assert metrics["peak"]["cpu"] > 0
     assert in_words(metrics).startswith(f"loss {metrics['loss']['first']:.4g} → {metrics['loss']['last']:.4g} in 6 ")
+
+
+def test_a_curve_has_200_points_at_most_the_first_and_the_last_among_them() -> None:
+    for steps in (1, 2, 199, 200, 201, 400, 600, 1000, 4001):
+        made = TrainedAdapter(
+            path=Path(), losses=list(map(float, range(steps))), eval_loss=None, trainable_parameters=1,
+            tokens_per_second=1.0, peak={}, files={},
+        )  # fmt: skip
+        loss = finetuning.metrics_of(made).loss
+        assert loss is not None
+        assert len(loss.curve) <= 200
+        assert len(loss.curve) > min(steps, 200) / 2
+        assert [loss.curve[0], loss.curve[-1]] == [[1, 0.0], [steps, steps - 1.0]]
 
 
 RECIPE = """
