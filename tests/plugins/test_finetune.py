@@ -172,7 +172,7 @@ def test_a_plan_counts_what_an_encoder_reads(tmp_path: Path) -> None:
         return found
 
     layer = 34 * 32 * 2  # of 32 numbers, in float32
-    assert ram(500, gradient_checkpointing=False) - ram(5, gradient_checkpointing=False) > 2 * 495 * layer
+    assert ram(500, gradient_checkpointing=False) - ram(5, gradient_checkpointing=False) >= 2 * 495 * layer
     assert ram(500) > ram(5)
     assert ram(500, max_length=50) == ram(50, max_length=50)
 
