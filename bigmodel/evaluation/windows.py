@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from bigpipe.errors import UsageError
 from bigpipe.modules import foreign
 
 EVALUATE = Asking("evaluation", "take a model of transformers that goes on with a text, such as OPT, GPT-2 or Llama")
+MOST = 64
+"""Tokens of one character that are looked for on each side: it has four bytes, but a tokenizer may spell it out."""
 UNLIMITED = 2048
 """Tokens of a window, where a model's positions have no end and nobody says how many."""
 
@@ -121,10 +123,26 @@ def _together(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _bytes_of(text: str, offsets: Sequence[tuple[int, int]], scored: Iterable[tuple[int, int]]) -> int:
     """UTF-8 bytes of the tokens from each begin to its end, the first never among them. offsets: of each token its
-    characters, (0, 0) for a special one. What a tokenizer leaves out between two tokens belongs to the second, a
-    character of several tokens to the first."""
+    characters, (0, 0) for a special one. What a tokenizer leaves out between two tokens belongs to the second."""
     ends = list(accumulate((end for _, end in offsets), max))
-    return sum(len(text[ends[begin - 1] : ends[end - 1]].encode()) for begin, end in scored)
+    return sum(
+        len(text[ends[begin - 1] : ends[end - 1]].encode())
+        + _shared(text, offsets, begin)
+        - _shared(text, offsets, end)
+        for begin, end in scored
+    )
+
+
+def _shared(text: str, offsets: Sequence[tuple[int, int]], token: int) -> int:
+    """Where a character is of several tokens, of which this one is not the first: the bytes that fall to it and those
+    after it, as all have equal parts."""
+    alike = offsets[token] if token < len(offsets) else None
+    if alike is None or alike != offsets[token - 1]:
+        return 0
+    before = sum(1 for _ in takewhile(alike.__eq__, reversed(offsets[max(0, token - MOST) : token])))
+    after = sum(1 for _ in takewhile(alike.__eq__, offsets[token : token + MOST]))
+    size = len(text[slice(*alike)].encode())
+    return size - size * before // (before + after)
 
 
 def _decoded(tokenizer: Any, ids: array[int], scored: Iterable[tuple[int, int]]) -> int:
