@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from bigpipe.errors import StageFailed, Transient, UsageError
+from bigpipe.files import let_in
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
-from bigpipe.programs import Ended, laid_out, laid_out_at, run_program
+from bigpipe.programs import Ended, laid_out, laid_out_at, run_program, signal_in_words
 
 from .command import PLACEHOLDER, CommandMetrics, CommandParams
 from .command_output import check_output, lead_links_back, read_metrics
@@ -23,7 +24,8 @@ OWN = frozenset({"PYTHONSAFEPATH", "PYTHONFAULTHANDLER", "PYTHONIOENCODING"})
 
 
 def check(params: CommandParams, context: CheckContext) -> None:
-    """Raise UsageError where the program, or a port that an argument names, is not there."""
+    """Raise UsageError where the program, or a port that an argument names, is not there, and for files of which two
+    would lie at one place."""
     for number, argument in enumerate(params.argv):
         for _, port, _ in PLACEHOLDER.findall(argument):
             if port and port not in context.inputs:
@@ -43,6 +45,7 @@ def _several(argument: str, port: str, number: int) -> tuple[str, str]:
 
 
 def _require_program(params: CommandParams, context: CheckContext) -> None:
+    places = laid_out(params.files, context.base)
     program = params.argv[0]
     if program == "${python}":
         return
@@ -51,7 +54,7 @@ def _require_program(params: CommandParams, context: CheckContext) -> None:
             cure = "install it, or name your own by its path and list it under `files`"
             raise UsageError(f"there is no program {program!r} on the PATH", cure, field="argv[0]")
         return
-    if not os.path.isabs(program) and laid_out_at(program) not in dict(laid_out(params.files, context.base)):
+    if not os.path.isabs(program) and laid_out_at(program) not in places:
         cure = f"list it, or the directory it lies in: files: [{program}]"
         raise UsageError(f"{program} is not among the files of the command", cure, field="argv[0]")
     path = context.base / program
@@ -73,28 +76,53 @@ def forecast(params: CommandParams, context: ForecastContext) -> Forecast:
 
 def run(params: CommandParams, context: StageContext) -> StageResult:
     folder = context.scratch / "work"
-    for emptied in (folder, context.out):  # what an attempt that broke off left is nothing a tool expects
-        if emptied.is_symlink() or emptied.is_file():  # of an attempt of this run; the store does it for a new run
-            emptied.unlink()
-        shutil.rmtree(emptied, ignore_errors=True)
-        emptied.mkdir(parents=True)
-    for place, source in laid_out(params.files, context.base):
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, folder / place)
+    for emptied in (folder, context.out):
+        empty(emptied)
+    lay_out(params.files, context.base, folder)
     environment = {name: value for name, value in os.environ.items() if name not in OWN}
     environment.setdefault("PYTHONUNBUFFERED", "1")  # what it prints is in the log while it runs, and in order
-    argv = list(_filled_in(params.argv, context))
+    argv = list(_filled_in([_started(params.argv[0]), *params.argv[1:]], context))
     try:
         ended = run_program(argv, folder=folder, environment=environment)
     except OSError as error:
         cure = "name a program that this machine can run"
         raise StageFailed(f"{params.argv[0]} cannot be started: {error.strerror}", cure, field="argv[0]") from error
+    for written in (folder, context.out):
+        let_in(written)  # who publishes and removes what is there need not be root
     _require_success(params, ended)
     if context.out.is_dir() and not context.out.is_symlink():
         lead_links_back(context)
     check_output(params, context.out)
     metrics = read_metrics(context.out / params.metrics) if params.metrics else {}
     return StageResult(CommandMetrics.model_validate(metrics), type=params.produces)
+
+
+def empty(folder: Path) -> None:
+    """Make an empty directory of it: what an attempt of this run that broke off left is nothing a tool expects (the
+    store does it for a new run). Raise StageFailed, naming the directory, where it cannot be removed."""
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink(missing_ok=True)
+        else:
+            let_in(folder)
+            shutil.rmtree(folder)
+    except OSError as error:
+        left, why = error.filename or folder, error.strerror or error
+        cause = f"{left}, which an attempt before left, cannot be removed: {why}"
+        raise StageFailed(cause, f"remove {folder} yourself") from error
+    folder.mkdir(parents=True)
+
+
+def lay_out(files: Sequence[str], base: Path, folder: Path) -> None:
+    """Copy the files into a working directory, with their modes and times."""
+    for place, source in laid_out(files, base).items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, folder / place)
+
+
+def _started(program: str) -> str:
+    """A program among `files` lies in the working directory, without the `..` that it may be written with."""
+    return f"./{laid_out_at(program)}" if "/" in program and not os.path.isabs(program) else program
 
 
 def _filled_in(argv: Sequence[str], context: StageContext) -> Iterator[str]:
@@ -117,7 +145,7 @@ def _require_success(params: CommandParams, ended: Ended) -> None:
         return
     how = f"ended with exit status {ended.status}"
     if ended.status < 0:
-        how = f"was ended by signal {-ended.status} ({signal.Signals(-ended.status).name})"
+        how = f"was ended by {signal_in_words(-ended.status)}"
     said = "".join(f"\n    {line}" for line in ended.last) or " and printed nothing"
     cause = f"{params.argv[0]} {how}{':' if ended.last else ''}{said}"
     if ended.status == TRY_AGAIN:

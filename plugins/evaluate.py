@@ -19,7 +19,8 @@ class EvaluateParams(Params):
     column: str = "text"
     """The field of each JSON object, or the column of a table, that holds the text."""
     sequence_length: int | None = Field(None, ge=2)
-    """Tokens of a window. null: as many as the model has positions for, and 2,048 where these have no end."""
+    """Tokens of a window. null: as many as the model and its baseline have positions for, and 2,048 where these have
+    no end."""
     stride: int | None = Field(None, ge=1)
     """Tokens between the begins of two windows, each of which scores what the ones before it did not. null: half."""
     batch_size: int = Field(1, ge=1)
@@ -62,10 +63,10 @@ class EvaluateMetrics(Metrics):
     perplexity: float
     perplexity_stderr: float
     tokens: int
-    """Scored: all but the first of the text."""
+    """Scored: all but the first of the text; where windows do not overlap, all but the first of each."""
     windows: int
     bits_per_byte: float
-    """Of the UTF-8 text: comparable over tokenizers."""
+    """Of the UTF-8 text that the scored tokens stand for: comparable over tokenizers."""
     bits_per_byte_stderr: float
     baseline_perplexity: float | None = None
     """With a baseline, as all that follows but the last two."""
@@ -106,7 +107,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="evaluate",
-    version=1,
+    version=2,
     params=EvaluateParams,
     metrics=EvaluateMetrics,
     inputs={

@@ -96,7 +96,7 @@ def _together(params: EvaluateParams, sides: Sides, ctx: StageContext) -> int:
         (where, agreed(model, sources_of(ctx)).architecture, computed_in(model, where, ctx, params.dtype))
         for model, where in sides
     ]
-    work = workload(params, sides[0][0], ctx)
+    work = workload(params, [model for model, _ in sides], ctx)
     return together_windows(placed, work, ctx.machine, ctx.launch.local_processes, ctx.memo)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -71,17 +72,19 @@ def sides_of(
     known = [Known(model, agreed(model, sources_of(ctx)).architecture) for model in models]
     if len(known) == 1:
         return [(models[0], placement)]
-    work = workload(params, models[0], ctx)
+    work = workload(params, models, ctx)
     return list(zip(models, place_pair(placement, known[0], known[1], work, ctx.machine, ctx.memo), strict=True))
 
 
-def workload(params: EvaluateParams, model: ModelDescription, ctx: ForecastContext | StageContext) -> Workload:
-    """Return that of a batch of windows."""
-    asked = question(params)
-    return asked.workload(asked.windows(model, sources_of(ctx))[0])
+def workload(
+    params: EvaluateParams, models: Sequence[ModelDescription], ctx: ForecastContext | StageContext
+) -> Workload:
+    """Return that of a batch of windows. models: the one that is evaluated, and its baseline where there is one."""
+    asked, baseline = question(params), models[1] if len(models) > 1 else None
+    return asked.workload(asked.check(models[0], baseline, sources_of(ctx))[0])
 
 
 def _at_work(params: EvaluateParams, sides: Sides, ctx: ForecastContext | StageContext) -> int:
     architectures = [agreed(model, sources_of(ctx)).architecture for model, _ in sides]
     dtypes = [computed_in(model, where, ctx, params.dtype) for model, where in sides]
-    return at_work(list(zip(architectures, dtypes, strict=True)), workload(params, sides[0][0], ctx))
+    return at_work(list(zip(architectures, dtypes, strict=True)), workload(params, [model for model, _ in sides], ctx))

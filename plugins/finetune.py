@@ -11,6 +11,7 @@ from bigpipe.orchestrator.stage import (
     Bytes,
     ContentField,
     Json,
+    Machine,
     Metrics,
     Params,
     Planning,
@@ -111,9 +112,14 @@ def in_words(metrics: Mapping[str, Json]) -> str:
     return ", ".join([*words, f"{metrics.get('trainable_parameters', 0):,} parameters"])
 
 
+def facts(params: FinetuneParams, machine: Machine) -> Mapping[str, Json]:
+    """What decides the dtype where none is given: whether there is a GPU."""
+    return {} if params.dtype else {"gpu": bool(machine.gpus)}
+
+
 STAGE = Stage(
     kind="finetune",
-    version=1,
+    version=2,
     params=FinetuneParams,
     metrics=FinetuneMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},
@@ -128,7 +134,9 @@ STAGE = Stage(
         mixes=False,
     ),
     planning=Planning(
-        check=late("bigpipe.plugins.finetuning:check"), leads_to=late("bigpipe.plugins.finetuning:leads_to")
+        check=late("bigpipe.plugins.finetuning:check"),
+        leads_to=late("bigpipe.plugins.finetuning:leads_to"),
+        facts=facts,
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
     smoke=late("bigpipe.plugins.smoking:finetune"),

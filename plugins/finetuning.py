@@ -46,7 +46,7 @@ def check(params: FinetuneParams, ctx: CheckContext) -> None:
     if model is not None:
         with about("inputs.model"):
             require_class(model)
-            architecture = check_model(params.task, model, rows, sources_of(ctx))
+            architecture = check_model(params.task, model, [*rows, *others], sources_of(ctx))
         if architecture is not None and "adapter" not in ctx.inputs:
             with about("lora.target_modules"):
                 foreseen_adapter(model, architecture, training_of(params), sources_of(ctx))
@@ -63,9 +63,9 @@ def leads_to(params: FinetuneParams, base: Path) -> Sequence[Path]:
 
 def prepare(params: FinetuneParams, ctx: StageContext) -> None:
     """Checks again what is known now that the model is here."""
-    rows, _ = rows_of(params, ctx.base)
+    rows, others = rows_of(params, ctx.base)
     model, sources = describe_checkpoint(ctx.input("model")), sources_of(ctx)
-    architecture = check_model(params.task, model, rows, sources)
+    architecture = check_model(params.task, model, [*rows, *others], sources)
     if architecture is not None and "adapter" not in ctx.inputs:
         with about("lora.target_modules"):
             foreseen_adapter(model, architecture, training_of(params), sources)
@@ -114,7 +114,7 @@ def finish(params: FinetuneParams, ctx: StageContext) -> StageResult:
 
 def metrics_of(made: TrainedAdapter) -> FinetuneMetrics:
     losses = list(enumerate(made.losses, 1))
-    every = max(1, -(-len(losses) // POINTS))
+    every = max(1, -(-(len(losses) - 1) // (POINTS - 1)))
     curve = [[step, loss] for step, loss in (*losses[:-1:every], losses[-1])]
     return FinetuneMetrics(
         loss=Losses(first=made.losses[0], last=made.losses[-1], curve=curve),

@@ -17,6 +17,7 @@ from bigpipe.bigmodel.training import (
     input_column_of,
     parameters_of,
     read_data,
+    stored_beside,
     training_memory,
 )
 from bigpipe.errors import UsageError
@@ -52,11 +53,12 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     count, adapted = parameters_of(adapter)
     dtype = computing_dtype(model, gpu, params.dtype)
     longest = max(row.nbytes for row in rows)
-    memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu)
+    given = max(len(row.data[column].encode()) for row in rows) if (column := input_of(params)) else 0
+    memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu, given=given)
     local = ctx.launch.local_processes
     return Forecast(
         download_bytes=0,
-        write_bytes=4 * count,
+        write_bytes=4 * count + stored_beside(adapter),
         ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
         vram={rank: memory.own for rank in range(local)} if gpu else {},
         metrics=known | {"trainable_parameters": count},

@@ -60,6 +60,20 @@ class _OfModule:
         return (pair[0], pair[1]) if len(pair) == 2 else None
 
 
+def copies(adapter: AdapterDescription) -> list[str]:
+    """Return the names of those tensors that are the model's own weights, which are no part of what was trained: peft
+    stores an embedding or a head beside the adapter on it, and both where the vocabulary was resized."""
+    saved = tuple(map(str, adapter.config.get("modules_to_save") or ()))
+
+    def is_copy(name: str) -> bool:
+        module, is_weight = name.removesuffix(".weight"), name.endswith(".weight")
+        if not is_weight or PART.fullmatch(name) or PART.fullmatch(module) or ".modules_to_save." in name:
+            return False
+        return not module.removesuffix(".base_layer").endswith(saved)
+
+    return [name for name in adapter.tensors or {} if is_copy(name)]
+
+
 def bind(
     adapter: AdapterDescription, described: ModelDescription, architecture: Architecture, memo: Path | None = None
 ) -> list[Bound]:

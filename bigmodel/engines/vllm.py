@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -23,7 +22,7 @@ from pydantic import Field
 from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.tasks import require_tokenizer
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed, UsageError
-from bigpipe.programs import Ended, Program, running_program
+from bigpipe.programs import Ended, Program, running_program, signal_in_words
 from bigpipe.sizes import counted
 
 from .asked_tasks import held_tasks
@@ -192,7 +191,7 @@ def _await(endpoint: Endpoint, program: Program, seconds: float) -> None:
 def _gone(ended: Ended) -> BigpipeError:
     how = f"with exit status {ended.status}"
     if ended.status < 0:
-        how = f"by signal {-ended.status} ({signal.Signals(-ended.status).name})"
+        how = f"by {signal_in_words(-ended.status)}"
     cause = f"vLLM's server ended {how}{_lines(ended.last) or ', and printed nothing'}"
     return StageFailed(cause, "the log of the node has all that it printed; what is answered stays", field="engine")
 

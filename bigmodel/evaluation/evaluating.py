@@ -47,8 +47,10 @@ from .windows import (
     check_same_tokens,
     check_windows,
     plan_windows,
+    positions_of,
     tokenize,
     tokens_of,
+    windows_of,
 )
 from .working import Pair, bind_windows
 
@@ -83,18 +85,14 @@ class Question:
             raise UsageError(f"per_layer_bound is {bound!r:.40}", "give a number from 0 on", field="per_layer_bound")
 
     def check(self, model: ModelDescription, baseline: ModelDescription | None, sources: Sources) -> tuple[int, int]:
-        """Return tokens of a window, and between the begins of two. Raise UsageError for what is known to be wrong."""
-        architecture = check_model(model, sources)
+        """Return tokens of a window, and between the begins of two, which both models can read. baseline: None where
+        there is none, or it is not known yet. Raise UsageError for what is known to be wrong."""
+        described = {"model": model} if baseline is None else {"model": model, "baseline": baseline}
+        known = {who: check_model(each, sources) for who, each in described.items()}
         if baseline is not None:
-            check_pair(architecture, check_model(baseline, sources))
-        elif self.per_layer:
-            cure = "give the model it was made from as the baseline, or leave it out"
-            raise UsageError("per_layer compares modules with a baseline's, and there is none", cure, field="per_layer")
-        return check_windows(model, architecture, self.sequence_length, self.stride)
-
-    def windows(self, model: ModelDescription, sources: Sources) -> tuple[int, int]:
-        """Return tokens of a window, and between the begins of two, of a model that was checked."""
-        return check_windows(model, check_model(model, sources), self.sequence_length, self.stride)
+            check_pair(known["model"], known["baseline"])
+        limits = {who: positions_of(described[who], architecture) for who, architecture in known.items()}
+        return check_windows(limits, self.sequence_length, self.stride)
 
     def workload(self, length: int) -> Workload:
         """Return that of one batch. length: tokens of a window."""
@@ -117,6 +115,9 @@ def prepare(
     """Read the text, cut it into windows and share out those that nobody has finished in `folder`. asked: what numbers
     depend on besides the tokens, where one folder may see several of it. Raise UsageError for a text that is too short,
     and for a baseline that reads it as other tokens."""
+    if question.per_layer and baseline is None:
+        cure = "give the model it was made from as the baseline, or leave it out"
+        raise UsageError("per_layer compares modules with a baseline's, and there is none", cure, field="per_layer")
     described = [describe_checkpoint(path) for path in (model, baseline) if path is not None]
     length, stride = question.check(described[0], described[1] if baseline else None, sources)
     text = read_texts(question.data, question.column, base)
@@ -124,7 +125,8 @@ def prepare(
     def read(path: Path, model: ModelDescription) -> Tokens:
         limit = tokens_of(check_model(model, sources))
         place = partial(place_in, question.data, question.column, base)
-        return tokenize(path, text, sources, bounded, question.max_tokens, limit=limit, where=place)
+        windows = partial(windows_of, length=length, stride=stride)
+        return tokenize(path, text, sources, bounded, windows, question.max_tokens, limit=limit, where=place)
 
     tokens = read(model, described[0])
     if baseline is not None:
@@ -203,7 +205,7 @@ def evaluate(
     baseline: the checkpoint that it is compared with: it reads the same windows, and no logits are kept.
     adapter: peft's own files, which the model runs with, and the baseline does not.
     placement: as `load` takes it. The baseline goes beside the model, under the same caps.
-    sequence_length: tokens of a window (None: the model's positions); stride: between the begins of two (None: half).
+    sequence_length: tokens of a window (None: what both have positions for); stride: between two begins (None: half).
     batch_size: windows at once. max_tokens: how much of the text is read. seed: of what a model draws at random.
     per_layer: also what each module loses against the baseline's, on the same inputs; per_layer_bound: see `LayerLoss`.
     dtype: what both compute in, as `load` takes it. out: a directory for report.json and report.txt.
@@ -259,7 +261,7 @@ def _places(placement: Any, own: Path, other: Path | None, question: Question, s
     if other is None or not isinstance(placement, Placement):
         return placement, placement
     known = [_look(path, sources) for path in (own, other)]
-    length, _ = question.windows(known[0].model, sources)
+    length, _ = question.check(known[0].model, known[1].model, sources)
     return place_pair(placement, known[0], known[1], question.workload(length), detect(Path.cwd()))
 
 

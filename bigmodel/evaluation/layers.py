@@ -5,8 +5,8 @@ is given that same input, and the relative error is
 
     e = √( Σ (own output − baseline's)² / Σ (baseline's output)² )
 
-over all tokens read. So a module is blamed for what it loses itself, not for what came wrong from the ones before it.
-Nothing is kept but two sums for each.
+over all tokens read; of a module that gives several tensors, the first one of floats. So a module is blamed for what
+it loses itself, not for what came wrong from the ones before it. Nothing is kept but two sums for each.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ class LayerLoss:
     """Square root of the sum of their squares: what they lose together, were their errors independent."""
     bound: float
     """What `total` should not be above."""
-    skip_modules: tuple[str, ...]
+    skip_modules: tuple[str, ...] | None
     """What to leave as it is, for `quantize`, so that `total` would not be above `bound`: those that were left before,
-    and the fewest others. Squares add up, so that these are the largest ones."""
+    and the fewest others. Squares add up, so that these are the largest ones. None: nothing is quantized."""
+    left: float
+    """What `total` would be with these left; above `bound` where modules that are not quantized lose more."""
 
 
 class Layers:
@@ -55,8 +57,11 @@ class Layers:
 
     def _compare(self, name: str, own: Any, module: Any, given: Any, named: Any, output: Any) -> None:
         made = own(*map(partial(_as_taken, own), given), **{key: _as_taken(own, value) for key, value in named.items()})
-        wanted = output.float()
-        error = (made.to(wanted.device).float() - wanted).square().sum(dtype=_float64())
+        found, compared = _tensor_of(made), _tensor_of(output)
+        if found is None or compared is None:
+            return
+        wanted = compared.float()
+        error = (found.to(wanted.device).float() - wanted).square().sum(dtype=_float64())
         sums = self._losses.setdefault(name, [0.0, 0.0])
         sums[0] += float(error)
         sums[1] += float(wanted.square().sum(dtype=_float64()))
@@ -71,6 +76,15 @@ def _float64() -> torch.dtype:
     import torch
 
     return torch.float64
+
+
+def _tensor_of(output: Any) -> torch.Tensor | None:
+    """What is compared of a module's output: the tensor that it is, or the first one of floats among several, as of a
+    router of experts its logits; None: there is none."""
+    import torch
+
+    parts = output if isinstance(output, tuple | list) else (output,)
+    return next((each for each in parts if isinstance(each, torch.Tensor) and each.is_floating_point()), None)
 
 
 def _leaves(model: Any) -> dict[str, Any]:
@@ -111,11 +125,12 @@ def lose_least(
     modules = dict(sorted(relative.items(), key=lambda item: (-item[1], item[0])))
     total = math.sqrt(math.fsum(error * error for error in modules.values()))
     limit = total / 2 if bound is None else bound
-    return LayerLoss(modules, total, limit, (*kept, *_largest(modules, limit, quantized)))
+    chosen, rest = _largest(modules, limit, quantized)
+    return LayerLoss(modules, total, limit, (*kept, *chosen) if quantized else None, math.sqrt(rest))
 
 
-def _largest(modules: Mapping[str, float], bound: float, quantized: Collection[str]) -> list[str]:
-    """The fewest modules without which the rest is not above the bound."""
+def _largest(modules: Mapping[str, float], bound: float, quantized: Collection[str]) -> tuple[list[str], float]:
+    """The fewest modules without which the rest is not above the bound, and the sum of squares that is left."""
     chosen: list[str] = []
     rest = math.fsum(error * error for error in modules.values())
     for name, error in modules.items():
@@ -124,4 +139,4 @@ def _largest(modules: Mapping[str, float], bound: float, quantized: Collection[s
         if name in quantized:
             chosen.append(name)
             rest = math.fsum(other * other for left, other in modules.items() if left not in chosen)
-    return chosen
+    return chosen, rest

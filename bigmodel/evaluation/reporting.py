@@ -9,6 +9,7 @@ from typing import Any
 
 from bigpipe.files import make_directory, write_file
 
+from .layers import LayerLoss
 from .summary import Evaluation, Measured
 
 REPORT = "report.json"
@@ -51,10 +52,18 @@ def _of_layers(found: Evaluation) -> list[str]:
         return []
     first = [f"{error:>12.3%}  {name}" for name, error in list(layers.modules.items())[:SHOWN]]
     more = len(layers.modules) - SHOWN
-    skip = ", ".join(layers.skip_modules)
     return [
         f"relative error of each module's output, all together {layers.total:.3%}:",
         *first,
         *([f"{'':>12}  and {more} more"] if more > 0 else []),
-        f"for {layers.bound:.3%} together, quantize with skip_modules: [{skip}]",
+        *_advice(layers),
     ]
+
+
+def _advice(layers: LayerLoss) -> list[str]:
+    if layers.skip_modules is None:
+        return []
+    skip = f"skip_modules: [{', '.join(layers.skip_modules)}]"
+    if layers.left <= layers.bound:
+        return [f"for {layers.bound:.3%} together, quantize with {skip}"]
+    return [f"even with {skip} it would be {layers.left:.3%}, not {layers.bound:.3%}: what is not quantized loses that"]

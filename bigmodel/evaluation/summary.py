@@ -59,7 +59,7 @@ class Evaluation:
 
     perplexity: Measured
     bits_per_byte: Measured
-    """Of the UTF-8 text: comparable over tokenizers."""
+    """Of the UTF-8 text that the scored tokens stand for: comparable over tokenizers."""
     tokens: int
     """Scored."""
     windows: int

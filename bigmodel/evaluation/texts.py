@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bigpipe.bigmodel.tasks import READERS, Wording, named_files, read_rows
+from bigpipe.bigmodel.tasks import READERS, Wording, named_files, read_rows, require_writable
 from bigpipe.errors import UsageError
 from bigpipe.files import read_file
 
@@ -61,6 +61,7 @@ def _text_of(row: object, column: str, place: str) -> str:
     text = row[column]
     if not isinstance(text, str):
         raise UsageError(f"{place}: {column!r} holds no text", "name a column of texts", field="column")
+    require_writable({column: text}, place)
     return text
 
 

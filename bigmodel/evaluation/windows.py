@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from bigpipe.errors import UsageError
 from bigpipe.modules import foreign
 
 EVALUATE = Asking("evaluation", "take a model of transformers that goes on with a text, such as OPT, GPT-2 or Llama")
+MOST = 64
+"""Tokens of one character that are looked for on each side: it has four bytes, but a tokenizer may spell it out."""
 UNLIMITED = 2048
 """Tokens of a window, where a model's positions have no end and nobody says how many."""
 
@@ -66,7 +69,7 @@ class Tokens:
 
     ids: array[int]
     text_bytes: int
-    """UTF-8 bytes of the tokens that can be scored: all but the first."""
+    """UTF-8 bytes of the tokens that are scored, whatever the number of windows that each stands in."""
 
     @property
     def digest(self) -> str:
@@ -79,15 +82,17 @@ def tokenize(
     text: str,
     sources: Sources,
     bounded: Bounded,
+    windows: Callable[[int], Iterable[Window]],
     most: int | None = None,
     *,
     limit: int | None = None,
     where: Callable[[int], str] = "character {}".format,
 ) -> Tokens:
     """Return the first `most` tokens (None: all) of a text, by the tokenizer in a checkpoint's directory, with the
-    special tokens that it puts around a text. limit: tokens of the model's vocabulary; None: nobody knows. where: how
-    errors call the place of a character. Raise UsageError for fewer than two tokens, as nothing stands before the
-    first, and for one that the model does not have."""
+    special tokens that it puts around a text. windows: those over so many tokens, as `windows_of` gives them. limit:
+    tokens of the model's vocabulary; None: nobody knows. where: how errors call the place of a character. Raise
+    UsageError for fewer than two tokens, as nothing stands before the first, and for one that the model does not
+    have."""
     tokenizer = load_tokenizer(path, sources, bounded)
     broken = foreign(f"{path} has a tokenizer that cannot be used", "mend it, or take another model")
     with broken, bounded(f"the tokenizer of {path}"):
@@ -95,8 +100,8 @@ def tokenize(
         encoded = tokenizer(text, return_offsets_mapping=offsets, verbose=False)
         ids = array("i", encoded["input_ids"][:most])
         cause = beyond(tokenizer, ids, limit)
-        if len(ids) > 1:
-            size = _bytes_of(text, encoded["offset_mapping"], len(ids)) if offsets else _decoded(tokenizer, ids)
+        scored = _together((window.scored, window.end) for window in windows(len(ids)))
+        size = _bytes_of(text, encoded["offset_mapping"], scored) if offsets else _decoded(tokenizer, ids, scored)
     if len(ids) < 2:
         cause = f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}, and the first is never scored"
         raise UsageError(cause, "give a longer text", field="data")
@@ -107,14 +112,47 @@ def tokenize(
     return Tokens(ids, size)
 
 
-def _bytes_of(text: str, offsets: Any, count: int) -> int:
-    """Of the tokens after the first. offsets: of each token its characters, equal ones for a special token."""
-    spans = [(begin, end) for begin, end in offsets[1:count] if end > begin]
-    return len(text[spans[0][0] : max(end for _, end in spans)].encode()) if spans else 0
+def _together(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same tokens in as few (begin, end) as there can be: those of windows that overlap are one."""
+    found: list[tuple[int, int]] = []
+    for begin, end in spans:
+        first = found.pop()[0] if found and found[-1][1] == begin else begin
+        found.append((first, end))
+    return found
 
 
-def _decoded(tokenizer: Any, ids: array[int]) -> int:
-    return len(tokenizer.decode(list(ids[1:]), skip_special_tokens=True, clean_up_tokenization_spaces=False).encode())
+def _bytes_of(text: str, offsets: Sequence[tuple[int, int]], scored: Iterable[tuple[int, int]]) -> int:
+    """UTF-8 bytes of the tokens from each begin to its end, the first never among them. offsets: of each token its
+    characters, (0, 0) for a special one. What a tokenizer leaves out between two tokens belongs to the second."""
+    ends = list(accumulate((end for _, end in offsets), max))
+    return sum(
+        len(text[ends[begin - 1] : ends[end - 1]].encode())
+        + _shared(text, offsets, begin)
+        - _shared(text, offsets, end)
+        for begin, end in scored
+    )
+
+
+def _shared(text: str, offsets: Sequence[tuple[int, int]], token: int) -> int:
+    """Where a character is of several tokens, of which this one is not the first: the bytes that fall to it and those
+    after it, as all have equal parts."""
+    alike = offsets[token] if token < len(offsets) else None
+    if alike is None or alike != offsets[token - 1]:
+        return 0
+    before = sum(1 for _ in takewhile(alike.__eq__, reversed(offsets[max(0, token - MOST) : token])))
+    after = sum(1 for _ in takewhile(alike.__eq__, offsets[token : token + MOST]))
+    size = len(text[slice(*alike)].encode())
+    return size - size * before // (before + after)
+
+
+def _decoded(tokenizer: Any, ids: array[int], scored: Iterable[tuple[int, int]]) -> int:
+    """The same, where only the tokens' texts are known: what they add to the token before them."""
+
+    def size(begin: int, end: int) -> int:
+        text = tokenizer.decode(list(ids[begin:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode())
+
+    return sum(size(begin - 1, end) - size(begin - 1, begin) for begin, end in scored)
 
 
 def plan_windows(tokens: Tokens, length: int, stride: int, asked: str = "") -> list[Row]:
@@ -131,15 +169,20 @@ def window_of(row: Row) -> Window:
     return Window(row.data["begin"], row.data["end"], row.data["scored"])
 
 
-def check_windows(
-    model: ModelDescription, architecture: Architecture | None, length: int | None, stride: int | None
-) -> tuple[int, int]:
-    """Return tokens of a window and between the begins of two. length: None is what the model has positions for, and
-    where these have no end 2,048. stride: None is half of it. Raise UsageError for more than the model's positions, and
-    for a stride above the length, which would leave tokens out."""
-    limit = position_limit(architecture.config if architecture else model.config or {})
+def positions_of(model: ModelDescription, architecture: Architecture | None) -> int | None:
+    """Return how many tokens a model reads at once; None where there is no last one."""
+    return position_limit(architecture.config if architecture else model.config or {})
+
+
+def check_windows(readers: Mapping[str, int | None], length: int | None, stride: int | None) -> tuple[int, int]:
+    """Return tokens of a window and between the begins of two. readers: who reads them, the model and its baseline,
+    with the positions that each has. length: None is what all have positions for, and where these have no end 2,048.
+    stride: None is half of it. Raise UsageError for more than there are positions, and for a stride above the length,
+    which would leave tokens out."""
+    known = [(limit, who) for who, limit in readers.items() if limit is not None]
+    limit, who = min(known, key=lambda found: found[0], default=(None, ""))
     if length is not None and limit is not None and length > limit:
-        cause = f"sequence_length is {length}, and the model has {limit} positions"
+        cause = f"sequence_length is {length}, and the {who} has {limit} positions"
         raise UsageError(cause, f"give at most {limit}, or leave it out", field="sequence_length")
     settled = length or limit or UNLIMITED
     if stride is not None and stride > settled:

@@ -106,7 +106,7 @@ class Prompts:
                 prompt, arguments = self.request(data, where)
             else:
                 prompt = _filled(data, parts, where) if parts else _prompt(data, self.column, where, self.wording)
-            _require_writable(data, where)
+            require_writable(data, where)
             yield Row(index, prompt, data, place=where, field=field, arguments=arguments)
 
     def _objects(self, files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
@@ -133,7 +133,7 @@ def _of_file(index: int, path: Path, column: str, base: Path, wording: Wording) 
     if reads is None:
         raise UsageError(f"{told}{path} is no picture or sound, as others beside it are", "name those alone")
     name = (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
-    _require_writable({column: name}, f"{told}{str(path)!a}")
+    require_writable({column: name}, f"{told}{str(path)!a}")
     return Row(index, name, {column: name}, reads, str(path), wording.field)
 
 
@@ -205,7 +205,9 @@ def _written_as(prompt: Any) -> str:
     return "put it in quotes" if isinstance(prompt, int | float) else "write a message as {role: user, content: …}"
 
 
-def _require_writable(data: dict[str, Any], where: str) -> None:
+def require_writable(data: dict[str, Any], where: str) -> None:
+    """Raise UsageError, which says `where`, for a field that cannot be written as JSON in UTF-8: half of a surrogate
+    pair, or a value of no JSON type."""
     if _unwritable(data) is None:
         return
     for name, value in data.items():

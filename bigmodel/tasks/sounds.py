@@ -37,6 +37,21 @@ def read_sound(row: Row, sources: Sources, rate: int) -> NDArray[numpy.float32]:
         return resample(samples, found, rate)
 
 
+def sound_seconds(row: Row, sources: Sources) -> float:
+    """Return how long a row's sound is, in seconds, by its header. Raise ValueError for a file that cannot be read."""
+    with reading(row.prompt, "sound"):
+        path = file_of(row, sources)
+        _require_whole(path)
+        if find_spec("soundfile") is None:
+            with wave.open(str(path), "rb") as file:
+                most = path.stat().st_size // (file.getsampwidth() * file.getnchannels())
+                return min(file.getnframes(), most) / file.getframerate()
+        import soundfile
+
+        with soundfile.SoundFile(str(path)) as sound:
+            return float(sound.frames / sound.samplerate)
+
+
 def _read(path: Path) -> tuple[NDArray[numpy.float32], int]:
     """soundfile reads many formats; Python's own `wave` reads whole numbers in .wav alone. Raise ValueError for a file
     that is cut short, of which both read what is left."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .adapting import require_peft
     from .examples import TASKS, check_model, check_rows, input_column_of, read_data, require_sound_reader, sounds_of
     from .finetuning import TrainedAdapter, Work, computing_dtype, finetune, finish_ranks, train_rank
-    from .forecast import TrainingMemory, foreseen_adapter, parameters_of, training_memory
+    from .forecast import TrainingMemory, foreseen_adapter, parameters_of, stored_beside, training_memory
     from .settings import Lora, TaskName, Training
 
 __getattr__, __all__ = face(__name__)

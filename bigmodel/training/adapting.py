@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.adapters import read_tensors
+from bigpipe.bigmodel.adapters import copies, read_tensors
 from bigpipe.bigmodel.checkpoint import open_adapter
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.files import make_directory, write_file
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 MODULE = re.compile(r"(\w+)\(\n.*?^\)", re.DOTALL | re.MULTILINE)
 """A module as torch prints it: its class, and all that it holds."""
 
@@ -36,8 +39,9 @@ def require_peft() -> None:
 def attach(model: Any, training: Training, scheme: str | None, adapter: Path | None = None) -> Any:
     """Return the model with an adapter that is trained, and all else frozen; random numbers come from torch's own.
 
-    scheme: of its packed weights. adapter: one to go on from. Raise UsageError and InvalidCheckpoint for one that is
-    not LoRA, or was made for another model.
+    scheme: of its packed weights. adapter: one to go on from; weights of the model that it holds take the place of the
+    model's, as peft does it. Raise UsageError and InvalidCheckpoint for one that is not LoRA, or was made for another
+    model.
     """
     if scheme is not None:  # by which peft chooses its own module, as transformers sets it
         setattr(model, "is_loaded_in_8bit" if scheme == "int8" else "is_loaded_in_4bit", True)
@@ -100,13 +104,29 @@ def _continued(model: Any, adapter: Path) -> Any:
     except ValueError as error:
         cause = f"{file} was made for another model: {str(error).partition(chr(10))[0]:.200}"
         raise InvalidCheckpoint(cause, "wire the model it was trained on") from error
-    wanted = {name: tuple(value.shape) for name, value in adapter_tensors(made).items()}
+    own = dict(made.named_parameters(remove_duplicate=False))
+    held = {name: own[name] for name in copies(opened.described) if name in own}
+    _refuse_packed(held, file)
+    wanted = {name: tuple(value.shape) for name, value in (held | adapter_tensors(made)).items()}
     if differing := sorted(there.items() ^ wanted.items()):
         names = list(dict.fromkeys(name for name, _ in differing))
         cause = f"{file} was made for another model: {len(names)} of its tensors differ, {first_few(names)}"
         raise InvalidCheckpoint(cause, "wire the model it was trained on")
     load_tensors(made, read_tensors(opened))
     return made
+
+
+def _refuse_packed(held: Mapping[str, torch.Tensor], file: Path) -> None:
+    if packed := [name for name, value in held.items() if not value.is_floating_point()]:
+        cause = f"{file} holds weights of the model itself, which are quantized in this one: {first_few(packed)}"
+        raise UsageError(cause, "wire the model as it was before it was quantized")
+
+
+def copies_in(adapter: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter's folder that are the model's own weights, as they are stored."""
+    opened = open_adapter(adapter)
+    names = copies(opened.described)
+    return read_tensors(replace(opened, tensors={name: opened.tensors[name] for name in names}))
 
 
 def read_config(adapter: Path) -> Any:
@@ -146,13 +166,16 @@ def trained(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return ((name, each) for name, each in model.named_parameters() if each.requires_grad)
 
 
-def write_adapter(model: Any, out: Path, base_model: str | None, revision: str | None) -> dict[str, tuple[str, int]]:
+def write_adapter(
+    model: Any, out: Path, base_model: str | None, revision: str | None, beside: Mapping[str, torch.Tensor] = NOTHING
+) -> dict[str, tuple[str, int]]:
     """Write peft's two files, and return their (hex sha256, size). base_model: the repository that the model came from,
-    and its commit; no path of this machine enters."""
+    and its commit; no path of this machine enters. beside: weights of the model that are stored with the adapter."""
     from safetensors.torch import save
 
     make_directory(out)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
+    own = {name: value.detach().cpu().contiguous() for name, value in adapter_tensors(model).items()}
+    tensors = {**beside, **own}
     return {
         WEIGHTS: write_file(out / WEIGHTS, save(tensors, metadata={"format": "pt"})),
         CONFIG: write_file(out / CONFIG, _config_text(model, base_model, revision)),

@@ -26,10 +26,12 @@ from bigpipe.bigmodel.tasks import (
     require_processor,
     require_template,
     require_tokenizer,
+    sound_seconds,
     vocabulary,
 )
 from bigpipe.errors import UsageError
 from bigpipe.files import missing
+from bigpipe.modules import foreign
 from bigpipe.sizes import counted
 
 from .settings import TaskName
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 FINETUNE = Asking("fine-tuning", "take a model of transformers that makes texts, such as OPT, Llama, T5 or Whisper")
 IGNORED = -100
 """A label that no loss counts, in transformers."""
+SLACK = 0.1
+"""Seconds of a sound that hold no word: by so much it may be longer than what is heard of it."""
 SPEECH_CLASSES = ("WhisperForConditionalGeneration",)
 
 
@@ -152,12 +156,11 @@ def check_model(task: TaskName, model: ModelDescription, rows: Sequence[Row], so
         fitting = [name for name, other in TASKS.items() if other.fits(architecture)]
         cure = f"use task: {fitting[0]}" if fitting else FINETUNE.otherwise
         raise UsageError(f"{task} is for {TASKS[task].takes}; this is {architecture.class_name}", cure, field="task")
-    if task == "causal-lm":
-        if architecture is not None:
-            refuse_looking_ahead(architecture, FINETUNE, field="task")
-        check = require_template(model)
-        for row in rows:
-            check(row)
+    if task == "causal-lm" and architecture is not None:
+        refuse_looking_ahead(architecture, FINETUNE, field="task")
+    check = require_template(model)
+    for row in rows:
+        check(row)
     return architecture
 
 
@@ -209,7 +212,10 @@ class Reading:
 
     def examples(self, rows: Sequence[Row], input_column: str, max_length: int) -> Examples:
         """Return the rows as tokens, at most `max_length` each. Raise UsageError, naming file and line, for one that
-        teaches nothing, and for a token that the model does not have."""
+        teaches nothing, for a token that the model does not have, and for a sound that cannot be read, or is longer
+        than what the model hears at once."""
+        if self.processor is not None:
+            self._require_heard(rows, input_column)
         cut = 0
         made = []
         with self.bounded("the tokenizer, or the chat template, of the model"):
@@ -221,6 +227,17 @@ class Reading:
                 made.append(self._require(Example(labels, given), row, input_column))
                 cut += shortened or also
         return Examples(self.task, made, cut, self._collate)
+
+    def _require_heard(self, rows: Sequence[Row], column: str) -> None:
+        """Of a sound that is cut the text would be learnt whole: what nobody has heard."""
+        for row in rows:
+            try:
+                seconds = sound_seconds(Row(row.index, row.data[column], {}, "sound"), self.sources)
+            except ValueError as error:
+                raise row.wrong(str(error), "mend the file, or leave the row out") from error
+            if seconds > self.processor.chunk_length + SLACK:
+                cause = f"the sound has {seconds:.4g} s, and the model hears {self.processor.chunk_length} at a time"
+                raise row.wrong(cause, "cut it, and its text with it, or leave the row out")
 
     def _require(self, example: Example, row: Row, input_column: str) -> Example:
         """The same. Raise UsageError for one that no model, or not this one, can learn from."""
@@ -239,7 +256,8 @@ class Reading:
     def _text(self, row: Row) -> tuple[str, bool]:
         if isinstance(row.prompt, str):
             return row.prompt, True
-        return str(self.tokenizer.apply_chat_template(row.prompt, tokenize=False)), False
+        with foreign(f"{row.place}: the model's chat template refuses it", "mend the chat, or the template"):
+            return str(self.tokenizer.apply_chat_template(row.prompt, tokenize=False)), False
 
     def _given(self, row: Row, column: str, max_length: int) -> tuple[Any, bool]:
         if not column:

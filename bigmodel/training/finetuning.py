@@ -31,7 +31,7 @@ from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
-from .adapting import attach, require_peft, trained, write_adapter
+from .adapting import attach, copies_in, require_peft, trained, write_adapter
 from .examples import (
     Examples,
     check_model,
@@ -126,7 +126,8 @@ def train_rank(
     """Do one rank's part. folder: of all ranks; each writes only to `folder/rank-N`, rank 0 states to go on from, too,
     and the adapter.
 
-    Raise StageFailed for a loss that is no number, and every error of loading and attaching.
+    Raise StageFailed for a loss or gradients that are no numbers, with the step, and every error of loading and
+    attaching.
     """
     import torch
     from transformers import set_seed
@@ -139,13 +140,16 @@ def train_rank(
     scheme = format_of(describe_checkpoint(work.model))
     adapted = attach(model, work.training, None if scheme is PLAIN else scheme.name, work.adapter)
     if rank:
-        set_seed(work.training.seed + rank)
+        set_seed(work.training.seed_of(rank))
     first, own = folder / "rank-0", folder / f"rank-{rank}"
     make_directory(own)
     trainer = Trainer(adapted, examples, work.training, first, rank, ranks, progress)
     done = trainer.run()
     loss = trainer.evaluate(others) if work.eval_rows else None
-    files = write_adapter(adapted, own / ADAPTER, work.base_model, work.revision) if rank == 0 else {}
+    files: dict[str, tuple[str, int]] = {}
+    if rank == 0:
+        beside = copies_in(work.adapter) if work.adapter is not None else {}
+        files = write_adapter(adapted, own / ADAPTER, work.base_model, work.revision, beside)
     count = sum(parameter.numel() for _, parameter in trained(adapted))
     measured = {**asdict(done), "eval_loss": loss, "parameters": count, "peak": _peaks(), "files": files}
     write_file(own / MEASURED, json.dumps(measured))
@@ -251,7 +255,8 @@ def finetune(
     progress: called with steps done, all steps, and loss and speed in words.
 
     Random numbers of this process go on afterwards as if none had been drawn. Raise UsageError for data or a model that
-    the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss that is no number.
+    the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss or gradients that are
+    no numbers, with the step.
     """
     require("finetune", "torch", "transformers", "accelerate")
     require_peft()
@@ -266,7 +271,7 @@ def finetune(
     if task == "speech-seq2seq":
         require_sound_reader(sounds_of([*rows, *others], given, base))
     described = describe_checkpoint(path)
-    architecture = check_model(task, described, rows, sources)
+    architecture = check_model(task, described, [*rows, *others], sources)
     if architecture is not None and adapter is None:
         foreseen_adapter(described, architecture, asked, sources)
     work = Work(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bigpipe.bigmodel.adapters import copies
 from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, itemsize, tensor_nbytes
 from bigpipe.bigmodel.execution import cast_bytes
@@ -48,10 +49,18 @@ def foreseen_adapter(
 
 
 def parameters_of(adapter: AdapterDescription) -> tuple[int, int]:
-    """Return how many numbers an adapter holds, and for how many modules."""
-    tensors = adapter.tensors or {}
+    """Return how many numbers of an adapter are trained, and for how many modules. Weights of the model that its file
+    holds too are none of them."""
+    held = set(copies(adapter))
+    tensors = {name: each for name, each in (adapter.tensors or {}).items() if name not in held}
     count = sum(math.prod(shape) for _, shape in tensors.values())
     return count, sum(name.endswith(".lora_A.weight") for name in tensors)
+
+
+def stored_beside(adapter: AdapterDescription) -> int:
+    """Return the bytes of the model's weights that an adapter's file holds, and one that goes on from it, too."""
+    tensors = adapter.tensors or {}
+    return sum(tensor_nbytes(*tensors[name]) for name in copies(adapter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +93,33 @@ def training_memory(
     longest: int,
     *,
     gpu: bool,
+    given: int = 0,
 ) -> TrainingMemory:
     """Return what a step takes. parameters: of the adapter. dtype: computed in. longest: tokens of the longest row;
-    what is more than `max_length`, or the model's positions, is cut.
+    given: of the longest input that an encoder reads (sounds have one length); what is more than `max_length`, or the
+    model's positions, is cut.
     """
     stored = sum(tensor_nbytes(own, shape) for own, shape in (model.tensors or {}).values())
     cast = cast_bytes(model, dtype)
     packed = stored - _cast_from(model, dtype)
-    length = capped_length(architecture, min(training.max_length, max(longest, 1)))
+    length, read = (
+        capped_length(architecture, min(training.max_length, max(tokens, 1))) for tokens in (longest, given)
+    )
     scheme = format_of(model)
     work = Workload(batch_size=training.batch_size, sequence_length=length, all_logits=True)
     budget = Budget(architecture, dtype if scheme is PLAIN else scheme.name, work)
-    heard = text_config(architecture.config).get("max_source_positions") if training.task == "speech-seq2seq" else None
+    encoded = {
+        "causal-lm": 0,
+        "seq2seq-lm": read,
+        "speech-seq2seq": text_config(architecture.config).get("max_source_positions") or 0,
+    }[training.task]
     kept = activations_kept(
         budget.shape, training.batch_size, length, mixed=dtype != "float32",
         checkpointing=training.gradient_checkpointing,
     )  # fmt: skip
-    if heard:
+    if encoded:
         kept += activations_kept(
-            budget.shape, training.batch_size, heard, mixed=dtype != "float32",
+            budget.shape, training.batch_size, encoded, mixed=dtype != "float32",
             checkpointing=training.gradient_checkpointing, headless=True,
         )  # fmt: skip
     packing, largest, shape = budget.counts.packing, budget.counts.largest_matrix, budget.shape
@@ -110,7 +127,7 @@ def training_memory(
     if packing is not None and packing.keeps_inputs and training.gradient_checkpointing:
         # Of keys, queries and values together; of what they give; of both halves of the feed-forward part
         widths = 3 * shape.hidden + shape.inner
-        kept += shape.layers * training.batch_size * length * widths * itemsize(dtype)
+        kept += shape.layers * training.batch_size * (length + encoded) * widths * itemsize(dtype)
     return TrainingMemory(
         windows=0 if gpu else packed,
         weights=cast + (packed if gpu else 0),

@@ -56,8 +56,12 @@ class Training:
         for name in ("max_steps", "num_train_epochs", *COUNTS):
             if getattr(self, name) is not None or name in COUNTS:
                 _require_count(name, getattr(self, name))
-        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+        if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
             raise UsageError(f"seed is {self.seed!r:.60}", "give a whole number from 0 on, below 2³²", field="seed")
+
+    def seed_of(self, rank: int) -> int:
+        """Return what a rank draws from, once the adapter has its first values: a number that numpy takes."""
+        return (self.seed + rank) % SEEDS
 
     def steps(self, rows: int, ranks: int) -> int:
         """Return how many times the adapter is changed."""
@@ -76,5 +80,7 @@ def _require_count(name: str, value: object) -> None:
         raise UsageError(f"{name} is {value!r:.60}", "it must be 1 or more", field=name)
 
 
+SEEDS = 2**32
+"""Numbers that numpy takes for a seed."""
 COUNTS = ("batch_size", "gradient_accumulation_steps", "max_length", "save_steps")
 LENGTH = "either max_steps or num_train_epochs says how long to train"

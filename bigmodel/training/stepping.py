@@ -77,7 +77,8 @@ class Trainer:
         return self.training.steps(len(self.examples.all), self.ranks)
 
     def run(self) -> Progressed:
-        """Train to the end, from the last state that was saved. Raise StageFailed for a loss that is no number."""
+        """Train to the end, from the last state that was saved. Raise StageFailed for a loss or gradients
+        that are no numbers, with the step."""
         import torch
 
         self._parameters = dict(trained(self.model))
@@ -111,11 +112,11 @@ class Trainer:
         return Order(rows, self.ranks, asked.batch_size, each, asked.seed)
 
     def _go_on(self) -> None:
-        """Take up the last state, if there is one."""
+        """Take up the last state, if there is one of the same kind of device: another one draws other numbers."""
         import torch
 
         found = read_state(self.folder)
-        if found is None:
+        if found is None or len(found[1][RANDOM][self.rank]) != len(random_state(torch.device(self.device))):
             self._tell()
             return
         self._so_far, tensors = found
@@ -183,19 +184,21 @@ class Trainer:
         return found
 
     def _change(self, step: int) -> None:
-        """Change the adapter. The rate falls linearly, as transformers' get_linear_schedule_with_warmup has it."""
+        """Change the adapter. The rate falls linearly, as transformers' get_linear_schedule_with_warmup has it. Raise
+        StageFailed where no numbers would come of it."""
         import torch
 
-        torch.nn.utils.clip_grad_norm_(self._parameters.values(), MOST_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), MOST_NORM)
+        self._require_number(norm.item(), f"step {step + 1}", "norm of the gradients")
         for group in self._optimizer.param_groups:
             group["lr"] = self.training.learning_rate * ((self.steps - step) / self.steps)
         self._optimizer.step()
 
-    def _require_number(self, loss: float, where: str) -> float:
-        if math.isfinite(loss):
-            return loss
+    def _require_number(self, value: float, where: str, what: str = "loss") -> float:
+        if math.isfinite(value):
+            return value
         cure = "lower learning_rate, compute in another dtype (float32, bfloat16), or look at the rows"
-        raise StageFailed(f"{where}: the loss is {loss}: the training diverged", cure)
+        raise StageFailed(f"{where}: the {what} is {value}: the training diverged", cure)
 
     def _save(self) -> None:
         """All ranks' random numbers are in the one file that rank 0 writes, so that no rank is ever ahead."""

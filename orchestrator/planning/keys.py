@@ -31,12 +31,10 @@ from bigpipe.modules import code_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Machine, Params
 from bigpipe.orchestrator.recipe import Node, is_built_in
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
-from bigpipe.programs import NOTES
+from bigpipe.programs import files_below
 from bigpipe.trust import Trust
 from bigpipe.versions import package_version, planned_version
 
-NO_CONTENT = NOTES
-"""Directories of a tree that hold what tools noted down, not what the tree is."""
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 ABSENT = "(absent)"
 """Stands in a `Difference` for a value that is not there on one side."""
@@ -316,7 +314,8 @@ class _Walk:
         if not path.is_dir():
             cause = "is a file, not a directory" if path.exists() else "is not there"
             raise self._wrong(where, value, f"the directory {value} {cause}")
-        return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in _files(path, links)])
+        found = files_below(path, links=links)
+        return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in found])
 
     def code(self, value: str, where: str) -> str:
         if not _CODE.fullmatch(value):
@@ -390,24 +389,6 @@ def _inner(arms: tuple[_Arm, ...], *, of_map: bool) -> tuple[_Arm, ...]:
 
 def _key(key: Any) -> str:
     return key if type(key) is str else str(to_jsonable_python({key: None}).popitem()[0])
-
-
-def _files(folder: Path, links: bool) -> list[str]:
-    """The relative paths of all files below a directory, sorted. links: to folders are followed; a second way in is not
-    taken."""
-    found: list[str] = []
-    seen, top = set(), os.fspath(folder)
-    for place, folders, names in os.walk(top, onerror=_raise, followlinks=links):
-        seen.add(os.path.realpath(place))
-        own = [name for name in folders if name not in NO_CONTENT]
-        folders[:] = sorted(name for name in own if os.path.realpath(os.path.join(place, name)) not in seen)
-        inside = place.removeprefix(top).lstrip(os.sep)
-        found += [os.path.join(inside, name) for name in names] if inside else names
-    return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def source_digest(reference: str, base: Path | None, memo: Digests) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.files import Damaged, is_partial, move, sync_directory
+from bigpipe.files import Damaged, is_partial, let_in, move, sync_directory
 from bigpipe.orchestrator.contract import Json
 from bigpipe.sizes import counted
 
@@ -199,7 +199,16 @@ def let_go(layout: Layout, artifact: Artifact) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or a directory with all it holds; what links lead to stays. Gone already is fine."""
+    """Remove a file or a directory with all it holds; what links lead to stays. Gone already is fine, and so are
+    directories below that their owner may not write to."""
+    try:
+        _remove_all(path)
+    except PermissionError:
+        let_in(path)
+        _remove_all(path)
+
+
+def _remove_all(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         for place, folders, names in walk(path):
             for name in (*names, *folders):

@@ -322,6 +322,24 @@ def make_folders(path: Path, *, durable: bool = True, mode: int = 0o777) -> None
         sync_directory(path.parent)
 
 
+def let_in(folder: Path) -> None:
+    """Give the owner every right to a directory and to those below it, so that it can be removed: a tool may have left
+    some that nobody may write to. Where links lead stays as it is, and so does what belongs to somebody else."""
+    if folder.is_symlink():
+        return
+    _let_in(folder)
+    for place, inner, _ in os.walk(folder):
+        for name in inner:
+            _let_in(os.path.join(place, name))
+
+
+def _let_in(folder: str | Path) -> None:
+    with suppress(PermissionError, FileNotFoundError):
+        mode = os.lstat(folder).st_mode
+        if stat.S_ISDIR(mode) and mode & stat.S_IRWXU != stat.S_IRWXU:
+            os.chmod(folder, stat.S_IMODE(mode) | stat.S_IRWXU)
+
+
 def move(source: Path, target: Path, *, durable: bool = False) -> None:
     """Rename in one step; `target` is replaced."""
     source.rename(target)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+from .errors import UsageError
+
 if TYPE_CHECKING:
     import subprocess
 
@@ -34,6 +36,13 @@ class Ended:
 
     status: int
     last: tuple[str, ...]
+
+
+def signal_in_words(number: int) -> str:
+    """Return `signal 11 (SIGSEGV)`; of a signal without a name of its own, as those of real time, the number alone."""
+    with contextlib.suppress(ValueError):
+        return f"signal {number} ({signal.Signals(number).name})"
+    return f"signal {number}"
 
 
 def busy(process: int) -> float:
@@ -177,18 +186,53 @@ def _pass_on(source: BinaryIO, target: Output, last: deque[bytes]) -> None:
         last.extend(line[-4096:] for line in more)
 
 
-def laid_out(files: Sequence[str], base: Path) -> Iterator[tuple[PurePosixPath, Path]]:
-    """Yield (where it lies in a working directory, where it is) of every file. files: paths, globs and directories,
-    relative to `base`; what tools noted down in a directory is left out."""
-    for name in files:
-        if (base / name).is_dir():
-            for folder, inner, inside in os.walk(base / name, followlinks=True):
-                inner[:] = [each for each in inner if each not in NOTES]
-                there = os.path.relpath(folder, base / name)
-                yield from ((laid_out_at(os.path.join(name, there, each)), Path(folder, each)) for each in inside)
-        else:
-            found = [name] if (base / name).is_file() else sorted(glob.glob(name, root_dir=base, recursive=True))
-            yield from ((laid_out_at(each), base / each) for each in found if (base / each).is_file())
+def laid_out(files: Sequence[str], base: Path) -> dict[PurePosixPath, Path]:
+    """Return where each file lies in a working directory → where it is. files: paths, globs and directories, relative
+    to `base`; what tools noted down in a directory is left out. Raise UsageError, with the field `files[3]`, for one
+    that would lie where another one does."""
+    found: dict[PurePosixPath, Path] = {}
+    folders: dict[PurePosixPath, Path] = {}
+    for number, name in enumerate(files):
+        for place, source in _laid_out(name, base):
+            taken = next((above for above in (place, *place.parents) if above in found), place)
+            other = found.get(taken) or folders.get(taken)
+            if other is not None and not _is_same(other, source):
+                cause = f"{other} and {source} would both lie at {taken} in the working directory"
+                raise UsageError(cause, "rename one of them, or name one alone", field=f"files[{number}]")
+            found[place] = source
+            folders.update(dict.fromkeys(place.parents, source))
+    return found
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
+def _laid_out(name: str, base: Path) -> Iterator[tuple[PurePosixPath, Path]]:
+    path = base / name
+    if path.is_dir():
+        yield from ((laid_out_at(os.path.join(name, inside)), path / inside) for inside in files_below(path))
+    else:
+        found = [name] if path.is_file() else sorted(glob.glob(name, root_dir=base, recursive=True))
+        yield from ((laid_out_at(each), base / each) for each in found if (base / each).is_file())
+
+
+def files_below(folder: Path, *, links: bool = True) -> list[str]:
+    """Return the relative paths of all files below a directory, sorted, but for what tools noted down. links: to
+    folders are followed; a second way in is not taken. Raise OSError for a directory that cannot be read."""
+    found: list[str] = []
+    seen, top = set(), os.fspath(folder)
+    for place, folders, names in os.walk(top, onerror=_raise, followlinks=links):
+        seen.add(os.path.realpath(place))
+        own = [name for name in folders if name not in NOTES]
+        folders[:] = sorted(name for name in own if os.path.realpath(os.path.join(place, name)) not in seen)
+        inside = place.removeprefix(top).lstrip(os.sep)
+        found += [os.path.join(inside, name) for name in names] if inside else names
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def laid_out_at(name: str) -> PurePosixPath:

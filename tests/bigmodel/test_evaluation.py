@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from hypothesis import given, strategies as some
 from support.contexts import MACHINE
 from support.models import make_checkpoint, save_model, tiny_model
 from support.plain_perplexity import all_logits, divergences, ids_of, load_plainly, perplexity, windows
+from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bigpipe
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.evaluation import Divergence, Known, place_pair, read_texts, windows_of
+from bigpipe.bigmodel.evaluation import Divergence, Known, place_pair, read_texts, render, windows_of
 from bigpipe.bigmodel.evaluation.layers import lose_least
 from bigpipe.bigmodel.evaluation.measures import measure
 from bigpipe.bigmodel.evaluation.summary import _divergence, _mean_of
@@ -63,8 +66,37 @@ def test_perplexity_of_the_quickstart_is_that_of_a_plain_script(quickstart: Path
     found = bigpipe.evaluate(quickstart, text, sequence_length=32)
     assert found.perplexity.value == pytest.approx(wanted, rel=1e-6, abs=1e-4)
     assert found.tokens == count
-    bits = math.log2(found.perplexity.value) * count / len(TEXT.encode())
-    assert found.bits_per_byte.value == pytest.approx(bits, rel=0.02)  # the first token is not scored
+
+
+@pytest.mark.parametrize("stride", [64, 63, 7])
+def test_bits_are_over_the_bytes_of_the_tokens_that_are_scored(tmp_path: Path, stride: int) -> None:
+    """Also where windows do not overlap, and of the first token of each nothing is in the sum of nats."""
+    (tmp_path / "text.txt").write_text(TEXT.replace("e", "é"))
+    ids = ids_of(QUICKSTART, TEXT.replace("e", "é"))[0]
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART)
+    scored = [ids[window.scored : window.end] for window in windows_of(len(ids), 64, stride)]
+    size = len(b"".join(token for part in scored for token in as_bytes(tokenizer, part)))
+    found = bigpipe.evaluate(QUICKSTART, tmp_path / "text.txt", sequence_length=64, stride=stride)
+    nats = found.tokens * math.log(found.perplexity.value)
+    assert found.bits_per_byte.value == pytest.approx(nats / math.log(2) / size)
+    assert found.bits_per_byte.stderr == pytest.approx(
+        found.perplexity.stderr / found.perplexity.value * found.tokens / math.log(2) / size
+    )
+
+
+def as_bytes(tokenizer: Any, ids: torch.Tensor) -> list[bytes]:
+    """Of each token of a byte-level tokenizer, whose letters stand for bytes."""
+    letters = {letter: bytes([number]) for number, letter in bytes_to_unicode().items()}
+    return [b"".join(letters[letter] for letter in token) for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+
+@pytest.mark.parametrize("stride", [16, 15, 1])
+def test_bits_are_those_of_a_tokenizer_without_offsets_too(tmp_path: Path, text: Path, stride: int) -> None:
+    """One that makes a token of each byte."""
+    model = save_model(tiny_model("opt", vocab_size=384), tmp_path / "model", tokenizer=False)
+    ByT5Tokenizer().save_pretrained(model)
+    found = bigpipe.evaluate(model, text, sequence_length=16, stride=stride, max_tokens=120)
+    assert found.bits_per_byte.value == pytest.approx(math.log2(found.perplexity.value))
 
 
 def test_divergence_from_the_quickstart_is_that_of_a_script_that_keeps_all_logits(quickstart: Path, text: Path) -> None:
@@ -122,7 +154,7 @@ def test_a_model_is_as_good_as_itself(model: Path, text: Path) -> None:
     assert found.comparison.kl == Divergence(*[type(found.perplexity)(0.0, 0.0)] * 3)
     assert found.comparison.top1.value == 1
     assert set(found.layers.modules.values()) == {0.0}
-    assert found.layers.skip_modules == ()
+    assert found.layers.skip_modules is None  # nothing is quantized
 
 
 def test_standard_errors_are_those_of_the_tokens() -> None:
@@ -173,6 +205,25 @@ def test_each_module_is_blamed_for_what_it_loses_itself(tmp_path: Path, text: Pa
     assert found.total == pytest.approx(0.1, rel=1e-3)
 
 
+def test_modules_of_a_mixture_are_compared_its_routers_among_them(tmp_path: Path, text: Path) -> None:
+    """A router gives its logits, and with them what comes of these."""
+    baseline = save_model(tiny_model("mixtral"), tmp_path / "baseline")
+    changed = tiny_model("mixtral")
+    router = next(name for name, _ in changed.named_modules() if name.endswith("layers.1.mlp.gate"))
+    with torch.no_grad():
+        changed.get_submodule(router).weight *= 1.1
+    save_model(changed, tmp_path / "changed")
+    same, found = (
+        bigpipe.evaluate(path, text, baseline=baseline, sequence_length=32, per_layer=True).layers
+        for path in (baseline, tmp_path / "changed")
+    )
+    assert same is not None
+    assert set(same.modules.values()) == {0.0}
+    assert found is not None
+    assert next(iter(found.modules)) == router
+    assert found.modules[router] == pytest.approx(0.1, rel=1e-3)
+
+
 def test_the_fewest_modules_are_left_that_bring_the_error_under_the_bound() -> None:
     losses = [{"a": [9.0, 100.0], "b": [16.0, 100.0]}, {"c": [1.0, 100.0], "norm": [25.0, 100.0], "a": [9.0, 100.0]}]
     quantized = {"a", "b", "c"}
@@ -184,6 +235,21 @@ def test_the_fewest_modules_are_left_that_bring_the_error_under_the_bound() -> N
     assert lose_least(losses, 0.55, (), quantized).skip_modules == ("b", "a")
     assert lose_least(losses, 0.8, (), quantized).skip_modules == ()
     assert lose_least(losses, None, (), quantized).bound == pytest.approx(found.total / 2)
+    assert found.left == pytest.approx(math.sqrt(0.35))
+
+
+def test_what_is_left_is_told_where_leaving_modules_does_not_bring_it_under_the_bound(
+    tmp_path: Path, model: Path, text: Path
+) -> None:
+    losses = [{"norm": [25.0, 100.0], "a": [9.0, 100.0]}]
+    found = lose_least(losses, 0.1, ("lm_head",), {"a"})
+    assert (found.skip_modules, found.left) == (("lm_head", "a"), 0.5)
+    assert lose_least(losses, 0.1, (), ()).skip_modules is None
+    whole = bigpipe.evaluate(model, text, baseline=model, sequence_length=32)
+    told = {bound: render(replace(whole, layers=lose_least(losses, bound, (), {"a"}))) for bound in (0.1, 0.5)}
+    assert "even with skip_modules: [a] it would be 50.000%, not 10.000%: what is not quantized loses" in told[0.1]
+    assert "for 50.000% together, quantize with skip_modules: [a]" in told[0.5]
+    assert "skip_modules" not in render(replace(whole, layers=lose_least(losses, 0.1, (), ())))
 
 
 def test_streamed_models_give_the_same_numbers(model: Path, other: Path, text: Path) -> None:
@@ -208,6 +274,11 @@ def test_rows_and_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"body": "one"}\n', "a.jsonl:1: there is no 'text', only 'body'"),
         ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: 'text' holds no text"),
+        (
+            "a.jsonl",
+            '{"text": "a \\ud800"}\n',
+            "a.jsonl:1: 'text' holds half of a surrogate pair, '\\ud800', which is no",
+        ),
         ("a.jsonl", "nonsense\n", "a.jsonl:1: not JSON"),
         ("a.txt", "", "holds no text"),
         ("a.txt", " \n\n", "holds no text"),
@@ -243,6 +314,19 @@ def test_windows_that_the_model_cannot_read_are_refused(
     with pytest.raises(UsageError, match=cause) as error:
         bigpipe.evaluate(model, text, **fields)
     assert error.value.field == field
+
+
+def test_windows_that_the_baseline_cannot_read_are_refused_and_those_that_are_left_out_fit_both(
+    tmp_path: Path, model: Path, text: Path
+) -> None:
+    short = make_checkpoint(tmp_path / "short", "opt", max_position_embeddings=64)
+    for own, other, who in ((model, short, "baseline"), (short, model, "model")):
+        with pytest.raises(UsageError, match=f"sequence_length is 128, and the {who} has 64 positions") as error:
+            bigpipe.evaluate(own, text, baseline=other, sequence_length=128)
+        assert error.value.field == "sequence_length"
+        assert bigpipe.evaluate(own, text, baseline=other) == bigpipe.evaluate(
+            own, text, baseline=other, sequence_length=64
+        )  # fmt: skip
 
 
 def test_a_text_of_one_token_is_refused(model: Path, tmp_path: Path) -> None:
@@ -390,4 +474,4 @@ def test_a_report_says_all(tmp_path: Path, model: Path, other: Path, text: Path)
     assert list(told["per_layer"]["modules"]) == list(found.layers.modules) if found.layers else False
     lines = (tmp_path / "report/report.txt").read_text()
     assert f"{found.perplexity.value:.6g} ± {found.perplexity.stderr:.2g}" in lines
-    assert "quantize with skip_modules: [" in lines
+    assert "skip_modules" not in lines  # nothing is quantized

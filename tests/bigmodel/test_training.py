@@ -5,21 +5,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from support.adapters import loaded, tuned, with_adapter
 from support.media import make_whisper, tones, write_wav
-from support.models import make_checkpoint
+from support.models import make_checkpoint, save_model
+from transformers import AutoTokenizer
 
 from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.training import Lora, Training, finetune, foreseen_adapter, parameters_of, training_memory
+from bigpipe.bigmodel.training import (
+    Lora,
+    Training,
+    Work,
+    finetune,
+    foreseen_adapter,
+    parameters_of,
+    read_data,
+    train_rank,
+    training_memory,
+)
+from bigpipe.bigmodel.training.examples import reading
+from bigpipe.bigmodel.training.finetuning import unbounded
 from bigpipe.bigmodel.training.order import Order
+from bigpipe.bigmodel.training.saved import read_state, save_state
+from bigpipe.bigmodel.training.stepping import Trainer, seeded
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 
 pytest.importorskip("peft")
@@ -131,6 +148,28 @@ def test_what_gradients_through_packed_matrices_take_is_foreseen(models: dict[st
         assert activations("nf4", **how) - plain == (6 if size == 4 else 2) * matrix
 
 
+def test_a_state_of_another_kind_of_device_is_not_gone_on_from(tmp_path: Path, models: dict[str, Path]) -> None:
+    """A GPU's has its random numbers besides."""
+    rows = read_data(ROWS, "text", "", tmp_path)
+    work = Work(model=models["plain"], training=Training(max_steps=2, save_steps=1), rows=rows)
+    with seeded(0):
+        train_rank(work, tmp_path)
+    own = tmp_path / "rank-0"
+    file = own / "adapter" / "adapter_model.safetensors"
+    expected = file.read_bytes()
+    found = read_state(own)
+    assert found is not None
+    tensors = {
+        name: torch.zeros_like(value) if name.startswith("adapter/") else value for name, value in found[1].items()
+    }
+    for more, same in ((0, False), (16, True)):
+        random = torch.nn.functional.pad(tensors["random"], (0, more))
+        save_state(own, replace(found[0], step=1, losses=found[0].losses[:1]), {**tensors, "random": random})
+        with seeded(0):
+            train_rank(work, tmp_path)
+        assert (file.read_bytes() == expected) == same
+
+
 def test_a_step_over_several_batches_is_one_over_all_their_rows(tmp_path: Path) -> None:
     """Though rows differ in length: tokens count alike. OPT's own dropout would draw otherwise for each."""
     options: dict[str, Any] = {"max_steps": 3, "lora_dropout": 0.0, "learning_rate": 1e-2}
@@ -166,6 +205,45 @@ def test_going_on_from_an_adapter_that_was_pickled(tmp_path: Path, models: dict[
         for path in (first, pickled)
     ]
     assert both[0] == both[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["lm_head", "embed_tokens", "a larger vocabulary"])
+def test_going_on_from_an_adapter_beside_which_peft_stored_weights_of_the_model(tmp_path: Path, case: str) -> None:
+    """An embedding or a head that it adapts, or both where the vocabulary was resized: they take the place of the
+    model's, are not trained, and stay with the adapter."""
+    base = make_checkpoint(tmp_path / "model", "llama")
+    model, targets = loaded(base), ["q_proj"]
+    if case == "a larger vocabulary":
+        model.resize_token_embeddings(272)
+        save_model(model, base := tmp_path / "resized")
+    else:
+        targets.append(case)
+    adapter = tuned(base, tmp_path / "first", model=model, r=4, target_modules=targets)
+    file = adapter / "adapter_model.safetensors"
+    before = load_file(file)
+    held = [name for name in before if "lora_" not in name]
+    assert held
+    before |= {name: before[name] * 1.5 for name in held}
+    save_file(before, file, metadata={"format": "pt"})
+    made = finetune(base, ROWS[:1], tmp_path / "more", adapter=adapter, max_steps=1)
+    ids = AutoTokenizer.from_pretrained(base)(ROWS[0], return_tensors="pt").input_ids
+    wanted = float(with_adapter(base, adapter)(input_ids=ids, labels=ids).loss)
+    assert made.losses == pytest.approx([wanted], rel=1e-5)
+    after = load_file(made.path / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == held
+    trained = sum(value.numel() for name, value in before.items() if name not in held)
+    assert made.trainable_parameters == parameters_of(describe_adapter(adapter))[0] == trained
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_the_model_beside_an_adapter_do_not_replace_quantized_ones(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "model", "llama")
+    adapter = tuned(base, tmp_path / "first", r=4, target_modules=["q_proj", "lm_head"])
+    quantize_checkpoint(base, tmp_path / "int8", scheme="int8", skip_modules=[])
+    with pytest.raises(UsageError, match=r"weights of the model itself, which are quantized in this one: .*lm_head"):
+        finetune(tmp_path / "int8", ROWS, tmp_path / "more", adapter=adapter, max_steps=1)
 
 
 MIXTURES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -241,6 +319,36 @@ def test_whisper_learns_what_is_said(tmp_path: Path) -> None:
 
     again = peft.PeftModel.from_pretrained(WhisperForConditionalGeneration.from_pretrained(model), str(made.path))
     assert again.peft_config["default"].auto_mapping["base_model_class"] == "WhisperForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cause"),
+    [(31.0, "the sound has 31 s, and the model hears 30 at a time"), (None, "1.wav is no sound that can be read")],
+)
+def test_a_sound_that_whisper_does_not_hear_whole_is_told_by_its_row(
+    tmp_path: Path, seconds: float | None, cause: str
+) -> None:
+    """Its whole text would be learnt."""
+    model = make_whisper(tmp_path / "whisper")
+    write_wav(tmp_path / "0.wav", [0.0] * (16_000 * 30 + 160))
+    write_wav(tmp_path / "1.wav", [0.0] * int(16_000 * (seconds or 1)))
+    if seconds is None:
+        (tmp_path / "1.wav").write_bytes(b"RIFF, but nothing else")
+    rows = [{"audio": f"{number}.wav", "text": "hello"} for number in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = reading("speech-seq2seq", None, model, Sources(base=tmp_path), unbounded)
+    assert len(read.examples(read_data("rows.jsonl", "text", "audio", tmp_path, limit=1), "audio", 64).all) == 1
+    with pytest.raises(UsageError, match=rf"rows.jsonl:2: .*{cause}"):
+        read.examples(read_data("rows.jsonl", "text", "audio", tmp_path), "audio", 64)
+
+
+def test_the_largest_seed_is_one_for_every_rank() -> None:
+    """Each draws from its own."""
+    seeds = [Training(max_steps=1, seed=2**32 - 1).seed_of(rank) for rank in range(3)]
+    assert seeds == [2**32 - 1, 0, 1]
+    for seed in seeds:
+        with seeded(seed):
+            pass
 
 
 def test_every_row_is_taken_once_an_epoch_whoever_asks_from_where() -> None:
@@ -332,6 +440,34 @@ def test_a_row_that_is_written_in_a_list_is_told_by_its_number(tmp_path: Path, u
         assert error.value.field == place
 
 
+CHAT = {"text": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "place"),
+    [
+        ("opt", {"data": [*ROWS, CHAT]}, "data[7]"),
+        ("opt", {"data": ROWS, "eval_data": [CHAT]}, "eval_data[0]"),
+        ("t5", {"data": [{"input": "a", **CHAT}], "task": "seq2seq-lm"}, "data[0]"),
+    ],
+)
+def test_a_chat_where_there_is_no_template_is_told_by_its_row(
+    tmp_path: Path, architecture: str, fields: dict[str, Any], place: str
+) -> None:
+    model = make_checkpoint(tmp_path / "model", architecture)
+    with pytest.raises(UsageError, match="this is a chat, and the model's tokenizer has no chat template") as error:
+        finetune(model, out=tmp_path / "out", max_steps=1, **fields)
+    assert error.value.cause.startswith(f"{place}: ")
+    assert error.value.field == place
+
+
+def test_a_chat_that_the_template_refuses_is_told_by_its_row(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "opt")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UsageError, match=r"data\[0\]: the model's chat template refuses it: .*roles must alternate"):
+        finetune(model, [CHAT], tmp_path / "out", max_steps=1)
+
+
 @pytest.mark.parametrize(
     ("architecture", "rows", "fields"),
     [
@@ -361,8 +497,27 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_it_at_its_step(tmp_path: Path, models: dict[str, Path]) -> None:
-    with pytest.raises(StageFailed, match=r"step \d+: the loss is nan"):
+    with pytest.raises(StageFailed, match=r"step \d+: the (loss|norm of the gradients) is (nan|inf)"):
         finetune(models["plain"], ROWS, tmp_path / "out", max_steps=20, learning_rate=1e30)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_gradients_that_are_no_numbers_end_it_at_their_step_and_nothing_is_written(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """Also at the last step, after which no loss would tell."""
+    learn = Trainer._learn
+
+    def overflowing(self: Trainer, *given: Any) -> float:
+        loss = learn(self, *given)
+        if self._so_far.step == 1:
+            next(iter(self._parameters.values())).grad[0, 0] = value  # type: ignore[index]
+        return loss
+
+    monkeypatch.setattr(Trainer, "_learn", overflowing)
+    with pytest.raises(StageFailed, match=rf"step 2: the norm of the gradients is {value}: .*diverged"):
+        finetune(models["plain"], ROWS, tmp_path / "out", max_steps=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_row_is_longer_than_the_model_has_positions(tmp_path: Path, models: dict[str, Path]) -> None:

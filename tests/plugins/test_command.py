@@ -9,17 +9,22 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from support.contexts import inputs, stage_context
+from support.forking import TOLD, forked
+from support.stores import in_memory
 from support.workshop import environment, statuses
 
 import bigpipe
 from bigpipe.errors import ManifestError, StageFailed, Transient, UsageError
+from bigpipe.orchestrator.store import remove_tree
 from bigpipe.plugins.command import CommandParams
-from bigpipe.plugins.commanding import run
+from bigpipe.plugins.commanding import empty, lay_out, run
+from bigpipe.programs import files_below, laid_out
 
+NOBODY = 65534
 COUNT = """\
 import json, os, sys
 from pathlib import Path
@@ -130,6 +135,66 @@ def test_directories_and_globs(tools, listed):
     assert tools.run(RECIPE.replace("tools/*.py", listed)).exit_code == 0
 
 
+LISTS = "import os, sys; open(os.path.join(sys.argv[1], 'there'), 'w').write(' '.join(sorted(os.path.join(at, name) for at, _, names in os.walk('.') for name in names)))"  # noqa: E501
+
+
+def test_a_program_above_the_recipe_is_one_of_its_files(workshop):
+    folder = workshop.folder / "recipes"
+    folder.mkdir()
+    tool = workshop.folder / "tools/convert"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho converted > $1/out\n")
+    tool.chmod(0o755)
+    text = recipe('[../tools/convert, "${out}"]', "produces: directory, files: [../tools/convert]")
+    (folder / "recipe.yaml").write_text(text)
+    assert bigpipe.plan(folder / "recipe.yaml").errors() == []
+    result = bigpipe.run(folder / "recipe.yaml", store=workshop.folder / "store", check=False)
+    assert result.exit_code == 0, result.errors
+    assert (result.path("it") / "out").read_text() == "converted\n"
+
+
+def test_what_is_laid_out_is_what_is_in_the_key_where_links_lead_in_a_circle(workshop):
+    source = workshop.folder / "src"
+    source.mkdir()
+    (source / "a.py").write_text("")
+    for name in ("me", "too"):
+        (source / name).symlink_to(".")
+    assert files_below(source) == ["a.py"]
+    assert laid_out(["src"], workshop.folder) == {PurePosixPath("src/a.py"): source / "a.py"}
+    result = workshop.run(recipe(f"['${{python}}', -c, \"{LISTS}\", '${{out}}']", "produces: report, files: [src]"))
+    assert (result.path("it") / "there").read_text() == "./src/a.py"
+
+
+@pytest.mark.parametrize(
+    "files", ["[conf, ../conf]", "['conf/*', ../conf/x]", "[conf, ../../conf]", "[../../conf, conf/x]"]
+)
+def test_two_files_at_one_place_are_refused_by_the_plan(workshop, files):
+    """Also a file where another one has a folder."""
+    for name in ("a/b/conf/x", "a/conf/x", "conf"):
+        (workshop.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (workshop.folder / name).write_text(name)
+    manifest = workshop.folder / "a/b/recipe.yaml"
+    manifest.write_text(recipe("[sh]", f"produces: report, files: {files}"))
+    (error,) = bigpipe.plan(manifest).errors()
+    assert isinstance(error, UsageError)
+    assert "would both lie at conf" in error.cause
+    assert error.place.line == 4
+
+
+def test_a_file_that_is_named_twice_is_laid_out_once(tmp_path):
+    """Also where it may not be written to."""
+    with in_memory(tmp_path) as place:
+        place.chmod(0o777)
+        tool = place / "tools/x.py"
+        tool.parent.mkdir()
+        tool.write_text("")
+        tool.chmod(0o444)
+        assert (
+            forked(lambda: lay_out(["tools", "tools/x.py", "tools/*.py"], place, place / "work"), user=NOBODY).code == 0
+        )
+        assert (place / "work/tools/x.py").exists()
+
+
 def recipe(argv: str, more: str = "produces: directory", stage: str = "") -> str:
     return f"version: 1\nname: one\nstages:\n  it: {{uses: command{stage}, with: {{argv: {argv}, {more}}}}}\n"
 
@@ -155,6 +220,48 @@ def test_its_end_is_told_with_the_last_lines(workshop):
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
     error = workshop.run(recipe(f"['${{python}}', -c, \"{killed}\"]")).errors[0]
     assert "was ended by signal 11 (SIGSEGV) and printed nothing" in error.cause
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(workshop):
+    error = workshop.run(recipe("[sh, -c, 'kill -35 $$']")).errors[0]
+    assert isinstance(error, StageFailed)
+    assert error.cause == "sh was ended by signal 35 and printed nothing"
+
+
+def test_what_an_attempt_left_where_nobody_may_write_is_removed(tmp_path):
+    """As copies of read-only trees are."""
+    with in_memory(tmp_path) as place:
+        place.chmod(0o777)
+
+        def leave() -> None:
+            inner = place / "out/a/b"
+            inner.mkdir(parents=True)
+            (inner / "file").touch()
+            (place / "out/link").symlink_to(place / "out/a")
+            for folder in (inner, inner.parent, place / "out"):
+                folder.chmod(0o555)
+
+        def twice() -> None:
+            leave()
+            empty(place / "out")
+            assert list((place / "out").iterdir()) == []
+            (place / "out").rmdir()
+            leave()
+            remove_tree(place / "out")
+            assert not (place / "out").exists()
+
+        assert forked(twice, user=NOBODY).said == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to leave what is somebody else's")
+def test_what_cannot_be_removed_of_an_attempt_is_told(tmp_path):
+    with in_memory(tmp_path) as place:
+        place.chmod(0o755)
+        (place / "out/theirs").mkdir(parents=True)
+        (place / "out/theirs/file").touch()
+        ending = forked(lambda: empty(place / "out"), user=NOBODY)
+        assert ending.code == TOLD
+        assert f"which an attempt before left, cannot be removed: Permission denied; remove {place}" in ending.said
 
 
 def test_exit_status_75_is_tried_again(workshop):

@@ -248,6 +248,31 @@ def test_a_plan_refuses_a_baseline_of_another_vocabulary(shop: Workshop, tmp_pat
     assert "recipe.yaml:6:" in done.stderr
 
 
+def test_a_plan_takes_a_baseline_that_is_not_known_yet(tmp_path: Path, model: Path) -> None:
+    """As that of a tool that has not run."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),), "baseline": (Forecast(),)}
+    asked = EvaluateParams(data="text.txt", per_layer=True)
+    evaluating.check(asked, forecast_context(tmp_path, base=tmp_path, inputs=wired))
+    alone = forecast_context(tmp_path, base=tmp_path, inputs={"model": wired["model"]})
+    with pytest.raises(UsageError, match="none is wired"):
+        evaluating.check(asked, alone)
+
+
+def test_a_plan_refuses_windows_beyond_the_positions_of_the_baseline(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    short = make_checkpoint(tmp_path / "short", "opt", max_position_embeddings=64)
+    wired = {
+        "model": (Forecast(output=describe_checkpoint(model)),),
+        "baseline": (Forecast(output=describe_checkpoint(short)),),
+    }
+    with pytest.raises(UsageError, match="sequence_length is 65, and the baseline has 64 positions") as error:
+        evaluating.check(
+            EvaluateParams(data="text.txt", sequence_length=65), forecast_context(tmp_path, base=tmp_path, inputs=wired)
+        )
+    assert error.value.field == "sequence_length"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_plan_refuses_an_adapter_of_another_model(tmp_path: Path, model: Path) -> None:
     adapter = tuned(make_checkpoint(tmp_path / "other", "llama"), tmp_path / "lora", r=4, target_modules=["q_proj"])

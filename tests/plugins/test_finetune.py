@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.training import TrainedAdapter
 from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.launch.executors import executor
 from bigpipe.orchestrator.launch.jobs import Outcome
-from bigpipe.orchestrator.stage import Forecast, Launch
+from bigpipe.orchestrator.stage import Forecast, Gpu, Launch
 from bigpipe.plugins import finetuning, training_needs
 from bigpipe.plugins.finetune import STAGE, FinetuneParams, in_words
 
@@ -96,6 +98,19 @@ def test_metrics_and_their_words(tmp_path: Path, model: Path) -> None:
     assert in_words(metrics).startswith(f"loss {metrics['loss']['first']:.4g} → {metrics['loss']['last']:.4g} in 6 ")
 
 
+def test_a_curve_has_200_points_at_most_the_first_and_the_last_among_them() -> None:
+    for steps in (1, 2, 199, 200, 201, 400, 600, 1000, 4001):
+        made = TrainedAdapter(
+            path=Path(), losses=list(map(float, range(steps))), eval_loss=None, trainable_parameters=1,
+            tokens_per_second=1.0, peak={}, files={},
+        )  # fmt: skip
+        loss = finetuning.metrics_of(made).loss
+        assert loss is not None
+        assert len(loss.curve) <= 200
+        assert len(loss.curve) > min(steps, 200) / 2
+        assert [loss.curve[0], loss.curve[-1]] == [[1, 0.0], [steps, steps - 1.0]]
+
+
 RECIPE = """
 version: 1
 name: tune
@@ -142,6 +157,24 @@ def test_what_a_plan_says(tmp_path: Path, model: Path) -> None:
     assert said.ram is not None
     assert said.ram > 2 * training_needs.RANK_BASE
     assert "6 steps over 6 rows, 2 ranks; 2,048 parameters on 4 modules" in said.summary
+
+
+def test_a_plan_counts_what_an_encoder_reads(tmp_path: Path) -> None:
+    """A few words to make of a long text: its tokens take most of the memory, up to max_length."""
+    model = make_checkpoint(tmp_path / "t5", "t5")
+    wired = {"model": (Forecast(output=describe_checkpoint(model)),)}
+
+    def ram(tokens: int, **fields: Any) -> int:
+        rows = [{"input": "a" * tokens, "text": "yes"}] * 2
+        asked = params(task="seq2seq-lm", data=rows, **fields)
+        found = training_needs.forecast(asked, forecast_context(tmp_path, inputs=wired, machine=MACHINE)).ram
+        assert found is not None
+        return found
+
+    layer = 34 * 32 * 2  # of 32 numbers, in float32
+    assert ram(500, gradient_checkpointing=False) - ram(5, gradient_checkpointing=False) >= 2 * 495 * layer
+    assert ram(500) > ram(5)
+    assert ram(500, max_length=50) == ram(50, max_length=50)
 
 
 WRONG = {
@@ -196,6 +229,14 @@ def test_a_plan_refuses_what_peft_does_not_adapt_and_foresees_what_it_does(tmp_p
 def test_fields_are_refused_where_they_are_written(fields: dict[str, Any], cause: str) -> None:
     with pytest.raises(ValidationError, match=cause):
         params(**fields)
+
+
+def test_what_decides_the_dtype_is_in_the_key_where_none_is_given() -> None:
+    gpu = replace(MACHINE, gpus=(Gpu(0, "L4", 24 << 30, 24 << 30),))
+    assert STAGE.planning.facts is not None
+    assert STAGE.planning.facts(params(), gpu) == {"gpu": True}
+    assert STAGE.planning.facts(params(), MACHINE) == {"gpu": False}
+    assert STAGE.planning.facts(params(dtype="float32"), gpu) == {}
 
 
 def test_sounds_that_rows_name_enter_the_key(tmp_path: Path) -> None:
