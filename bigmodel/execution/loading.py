@@ -254,7 +254,7 @@ def _fill(
         _tell_device(model, homes.main)
     state.streamed = moved_by_a_token(model, groups, state.stream.experts)
     if homes.main.type != "cpu":
-        follow_devices(model, homes)
+        follow_devices(model, homes, {group.module for group in groups if group.table is not None})
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
     model._bigpipe_source = checkpoint.path  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -274,13 +274,14 @@ def _listed_experts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, i
             yield from ((child, len(children)) for child in children)
 
 
-def follow_devices(model: torch.nn.Module, homes: Homes) -> None:
-    """Bring the inputs of each module that the map names to where it computes; caches place their own tensors."""
+def follow_devices(model: torch.nn.Module, homes: Homes, tables: Collection[torch.nn.Module] = ()) -> None:
+    """Bring the inputs of each module that the map names to where it computes; caches place their own tensors.
+    tables: embeddings that lie away, whose rows `_look_up` brings to where they lie."""
     from accelerate.utils import send_to_device
 
     def bring(device: torch.device, module: torch.nn.Module, arguments: Any, named: Any) -> tuple[Any, Any]:
         return send_to_device(arguments, device), send_to_device(named, device)
 
     for name, module in model.named_modules():
-        if name in homes.placement.device_map:
+        if name in homes.placement.device_map and module not in tables:
             module.register_forward_pre_hook(partial(bring, homes.execution(name)), with_kwargs=True)

@@ -1,0 +1,56 @@
+"""A model that computes on another device than the CPU, which holds a part of it. Where there is no GPU, `meta` is that
+other device: it takes tensors like one, and computes shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.models import make_checkpoint
+
+from bigpipe.bigmodel.checkpoint import describe_opened, open_checkpoint
+from bigpipe.bigmodel.execution import HostMemory, as_placement
+from bigpipe.bigmodel.execution.empty import build_empty, emptied
+from bigpipe.bigmodel.execution.homes import Homes
+from bigpipe.bigmodel.execution.loading import _fill
+from bigpipe.bigmodel.sources import Sources
+
+ELSEWHERE = torch.device("meta", 0)
+
+
+def load_elsewhere(path: Path, device_map: dict[str, str], model: torch.nn.Module | None = None) -> Any:
+    """As `load` does it, with what is placed on cpu or disk computed elsewhere."""
+    checkpoint = open_checkpoint(path)
+    described = describe_opened(checkpoint)
+    if model is None:
+        made = build_empty(checkpoint.folder, described, torch.float32, Sources())
+    else:
+        made = emptied(model, torch.float32)
+    homes = Homes(as_placement(device_map))
+    homes.main = ELSEWHERE
+    _fill(made, checkpoint, described, homes, torch.float32, HostMemory(cast=0, widen=0))
+    return made.eval()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_rows_of_an_embedding_that_the_map_names_are_looked_up_where_its_table_lies(
+    tmp_path: Path, architecture: str, home: str
+) -> None:
+    make_checkpoint(tmp_path, architecture)
+    name = next(name for name, found in named_embeddings(tmp_path) if "position" not in name)
+    model = load_elsewhere(tmp_path, {"": "cpu", name: home})
+    table, met = model.get_submodule(name), []
+    table.register_forward_pre_hook(lambda module, rows: met.append((rows[0].device, module.weight.device)))
+    with torch.inference_mode():
+        assert table(torch.tensor([[5, 6, 7]])).device.type == "meta"
+    ((rows, weight),) = met
+    assert rows == weight
+
+
+def named_embeddings(path: Path) -> list[tuple[str, torch.nn.Module]]:
+    described = describe_opened(open_checkpoint(path))
+    model = build_empty(path, described, torch.float32, Sources())
+    return [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Embedding]
