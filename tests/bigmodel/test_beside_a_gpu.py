@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import tuned
 from support.models import make_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigpipe.bigmodel.checkpoint import describe_opened, open_checkpoint
-from bigpipe.bigmodel.execution import HostMemory, as_placement
+from bigpipe.bigmodel.adapters import attach, attachment
+from bigpipe.bigmodel.architecture import describe_module
+from bigpipe.bigmodel.checkpoint import describe_opened, open_adapter, open_checkpoint
+from bigpipe.bigmodel.execution import HostMemory, as_placement, loaded
 from bigpipe.bigmodel.execution.empty import build_empty, emptied
 from bigpipe.bigmodel.execution.homes import Homes
 from bigpipe.bigmodel.execution.loading import _fill
@@ -54,3 +58,30 @@ def named_embeddings(path: Path) -> list[tuple[str, torch.nn.Module]]:
     described = describe_opened(open_checkpoint(path))
     model = build_empty(path, described, torch.float32, Sources())
     return [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Embedding]
+
+
+@pytest.mark.filterwarnings("ignore")  # of what peft saves beside
+def test_an_adapter_of_an_embedding_multiplies_where_its_matrices_lie(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = make_checkpoint(tmp_path / "base", "llama")
+    adapter = open_adapter(tuned(base, tmp_path / "lora", r=4, target_modules=["embed_tokens"]))
+    model = load_elsewhere(base, {"": "cpu", "model.embed_tokens": "cpu"})
+    found = attachment(adapter.described, describe_opened(open_checkpoint(base)), describe_module(model))
+    held = attach(model, found, adapter, "float32", loaded(model).homes.execution)
+    assert {device.type for device in held} == {"meta"}
+    with torch.no_grad(), LookUps() as looked_up:
+        assert model.model.embed_tokens(torch.tensor([[5, 6, 7]])).shape == (1, 3, 32)
+    assert looked_up.devices == [["cpu", "cpu"], ["meta", "meta"]]  # in the table, in the adapter's
+
+
+class LookUps(TorchDispatchMode):
+    """Where the table and the rows of each look-up lie; `meta` takes rows that lie elsewhere, which a GPU does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[list[str]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.embedding.default:
+            self.devices.append([tensor.device.type for tensor in args[:2]])
+        return function(*args, **(kwargs or {}))
