@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.adapters import tuned
 from support.models import make_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +59,35 @@ def named_embeddings(path: Path) -> list[tuple[str, torch.nn.Module]]:
     described = describe_opened(open_checkpoint(path))
     model = build_empty(path, described, torch.float32, Sources())
     return [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Embedding]
+
+
+class Scaled(torch.nn.Module):
+    """Checkpoints of it hold no scale: it begins at one."""
+
+    _keys_to_ignore_on_load_missing = ("inner.scale",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 3)
+        self.inner.register_parameter("scale", torch.nn.Parameter(torch.zeros(3)))
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        with torch.no_grad():
+            module.scale.fill_(1.0)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(hidden) * self.inner.scale
+        return found
+
+
+def test_a_parameter_that_checkpoints_leave_out_lies_where_it_computes(tmp_path: Path) -> None:
+    stored = {name: value for name, value in Scaled().inner.state_dict(prefix="inner.").items() if "scale" not in name}
+    save_file(stored, tmp_path / "model.safetensors")
+    model = load_elsewhere(tmp_path / "model.safetensors", {"": "cpu"}, Scaled())
+    assert isinstance(model.inner.scale, torch.nn.Parameter)
+    assert model.inner.scale.device.type == "meta"
+    assert loaded(model).held == {"cpu": 4 * (9 + 3), 0: 4 * 3}
+    assert model(torch.ones(1, 3, device="meta")).shape == (1, 3)
 
 
 @pytest.mark.filterwarnings("ignore")  # of what peft saves beside
