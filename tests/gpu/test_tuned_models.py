@@ -81,6 +81,14 @@ def test_losses_are_those_of_a_plain_script(tmp_path: Path, device: str, kind: s
     assert on_gpu(dict(made.peak), device)
 
 
+def test_random_numbers_of_the_device_go_on_as_if_none_had_been_drawn(tmp_path: Path, device: str) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3, device=device)
+    torch.manual_seed(1)
+    bigpipe.finetune(stored(tmp_path, "plain"), ROWS, tmp_path / "out", max_steps=1, batch_size=2)
+    assert torch.equal(torch.rand(3, device=device), expected)
+
+
 @pytest.mark.parametrize("away", ["cpu", "disk"])
 def test_an_adapter_of_an_embedding_that_lies_away(tmp_path: Path, device: str, home: Device, away: Device) -> None:
     base = make_checkpoint(tmp_path / "base", "llama", dtype="float16")
