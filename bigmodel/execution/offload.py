@@ -32,8 +32,9 @@ from .slots import Slot, Staged, WeightGroup
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 64
-"""Bytes; what vector instructions and GPU copies like."""
+ALIGNMENT = 512
+"""Bytes; what torch gives memory of its own on a GPU: libraries choose their way of multiplying by it, too
+(`_getAlignment` of aten/src/ATen/cuda/CUDABlas.cpp), and a weight is to be multiplied alike wherever it comes from."""
 
 
 class Arena:

@@ -20,6 +20,7 @@ from bigpipe.bigmodel.execution import HostMemory, as_placement, loaded
 from bigpipe.bigmodel.execution.empty import build_empty, emptied
 from bigpipe.bigmodel.execution.homes import Homes
 from bigpipe.bigmodel.execution.loading import _fill
+from bigpipe.bigmodel.execution.offload import Arena
 from bigpipe.bigmodel.sources import Sources
 
 ELSEWHERE = torch.device("meta", 0)
@@ -115,3 +116,11 @@ class LookUps(TorchDispatchMode):
         if function is torch.ops.aten.embedding.default:
             self.devices.append([tensor.device.type for tensor in args[:2]])
         return function(*args, **(kwargs or {}))
+
+
+def test_weights_that_are_laid_into_reused_memory_begin_as_torch_begins_them_on_a_gpu() -> None:
+    """At multiples of 512 bytes: by less, libraries might choose other ways to multiply."""
+    arena = Arena(torch.device("cpu"))
+    arena.reserve([3, 600, 8])
+    first = arena.take((3,), torch.uint8).data_ptr()
+    assert [arena.take((n,), torch.uint8).data_ptr() - first for n in (600, 8)] == [512, 512 + 1024]
