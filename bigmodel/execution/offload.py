@@ -7,7 +7,8 @@ the safetensors that exist, and empties it just after, while a thread reads the 
     forward of group k:  wait for k's weights → attach → start reading k+1 → compute → detach → drop k's pages
 
 A weight that is stored in the dtype it computes in and computes on the CPU needs no copy at all: the file's pages are
-its memory, and are dropped when the module has run. Others are laid into a ring of reused buffers.
+its memory, and are dropped when the module has run. Others are laid into a ring of reused buffers, on a GPU while it
+computes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +25,7 @@ from bigpipe.bigmodel.architecture import lists_experts, stacked_experts
 from bigpipe.bigmodel.checkpoint import MappedFiles
 from bigpipe.bigmodel.placement import INDIVISIBLE
 
+from .crossing import Copy, Crossing, copy_at_once
 from .experts import ExpertWeights, chosen_experts
 from .homes import Homes
 from .kept import KeptStates
@@ -81,6 +84,7 @@ class WeightStream:
         self._staged: dict[WeightGroup, tuple[Arena, Future[list[Staged]]]] = {}
         """Tensors made or being made, attached or not yet, and the memory they lie in."""
         self._free: dict[torch.device, list[Arena]] = defaultdict(list)
+        self._crossings: dict[torch.device, Crossing] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigpipe-read-ahead")
         self.experts = ExpertWeights(self.files)
         self._wanted: dict[WeightGroup, set[int]] = defaultdict(set)
@@ -165,8 +169,8 @@ class WeightStream:
             self._successor[self._last] = group
         self._last, upcoming = group, self._successor[group]
         if upcoming not in self._staged:
-            self._ahead = upcoming
             self._start(upcoming)
+            self._ahead = upcoming
 
     def _drop(self, group: WeightGroup) -> None:
         if group.experts:
@@ -176,17 +180,25 @@ class WeightStream:
         self._release(group)
 
     def _start(self, group: WeightGroup) -> None:
-        free = self._free[group.device]
+        way, free = self._way(group.device), self._free[group.device]
         arena = free.pop() if free else Arena(group.device)
-        self._staged[group] = arena, self._thread.submit(self._stage, group, arena)
+        self._staged[group] = arena, self._thread.submit(self._stage, group, arena, way)
 
-    def _stage(self, group: WeightGroup, arena: Arena) -> list[Staged]:
+    def _way(self, device: torch.device) -> AbstractContextManager[Copy]:
+        """How the thread that reads ahead copies to a device what goes on from here."""
+        if device.type != "cuda":
+            return nullcontext(copy_at_once)
+        if device not in self._crossings:
+            self._crossings[device] = Crossing(device)
+        return self._crossings[device].after_this()
+
+    def _stage(self, group: WeightGroup, arena: Arena, way: AbstractContextManager[Copy]) -> list[Staged]:
         import torch
 
-        with torch.inference_mode(False), torch.no_grad():
+        self.files.populate(group.sources)
+        with torch.inference_mode(False), torch.no_grad(), way as copy:
             arena.reserve(size for slot in group.slots for size in slot.scratch(group.device))
-            self.files.populate(group.sources)
-            return [slot.stage(self.files, group.device, arena.take) for slot in group.slots]
+            return [slot.stage(self.files, group.device, arena.take, copy) for slot in group.slots]
 
     def _release(self, group: WeightGroup) -> None:
         arena, _ = self._staged.pop(group)

@@ -17,6 +17,7 @@ from bigpipe.bigmodel.adapters import attach, attachment
 from bigpipe.bigmodel.architecture import describe_module
 from bigpipe.bigmodel.checkpoint import describe_opened, open_adapter, open_checkpoint
 from bigpipe.bigmodel.execution import HostMemory, as_placement, loaded
+from bigpipe.bigmodel.execution.crossing import BLOCK, pieces
 from bigpipe.bigmodel.execution.empty import build_empty, emptied
 from bigpipe.bigmodel.execution.homes import Homes
 from bigpipe.bigmodel.execution.loading import _fill
@@ -116,6 +117,19 @@ class LookUps(TorchDispatchMode):
         if function is torch.ops.aten.embedding.default:
             self.devices.append([tensor.device.type for tensor in args[:2]])
         return function(*args, **(kwargs or {}))
+
+
+def test_what_crosses_in_pieces_is_the_whole() -> None:
+    source = torch.arange(3 * (BLOCK // 4) + 5, dtype=torch.int32).view(-1, 1).expand(-1, 2).t()
+    target = torch.zeros(source.shape, dtype=torch.int32)
+    sizes = []
+    for there, here in pieces(target, source):
+        sizes.append(there.nbytes)
+        there.copy_(here)
+    assert torch.equal(target, source)
+    assert max(sizes) == BLOCK
+    assert len(sizes) == 7
+    assert [part.numel() for part, _ in pieces(torch.zeros(()), torch.ones(()))] == [1]
 
 
 def test_weights_that_are_laid_into_reused_memory_begin_as_torch_begins_them_on_a_gpu() -> None:

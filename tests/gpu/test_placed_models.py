@@ -11,6 +11,7 @@ import torch
 from support.models import CAUSAL, make_checkpoint, sample_inputs
 
 from bigpipe.bigmodel.execution import load, loaded
+from bigpipe.bigmodel.execution.crossing import BLOCK, Crossing
 from bigpipe.bigmodel.placement import Device, place
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 
@@ -88,6 +89,36 @@ def test_logits_of_a_map_that_is_optimal(tmp_path: Path, device: str, home: Devi
     model = load(tmp_path, placement)
     for _ in range(2):
         assert torch.equal(logits(model, device), logits(wanted, device))
+
+
+def test_a_gpu_that_lags_behind_reads_its_weights_before_others_are_laid_over_them(
+    tmp_path: Path, device: str, home: Device
+) -> None:
+    make_checkpoint(tmp_path, "llama", dtype="float16", num_hidden_layers=8)
+    wanted = transformers_model(tmp_path, device, dtype=torch.float16)
+    model = load(tmp_path, {"": home, "model.layers": "cpu"}, dtype="float16")
+
+    def lag(module: torch.nn.Module, arguments: Any) -> None:
+        if device == "cuda":
+            torch.cuda._sleep(20_000_000)  # cycles: some milliseconds, many times as long as its copies take
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lag)
+    for _ in range(3):
+        assert torch.equal(logits(model, device), logits(wanted, device))
+
+
+@pytest.mark.parametrize(("stored", "made"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "float16")])
+def test_what_crosses_in_many_pieces_arrives(device: str, stored: str, made: str) -> None:
+    if device != "cuda":
+        pytest.skip("copies to a GPU alone have a way of their own")
+    crossing, generator = Crossing(torch.device("cuda", 0)), torch.Generator().manual_seed(1)
+    source = torch.randn(5, BLOCK // 4 + 77, generator=generator).to(getattr(torch, stored))
+    target = torch.empty_like(source, dtype=getattr(torch, made), device="cuda")
+    for part in (source, source.flip(0)):
+        with crossing.after_this() as copy:
+            copy(target, part)
+        assert torch.equal(target.cpu(), part.to(target.dtype))
 
 
 @pytest.mark.parametrize("together", [1, 3])
