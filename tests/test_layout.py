@@ -202,3 +202,14 @@ def test_no_import_circles():
     edges = [(one, other) for one in graph.modules for other in graph.find_modules_directly_imported_by(one)]
     circles = [sorted(c) for c in networkx.strongly_connected_components(networkx.DiGraph(edges)) if len(c) > 1]
     assert circles == []
+
+
+def test_every_test_that_needs_a_gpu_is_named_where_they_are_run():
+    """By its path: what imports other tests, too, needs more packages than a machine with a GPU may have."""
+    mark = "mark." + "gpu"
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if mark in path.read_text()]
+    names = [str(path.relative_to(ROOT)) for path in files]
+    assert len(names) > 3
+    for place in ("Makefile", "CONTRIBUTING.md"):
+        text = (ROOT / place).read_text()
+        assert [name for name in names if name not in text] == [], place

@@ -121,7 +121,8 @@ def _product(module: torch.nn.Module, change: Any, matrices: Sequence[torch.Tens
 
     def after(module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if change.rounded:
-            added = (torch.nn.functional.embedding(inputs[0], a.T) @ b.T) * scaling
+            rows = inputs[0].to(a.device)  # they were looked up where the table lies
+            added = (torch.nn.functional.embedding(rows, a.T) @ b.T) * scaling
             scale = getattr(module, "embed_scale", None)
             added = added if scale is None else added * torch.as_tensor(scale).to(added)
         else:

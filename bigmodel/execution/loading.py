@@ -240,13 +240,13 @@ def _fill(
         described.config or {},
     )
     _share_recipes(model, matches, checkpoint)
-    _check_complete(model, matches, checkpoint)
+    initialised = _check_complete(model, matches, checkpoint)
     homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
     replace_linears(model, matches.packed, described.quantization)
     state = Loaded(homes, unused=tuple(matches.unused))
     slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
     streamed = _settle(slots, state, memory.cast)
-    _settle_buffers(model, matches, state)
+    _settle_unstored(model, matches, initialised, state)
     groups = cut_into_groups(model, streamed, homes)
     state.stream.add(groups)
     state.stream.experts.keep(homes.placement.kept_experts if homes.main.type != "cpu" else memory.experts)
@@ -254,7 +254,7 @@ def _fill(
         _tell_device(model, homes.main)
     state.streamed = moved_by_a_token(model, groups, state.stream.experts)
     if homes.main.type != "cpu":
-        follow_devices(model, homes)
+        follow_devices(model, homes, {group.module for group in groups if group.table is not None})
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
     model._bigpipe_source = checkpoint.path  # type: ignore[assignment]
@@ -290,7 +290,9 @@ def _equal(one: TensorRecipe, other: TensorRecipe, checkpoint: Checkpoint) -> bo
     return all(a == b for pair in zip(*stored, strict=True) for a, b in zip(*pair, strict=True))
 
 
-def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:
+def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> Sequence[str]:
+    """Raise InvalidCheckpoint for parameters that nothing is stored for. Return those that are left out on purpose,
+    which are initialised."""
     ignored = exempt(model, "missing")
     missing = [
         name
@@ -303,6 +305,7 @@ def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpo
             cure_of_missing(checkpoint.tensors),
         )
     _initialise(model, missing)
+    return missing
 
 
 def _initialise(model: Any, names: Sequence[str]) -> None:
@@ -410,15 +413,19 @@ def _fill_slots(slots: Sequence[Slot], files: MappedFiles, device: torch.device)
         setattr(other.module, other.attribute, getattr(first.module, first.attribute))
 
 
-def _settle_buffers(model: torch.nn.Module, matches: Packed, state: Loaded) -> None:
-    """Buffers that no checkpoint holds stay where they are used; most are small."""
+def _settle_unstored(model: torch.nn.Module, matches: Packed, initialised: Sequence[str], state: Loaded) -> None:
+    """Buffers that no checkpoint holds stay where they are used, and so do initialised parameters; most are small."""
+    import torch
+
     for path, module in model.named_modules():
-        for attribute, value in module._buffers.items():
-            name = f"{path}.{attribute}".strip(".")
-            if value is not None and name not in matches.plain:
-                device = state.homes.execution(name)
-                module._buffers[attribute] = value.to(device)
-                state.held["cpu" if device.type == "cpu" else device.index - state.homes.first_gpu] += value.nbytes
+        for attribute, value in [*module._parameters.items(), *module._buffers.items()]:
+            name, buffer = f"{path}.{attribute}".strip("."), attribute in module._buffers
+            if value is None or (name in matches.plain if buffer else name not in initialised):
+                continue
+            device = state.homes.execution(name)
+            there = value.detach().to(device)
+            setattr(module, attribute, there if buffer else torch.nn.Parameter(there, value.requires_grad))
+            state.held["cpu" if device.type == "cpu" else device.index - state.homes.first_gpu] += value.nbytes
 
 
 def _read_generation_config(model: Any, path: Path) -> None:

@@ -7,15 +7,17 @@ the safetensors that exist, and empties it just after, while a thread reads the 
     forward of group k:  wait for k's weights → attach → start reading k+1 → compute → detach → drop k's pages
 
 A weight that is stored in the dtype it computes in and computes on the CPU needs no copy at all: the file's pages are
-its memory, and are dropped when the module has run. Others are laid into a ring of reused buffers.
+its memory, and are dropped when the module has run. Others are laid into a ring of reused buffers, on a GPU while it
+computes.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +25,7 @@ from bigpipe.bigmodel.architecture import lists_experts, stacked_experts
 from bigpipe.bigmodel.checkpoint import MappedFiles
 from bigpipe.bigmodel.placement import INDIVISIBLE
 
+from .crossing import Copy, Crossing, copy_at_once
 from .experts import ExpertWeights, chosen_experts
 from .homes import Homes
 from .kept import KeptStates
@@ -32,8 +35,9 @@ from .slots import Slot, Staged, WeightGroup
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 64
-"""Bytes; what vector instructions and GPU copies like."""
+ALIGNMENT = 512
+"""Bytes; what torch gives memory of its own on a GPU: libraries choose their way of multiplying by it, too
+(`_getAlignment` of aten/src/ATen/cuda/CUDABlas.cpp), and a weight is to be multiplied alike wherever it comes from."""
 
 
 class Arena:
@@ -80,6 +84,7 @@ class WeightStream:
         self._staged: dict[WeightGroup, tuple[Arena, Future[list[Staged]]]] = {}
         """Tensors made or being made, attached or not yet, and the memory they lie in."""
         self._free: dict[torch.device, list[Arena]] = defaultdict(list)
+        self._crossings: dict[torch.device, Crossing] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bigpipe-read-ahead")
         self.experts = ExpertWeights(self.files)
         self._wanted: dict[WeightGroup, set[int]] = defaultdict(set)
@@ -164,8 +169,8 @@ class WeightStream:
             self._successor[self._last] = group
         self._last, upcoming = group, self._successor[group]
         if upcoming not in self._staged:
-            self._ahead = upcoming
             self._start(upcoming)
+            self._ahead = upcoming
 
     def _drop(self, group: WeightGroup) -> None:
         if group.experts:
@@ -175,17 +180,25 @@ class WeightStream:
         self._release(group)
 
     def _start(self, group: WeightGroup) -> None:
-        free = self._free[group.device]
+        way, free = self._way(group.device), self._free[group.device]
         arena = free.pop() if free else Arena(group.device)
-        self._staged[group] = arena, self._thread.submit(self._stage, group, arena)
+        self._staged[group] = arena, self._thread.submit(self._stage, group, arena, way)
 
-    def _stage(self, group: WeightGroup, arena: Arena) -> list[Staged]:
+    def _way(self, device: torch.device) -> AbstractContextManager[Copy]:
+        """How the thread that reads ahead copies to a device what goes on from here."""
+        if device.type != "cuda":
+            return nullcontext(copy_at_once)
+        if device not in self._crossings:
+            self._crossings[device] = Crossing(device)
+        return self._crossings[device].after_this()
+
+    def _stage(self, group: WeightGroup, arena: Arena, way: AbstractContextManager[Copy]) -> list[Staged]:
         import torch
 
-        with torch.inference_mode(False), torch.no_grad():
+        self.files.populate(group.sources)
+        with torch.inference_mode(False), torch.no_grad(), way as copy:
             arena.reserve(size for slot in group.slots for size in slot.scratch(group.device))
-            self.files.populate(group.sources)
-            return [slot.stage(self.files, group.device, arena.take) for slot in group.slots]
+            return [slot.stage(self.files, group.device, arena.take, copy) for slot in group.slots]
 
     def _release(self, group: WeightGroup) -> None:
         arena, _ = self._staged.pop(group)
@@ -274,13 +287,14 @@ def _listed_experts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, i
             yield from ((child, len(children)) for child in children)
 
 
-def follow_devices(model: torch.nn.Module, homes: Homes) -> None:
-    """Bring the inputs of each module that the map names to where it computes; caches place their own tensors."""
+def follow_devices(model: torch.nn.Module, homes: Homes, tables: Collection[torch.nn.Module] = ()) -> None:
+    """Bring the inputs of each module that the map names to where it computes; caches place their own tensors.
+    tables: embeddings that lie away, whose rows `_look_up` brings to where they lie."""
     from accelerate.utils import send_to_device
 
     def bring(device: torch.device, module: torch.nn.Module, arguments: Any, named: Any) -> tuple[Any, Any]:
         return send_to_device(arguments, device), send_to_device(named, device)
 
     for name, module in model.named_modules():
-        if name in homes.placement.device_map:
+        if name in homes.placement.device_map and module not in tables:
             module.register_forward_pre_hook(partial(bring, homes.execution(name)), with_kwargs=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, TensorRecipe, beyond, dtype_name, overflows, reaches
 from bigpipe.bigmodel.formats import Packing
 
+from .crossing import Copy, copy_at_once
+
 if TYPE_CHECKING:
     import torch
 
@@ -79,14 +81,22 @@ class Slot:
         """Return the tensors on the CPU, as stored."""
         return {name: recipe.read(files.window, self.dtype) for name, recipe in self.recipes.items()}
 
-    def stage(self, files: MappedFiles, device: torch.device, take: Callable[..., torch.Tensor]) -> Staged:
-        """Return the tensors on `device`, as they are attached. take: (shape, dtype=…) → memory there.
-        Raise InvalidCheckpoint for what is cast and has no room in its dtype."""
+    def stage(
+        self,
+        files: MappedFiles,
+        device: torch.device,
+        take: Callable[..., torch.Tensor],
+        copy: Copy = copy_at_once,
+    ) -> Staged:
+        """Return the tensors on `device`, as they are attached. take: (shape, dtype=…) → memory there. copy: how they
+        come there. Raise InvalidCheckpoint for what is cast and has no room in its dtype."""
         tensors = self.read(files)
         if self.windowed(device):
             return tensors
         dtypes = {name: tensor.dtype if self.packing else self.dtype for name, tensor in tensors.items()}
-        staged = {name: take(tensor.shape, dtype=dtypes[name]).copy_(tensor) for name, tensor in tensors.items()}
+        staged = {name: take(tensor.shape, dtype=dtypes[name]) for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            copy(staged[name], tensor)
         if not self.fits:
             self.check(staged.values(), map(files.window, self.sources))
             self.fits = True

@@ -105,7 +105,8 @@ def random_state(device: torch.device) -> torch.Tensor:
 
 
 def restore_random(state: torch.Tensor, device: torch.device) -> None:
-    """The inverse of `random_state`, in a process with the same libraries."""
+    """The inverse of `random_state`, in a process with the same libraries. After a state that a CPU saved a GPU's own
+    random numbers stay."""
     import numpy
     import torch
 
@@ -119,7 +120,7 @@ def restore_random(state: torch.Tensor, device: torch.device) -> None:
     found = keys.clone().numpy().view(numpy.uint32)
     numpy.random.set_state(("MT19937", found, int(place), int(has_gauss), float(gauss)))
     random.setstate((int(version), tuple(map(int, _numbers(numbers, torch.int64))), following if follows else None))
-    if device.type == "cuda":
+    if device.type == "cuda" and len(gpu):
         torch.cuda.set_rng_state(gpu.clone(), device)
 
 

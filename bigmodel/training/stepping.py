@@ -232,13 +232,15 @@ class Trainer:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, random numbers come from this seed; outside, as if nothing had been drawn."""
+    """Inside, random numbers come from this seed; outside, as if nothing had been drawn, on every GPU too."""
     import torch
     from transformers import set_seed
 
     before = random_state(torch.device("cpu"))
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     set_seed(seed)
     try:
         yield
     finally:
         restore_random(before, torch.device("cpu"))
+        torch.cuda.set_rng_state_all(gpus)

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed
+from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed, gpu_memory_ran_out
 from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
-from bigpipe.fit import OUT_OF_MEMORY, out_of_memory
+from bigpipe.fit import out_of_memory
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import redact_json
 from bigpipe.versions import lacks
@@ -245,7 +245,7 @@ def ran_out(error: BaseException) -> BigpipeError | None:
     """Return the error for the user where memory, the disk or a limit of the system ran out, or what runs models is not
     installed: that is nobody's bug."""
     code = error.errno if isinstance(error, OSError) else None
-    if type(error).__name__ == OUT_OF_MEMORY:
+    if gpu_memory_ran_out(error):
         cure = "use a smaller batch, or give max_memory a lower cap so that more is kept off the GPU"
         return DoesNotFit(f"GPU memory ran out: {error}", cure)
     if out_of_memory(error):

@@ -26,6 +26,10 @@ from typing import ClassVar
 
 from .redaction import printable, redact
 
+GPU_FULL = ("CUDA error: out of memory", "CUDA driver error: out of memory", "_STATUS_ALLOC_FAILED")
+"""In errors of torch whose class tells nothing, where the driver had no more for a context, pinned memory or kernels
+(c10/cuda/CUDAException.cpp), or a library for its workspace (`CUBLAS_STATUS_ALLOC_FAILED`, and cuDNN's alike)."""
+
 
 def first_few(names: Sequence[str], shown: int = 6) -> str:
     """Return `a, b and 3 more`: an error names some of what is wrong."""
@@ -83,6 +87,13 @@ class Problem:
         number = f"{self.place.line:5d} | "
         underline = " " * (len(number) - 2) + "| " + " " * (self.place.column - 1) + "^" * max(1, self.place.width)
         return f"{head}\n{number}{self.place.text}\n{underline}"
+
+
+def gpu_memory_ran_out(error: BaseException) -> bool:
+    """Return whether torch says that a GPU has no more memory. torch is not imported to ask."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in GPU_FULL)
 
 
 def _fields(code: str, cause: str, cure: str, place: Place | None, node: str) -> dict[str, object]:

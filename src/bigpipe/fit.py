@@ -11,12 +11,10 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from .errors import DoesNotFit
+from .errors import DoesNotFit, gpu_memory_ran_out
 from .sizes import format_size
 
 Key = TypeVar("Key", bound=Hashable)
-OUT_OF_MEMORY = "OutOfMemoryError"
-"""The class of torch's error, which must not be imported to ask."""
 ALLOCATOR_FAILED = "DefaultCPUAllocator: can't allocate memory"
 """In the RuntimeError of torch's allocator for the CPU (c10/core/impl/alloc_cpu.cpp), whose class tells nothing."""
 
@@ -150,6 +148,4 @@ def out_of_memory(error: BaseException) -> bool:
         import resource
 
         return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-    if type(error).__name__ == OUT_OF_MEMORY:
-        return True
-    return isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error)
+    return gpu_memory_ran_out(error) or (isinstance(error, RuntimeError) and ALLOCATOR_FAILED in str(error))

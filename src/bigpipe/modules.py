@@ -17,7 +17,7 @@ from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any
 
-from bigpipe.errors import BigpipeError, UsageError
+from bigpipe.errors import BigpipeError, UsageError, gpu_memory_ran_out
 
 RAN_OUT = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 Stamps = frozenset[tuple[str, int, int]]
@@ -108,7 +108,7 @@ def foreign(what: str, cure: str, kind: type[BigpipeError] = UsageError) -> Iter
         raise
     except Exception as error:
         ran_out = getattr(error, "errno", None) in RAN_OUT or "allocate memory" in str(error)
-        if ran_out or type(error).__name__ == "OutOfMemoryError":  # torch's
+        if ran_out or gpu_memory_ran_out(error):
             raise
         raise kind(f"{what}: {said_by(error)} ({_raised_at(error)})", cure) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -98,7 +98,15 @@ def of_a_gpu() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("fail", [gigantic, out_of_memory_of_python, of_a_gpu])
+def of_a_driver() -> None:
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
+def of_a_library_on_a_gpu() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("fail", [gigantic, out_of_memory_of_python, of_a_gpu, of_a_driver, of_a_library_on_a_gpu])
 def test_a_batch_that_is_larger_than_memory_is_halved_until_it_fits(fail: object) -> None:
     sizes, told = [], []
 
@@ -115,9 +123,10 @@ def test_a_batch_that_is_larger_than_memory_is_halved_until_it_fits(fail: object
     assert "a batch of 6 prompts, the first is 0: computed as 3 and 3" in told[0]
 
 
-def test_a_row_that_is_larger_than_memory_itself_is_told() -> None:
+@pytest.mark.parametrize("fail", [gigantic, of_a_driver])
+def test_a_row_that_is_larger_than_memory_itself_is_told(fail: Callable[[], None]) -> None:
     def answer(rows: Sequence[Row]) -> list[Answer]:
-        gigantic()
+        fail()
         return []
 
     with pytest.raises(DoesNotFit, match="prompt 0 does not fit"):

@@ -35,7 +35,7 @@ from bigpipe.bigmodel.training import (
 from bigpipe.bigmodel.training.examples import reading
 from bigpipe.bigmodel.training.finetuning import unbounded
 from bigpipe.bigmodel.training.order import Order
-from bigpipe.bigmodel.training.saved import read_state, save_state
+from bigpipe.bigmodel.training.saved import random_state, read_state, restore_random, save_state
 from bigpipe.bigmodel.training.stepping import Trainer, seeded
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 
@@ -129,6 +129,30 @@ def test_random_numbers_of_the_process_go_on_as_if_none_had_been_drawn(tmp_path:
     torch.manual_seed(5)
     finetune(models["plain"], ROWS, tmp_path / "out", max_steps=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_numbers_of_gpus_go_on_as_if_none_had_been_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU a list stands in for those of the driver."""
+    generators = [torch.tensor([1, 1], dtype=torch.uint8), torch.tensor([2, 2], dtype=torch.uint8)]
+    drawn = [state.clone() for state in generators]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in drawn])
+    monkeypatch.setattr("torch.cuda.random.set_rng_state", lambda state, device: drawn[device].copy_(state))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: [state.fill_(9) for state in drawn])
+    with seeded(3):
+        assert all(torch.equal(state, torch.tensor([9, 9], dtype=torch.uint8)) for state in drawn)
+    assert all(torch.equal(state, was) for state, was in zip(drawn, generators, strict=True))
+
+
+def test_a_gpu_goes_on_from_a_state_that_a_cpu_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same random numbers of the CPU; the GPU's own stay, as none were saved."""
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append(state))
+    saved = random_state(torch.device("cpu"))
+    expected = torch.rand(3)
+    restore_random(saved, torch.device("cuda"))
+    assert torch.equal(torch.rand(3), expected)
+    assert asked == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -163,6 +163,8 @@ def test_what_ran_out_stays_what_it_is() -> None:
         MemoryError(),
         OSError(28, "No space left"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ):
         with pytest.raises(type(error)), foreign("a thing", "a cure", StageFailed):
             raise error

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.adapters import tuned
 from support.models import make_checkpoint
 
 import bigpipe
+from bigpipe.bigmodel.placement import Device
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 
 pytest.importorskip("peft")
@@ -76,6 +79,26 @@ def test_losses_are_those_of_a_plain_script(tmp_path: Path, device: str, kind: s
     )  # fmt: skip
     assert made.losses == pytest.approx(expected, rel=1e-4)
     assert on_gpu(dict(made.peak), device)
+
+
+def test_random_numbers_of_the_device_go_on_as_if_none_had_been_drawn(tmp_path: Path, device: str) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3, device=device)
+    torch.manual_seed(1)
+    bigpipe.finetune(stored(tmp_path, "plain"), ROWS, tmp_path / "out", max_steps=1, batch_size=2)
+    assert torch.equal(torch.rand(3, device=device), expected)
+
+
+@pytest.mark.parametrize("away", ["cpu", "disk"])
+def test_an_adapter_of_an_embedding_that_lies_away(tmp_path: Path, device: str, home: Device, away: Device) -> None:
+    base = make_checkpoint(tmp_path / "base", "llama", dtype="float16")
+    adapter = tuned(base, tmp_path / "lora", r=4, target_modules=["embed_tokens", "q_proj"])
+    tokens = torch.arange(5, 25).view(2, 10).to(device)
+    whole = bigpipe.load(base, {"": home}, adapter=adapter, dtype="float16")
+    parts = bigpipe.load(base, {"": home, "model.embed_tokens": away}, adapter=adapter, dtype="float16")
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(parts(tokens).logits, whole(tokens).logits)
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", "nf4"])

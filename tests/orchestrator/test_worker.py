@@ -192,6 +192,13 @@ def test_errors_keep_their_class_over_the_border(tmp_path: Path) -> None:
     assert Failure.of(OSError(errno.ENOMEM, "Cannot allocate memory")).cause.startswith("memory ran out")
     assert Failure.of(RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).type == "DoesNotFit"
     assert not Failure.of(ValueError("DefaultCPUAllocator: can't allocate memory: 1 bytes")).expected
+    for said in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert Failure.of(RuntimeError(said)).type == "DoesNotFit"
+        assert Failure.of(RuntimeError(said)).cause.startswith("GPU memory ran out")
+        assert not Failure.of(ValueError(said)).expected
     silent = SystemError("error return without exception set")
     assert not Failure.of(silent).expected
     limit = resource.getrlimit(resource.RLIMIT_AS)

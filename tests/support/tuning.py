@@ -19,7 +19,8 @@ STEPS = 12
 def train(folder: Path, model: Path, rows: Path, kill_after: int | None = None) -> list[int]:
     """Return the steps that it said; it is killed at once when it says `kill_after`."""
     command = [sys.executable, "-W", "ignore", "-m", "support.tuning", str(folder), str(model), str(rows)]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
