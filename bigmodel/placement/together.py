@@ -62,9 +62,10 @@ def batches_together(
 ) -> Together:
     """Return how many batches should go through the streamed layers of a placement together.
 
-    workload: of one batch; beams count as its rows. dtype: what is computed in. asked: so many, whatever would be best.
-    processes: that share the machine, each with a model of its own. memo: where the speeds of this machine are kept;
-    None: those of an ordinary one.
+    workload: of one batch; beams count as its rows. dtype: what is computed in. machine: on which a GPU that is not
+    there has no room, so that one batch goes alone. asked: so many, whatever would be best. processes: that share the
+    machine, each with a model of its own. memo: where the speeds of this machine are kept; None: those of an ordinary
+    one.
     """
     size = _size(Budget(architecture, dtype, workload))
     if asked is not None:
@@ -72,7 +73,8 @@ def batches_together(
     speeds = (memo and speeds_of(machine, memo)) or Speeds()
     useful = _useful(placement, architecture, workload.batch_size, dtype, speeds)
     main = main_of(placement.device_map.values())
-    room = memory_of(machine)[main] / (processes if main == "cpu" else 1) - placement.needs[main].total
+    there = memory_of(machine).get(main, 0) / (processes if main == "cpu" else 1)
+    room = there - placement.needs[main].total
     most = 1 + max(0, int(room // max(size, 1)))
     if most < useful:
         return Together(most, size, f"{useful} would hide the streaming, and {format_size(size)} of each must fit")

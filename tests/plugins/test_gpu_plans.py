@@ -1,0 +1,82 @@
+"""What plans foresee of GPUs, on machines that are described: no GPU is needed here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.contexts import forecast_context
+from support.launching import MACHINE
+from support.models import make_checkpoint
+from support.workshop import Workshop
+
+from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.placement import Placement, batches_together, place
+from bigpipe.errors import DoesNotFit
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, Gpu
+from bigpipe.plugins import evaluating, inference_needs
+from bigpipe.plugins.distributed_infer import InferParams
+from bigpipe.plugins.evaluate import EvaluateParams
+
+GIB = 2**30
+H200 = replace(MACHINE, gpus=(Gpu(0, "H200", 139 * GIB, 139 * GIB),))
+TEXT = "Return the number of occurrences of the argument. Raise ValueError if it is not present in the list.\n" * 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "opt", dtype="float16")
+
+
+def planned(folder: Path, model: Path, placement: Placement | None = None, **more: Any) -> ForecastContext:
+    """On a machine with one GPU, unless another is given."""
+    (folder / "base").mkdir(exist_ok=True)
+    (folder / "base/text.txt").write_text(TEXT)
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    if placement is not None:
+        inputs["placement"] = (Forecast(output=placement),)
+    return forecast_context(folder, **{"inputs": inputs, "machine": H200, **more})
+
+
+def infer(ctx: ForecastContext, **fields: Any) -> Forecast:
+    asked = {"task": "text-generation", "prompts": ["one", "two"], "max_new_tokens": 5, **fields}
+    return inference_needs.forecast(InferParams(**asked), ctx)
+
+
+def evaluate(ctx: ForecastContext, **fields: Any) -> Forecast:
+    return evaluating.forecast(EvaluateParams(data="text.txt", **fields), ctx)
+
+
+def test_a_plan_for_a_gpu_that_is_not_there_says_so_and_what_fits(workshop: Workshop, model: Path) -> None:
+    """Layers would stream through it, several batches at once: of these nothing can be reckoned."""
+    machine = workshop.folder / "bare.json"
+    machine.write_text(json.dumps(asdict(MACHINE)))
+    workshop.manifest.write_text(f"""\
+version: 1
+name: larger
+stages:
+  download: {{uses: download, with: {{path: "{model}"}}}}
+  dispatch: {{uses: dispatch, inputs: download, with: {{max_memory: {{0: 50000B, cpu: 1GiB}}}}}}
+  generate:
+    uses: distributed-infer
+    inputs: {{model: download, placement: dispatch}}
+    with: {{task: text-generation, prompts: [a, b, c], max_new_tokens: 5}}
+""")
+    done = workshop.command("plan", "recipe.yaml", "--machine", str(machine))
+    assert done.returncode == DoesNotFit.exit_code, done.stderr
+    assert "max_memory names GPU 0; test has no GPU" in done.stderr
+    assert "set max_memory.0 to 0; the model fits cpu" in done.stderr
+
+
+def test_a_gpu_that_is_not_there_has_no_room_for_more_batches(model: Path) -> None:
+    streamed = place(model, device_map={"": 0, "model.decoder.layers": "cpu"}, machine=H200)
+    given = streamed, describe_architecture(model), Workload(sequence_length=20), "float16"
+    found = batches_together(*given, MACHINE)
+    assert found.count == 1
+    assert "must fit" in found.why
+    assert batches_together(*given, H200).count > 1
