@@ -44,7 +44,9 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -
     beside = attached(ctx, models[0])
     held.append(sum(beside.nbytes.values()) if beside else 0)
     ram = RANK_BASE + (CUDA_BASE if each else sum(held) + _at_work(params, sides, ctx))
-    vram = {rank * each + gpu: size for rank in range(local) for gpu, size in _vram(sides).items()}
+    vram = None  # of a GPU that it finds by itself nobody knows
+    if placement or not each:
+        vram = {rank * each + gpu: size for rank in range(local) for gpu, size in _vram(sides).items()}
     return replace(known, ram=ram * local, vram=vram, misfits=misfits_of_gpus(each, ctx))
 
 

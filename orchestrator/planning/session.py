@@ -189,13 +189,13 @@ class Session:
         )  # fmt: skip
 
     def room(self, jobs: int) -> dict[str, int]:
-        """Return what all running nodes together may hold here, see `schedule.States`. A cluster keeps account of what
-        it has: there all start at once."""
+        """Return what all running nodes together may hold here, see `states.States`. A cluster keeps account of what it
+        has: there all start at once. Where there is no GPU, nobody waits for one."""
         machine = self.machine
         if self.cluster is not None:
             return {"jobs": jobs, **dict.fromkeys(("CPUs", "RAM", "GPUs"), sys.maxsize), "disk": machine.disk_free}
-        holds = {"CPUs": max(machine.cpus, 1), "RAM": machine.memory_available, "GPUs": 1, "disk": machine.disk_free}
-        return {"jobs": jobs, **holds}
+        holds = {"CPUs": max(machine.cpus, 1), "RAM": machine.memory_available, "disk": machine.disk_free}
+        return {"jobs": jobs, "GPUs": 1 if machine.gpus else sys.maxsize, **holds}
 
     @property
     def jobs(self) -> int:

@@ -80,3 +80,13 @@ def test_a_gpu_that_is_not_there_has_no_room_for_more_batches(model: Path) -> No
     assert found.count == 1
     assert "must fit" in found.why
     assert batches_together(*given, H200).count > 1
+
+
+def test_who_places_itself_takes_of_a_gpu_what_nobody_knows(tmp_path: Path, model: Path) -> None:
+    """So that it runs beside nobody else who uses one; on a CPU it uses none."""
+    for kind in (infer, evaluate):
+        assert kind(planned(tmp_path, model)).vram is None
+        assert kind(planned(tmp_path, model), dtype="float16").vram is None
+        assert kind(planned(tmp_path, model, machine=MACHINE)).vram == {}
+    placed = planned(tmp_path, model, place(model, device_map=0, machine=H200))
+    assert all(set(kind(placed).vram or ()) == {0} for kind in (infer, evaluate))
