@@ -49,7 +49,8 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         if model is not None and model.tensors is not None and (placement or placed is None):
             told["compute_dtype"] = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
-    ram = _ram(params, ctx, placement, together.more + at_work + held)
+    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
+    ram = _ram(params, ctx, placement, each, together.more + at_work + held)
     known = Forecast(
         download_bytes=0,
         ram=ram,
@@ -60,7 +61,6 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     )
     if placed is not None and placed.misfits:  # said where it is placed
         return known
-    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
     return replace(
         known,
         vram=_vram(placement, ctx, together.more + held),
@@ -83,12 +83,12 @@ def check_output(params: InferParams) -> None:
             require_pyarrow("output_format: parquet", "write lines of JSON")
 
 
-def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:
-    """Of all ranks here. beside: what the batches of a rank take besides the weights, on a CPU."""
+def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, each: int, beside: int) -> int | None:
+    """Of all ranks here. each: GPUs of a rank. beside: what its batches take besides the weights, on a CPU."""
     model, local = single_model(ctx), ctx.launch.local_processes
     if model is None or model.tensors is None:
         return None
-    if ctx.machine.gpus:
+    if each:
         return (RANK_BASE + CUDA_BASE) * local
     return (RANK_BASE + held_in_ram(model, placement or as_placement(None), params.dtype, ctx) + beside) * local
 

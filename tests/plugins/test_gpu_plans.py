@@ -90,3 +90,11 @@ def test_who_places_itself_takes_of_a_gpu_what_nobody_knows(tmp_path: Path, mode
         assert kind(planned(tmp_path, model, machine=MACHINE)).vram == {}
     placed = planned(tmp_path, model, place(model, device_map=0, machine=H200))
     assert all(set(kind(placed).vram or ()) == {0} for kind in (infer, evaluate))
+
+
+def test_a_model_that_was_placed_in_ram_takes_ram_though_there_are_gpus(tmp_path: Path, model: Path) -> None:
+    placed = place(model, device_map="cpu", dtype="float32", machine=H200)
+    for kind in (infer, evaluate):
+        beside_a_gpu, without = (kind(planned(tmp_path, model, placed, machine=there)) for there in (H200, MACHINE))
+        assert beside_a_gpu.ram == without.ram
+        assert beside_a_gpu.vram == {}
