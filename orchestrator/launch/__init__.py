@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .acceleration import effective_launch, require_heeded
+    from .acceleration import effective_launch, require_heeded, runs_on_cpu
     from .clusters import Cluster, Host, open_cluster
     from .environment import visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone

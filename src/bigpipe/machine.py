@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ DOCTOR_FORMAT = "bigpipe.doctor/1"
 LARGEST = 2**20
 """Bytes of a description."""
 MAKE_ONE = "make one there with `bigpipe doctor --json > FILE`"
+DRIVER = Path("/dev/nvidiactl")
+"""A device that Linux shows where NVIDIA's driver is loaded."""
+WINDOWS_DRIVER = Path("/dev/dxg")
+"""The same under WSL, whoever made the GPU."""
 CGROUPS = Path("/sys/fs/cgroup")
 MEMORY = Path("/proc/meminfo")
 
@@ -164,9 +169,14 @@ def visible_gpus(gpus: Sequence[tuple[Gpu, str]], visible: str | None) -> tuple[
     return tuple(chosen)
 
 
+def unasked_driver() -> bool:
+    """Return whether NVIDIA's driver is loaded here and what asks it, nvidia-ml-py, is not installed."""
+    return DRIVER.exists() and find_spec("pynvml") is None
+
+
 def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
-    # Linux shows a loaded driver as a device (WSL: dxg); without one, importing the bindings is time spent for nothing.
-    if sys.platform == "linux" and not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg")):
+    # Without a driver, importing the bindings is time spent for nothing.
+    if sys.platform == "linux" and not (DRIVER.exists() or WINDOWS_DRIVER.exists()):
         return ()
     try:
         import pynvml

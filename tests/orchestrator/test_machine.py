@@ -121,6 +121,17 @@ def test_the_doctor_reports_what_is_broken(tmp_path: Path) -> None:
     assert "no kernels here" in check["detail"]
 
 
+def test_the_doctor_tells_of_gpus_that_plans_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBES", {})
+    monkeypatch.setattr(machine, "_gpus", lambda environment: ())
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert doctor.unsound(doctor.examine(tmp_path)) == []
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    [error] = doctor.unsound(doctor.examine(tmp_path))
+    assert "plans count none" in error.cause
+    assert error.cure == "pip install 'bigpipe-ml[gpu]'"
+
+
 def test_gpus_of_a_kind_are_told_together_and_a_disk_without_end_as_one() -> None:
     gpus = tuple(Gpu(index, "NVIDIA H100 80GB", 80 << 30, 80 << 30) for index in range(8))
     other = Gpu(8, "NVIDIA L4", 24 << 30, 24 << 30)
