@@ -85,9 +85,9 @@ def placing_of(
 
 
 def _passing(placement: Placement) -> int:
-    """Bytes of RAM that one forward fills with what does not stay there."""
-    on_cpu = placement.gpus == 0
-    return 2 * max(placement.streaming.values(), default=0) + (placement.kept_experts if on_cpu else 0)
+    """Bytes of RAM that one forward fills with what does not stay there: two layers, and on a CPU experts that stay."""
+    passing = max(placement.streaming.values(), default=0)
+    return passing if placement.gpus else 2 * passing + placement.kept_experts
 
 
 def _resident(placement: Placement, beside: Attachment | None) -> int:

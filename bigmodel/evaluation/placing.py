@@ -73,7 +73,7 @@ def place_pair(
 
 
 def _held(placement: Placement, device: Device) -> int:
-    """What a cap counts: weights and buffers, and the largest layer that is streamed."""
+    """What a cap counts: weights and buffers, and the room for layers that are streamed."""
     need = placement.needs.get(device)
     return need.weights + need.streaming if need else placement.weights.get(device, 0)
 

@@ -6,9 +6,9 @@
 `budget` is what each device may hold and what a map puts there, `headroom` what generating takes of it, `tree` the
 bytes of every module. `greedy` fills devices in the model's order, as accelerate's `infer_auto_device_map` does;
 `strategies` evens out GPUs, as its `get_balanced_memory` does, and chooses; `optimal` searches for the fastest at given
-`speeds`; `fitting` says why something does not fit, and what would; `streaming` what a forward moves; `products` and
-`computing` choose what a CPU computes in; `together` how many batches share a stream, and
-`limits` how fast that can be at the most.
+`speeds`, over `units`; `fitting` says why something does not fit, and what would; `streaming` what a forward moves;
+`products` and `computing` choose what a CPU computes in; `together` how many batches share a stream, and `limits` how
+fast that can be at the most.
 """
 
 from __future__ import annotations
