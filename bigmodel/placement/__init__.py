@@ -20,6 +20,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .devices import Device, devices_of, one_device
     from .fitting import find_misfits
+    from .headroom import beyond_headroom
     from .limits import Limit, Work, limit_here, limit_of
     from .models import place, place_model, stored_dtype
     from .placement import Placement, PlacementRequest, as_map

@@ -15,7 +15,7 @@ from support.workshop import Workshop
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.placement import Placement, batches_together, place
 from bigpipe.errors import DoesNotFit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, Gpu
@@ -98,3 +98,50 @@ def test_a_model_that_was_placed_in_ram_takes_ram_though_there_are_gpus(tmp_path
         beside_a_gpu, without = (kind(planned(tmp_path, model, placed, machine=there)) for there in (H200, MACHINE))
         assert beside_a_gpu.ram == without.ram
         assert beside_a_gpu.vram == {}
+
+
+def test_a_batch_that_is_larger_than_it_was_placed_for_takes_more_of_a_gpu(tmp_path: Path, model: Path) -> None:
+    """Keys, values and activations of 63 rows more."""
+    placement = place(model, device_map=0, sequence_length=15, machine=H200)
+    ctx = planned(tmp_path, model, placement)
+    found = [infer(ctx, prompts=["a" * 10] * 64, batch_size=rows).vram for rows in (1, 64)]
+    architecture = describe_architecture(model)
+    small, large = (
+        Budget(architecture, "float16", Workload(batch_size=rows, sequence_length=15, output_length=5))
+        for rows in (1, 64)
+    )
+    assert large.kv_cache.bytes - small.kv_cache.bytes == 63 * placement.needs[0].kv_cache
+    grown = large.kv_cache.bytes - small.kv_cache.bytes + large.activations.bytes - small.activations.bytes
+    assert found == [{0: placement.needs[0].total}, {0: placement.needs[0].total + grown}]
+    roomy = place(model, device_map=0, batch_size=64, sequence_length=15, machine=H200)
+    assert infer(planned(tmp_path, model, roomy), prompts=["a" * 10] * 64, batch_size=64).vram == {
+        0: roomy.needs[0].total
+    }
+
+
+def test_a_batch_takes_of_each_gpu_what_its_layers_keep(tmp_path: Path, model: Path) -> None:
+    split = {"": 0, "model.decoder.layers.1": 1}
+    placement = place(model, device_map=split, sequence_length=15, machine=H200)
+    ctx = planned(
+        tmp_path, model, placement, machine=replace(H200, gpus=(H200.gpus[0], replace(H200.gpus[0], index=1)))
+    )
+    one, many = (infer(ctx, prompts=["a" * 10] * 64, batch_size=rows).vram for rows in (1, 64))
+    assert one is not None
+    assert many is not None
+    assert many[0] - one[0] == many[1] - one[1] > 63 * placement.needs[1].kv_cache > 0
+
+
+def test_windows_take_their_logits_of_a_gpu(tmp_path: Path, model: Path) -> None:
+    """Those of every token, where a placement keeps room for the last one's; those of a baseline wait beside them."""
+    placement = place(model, device_map=0, sequence_length=128, machine=H200)
+    ctx = planned(tmp_path, model, placement)
+    alone, wide = (evaluate(ctx, batch_size=size).vram for size in (1, 8))
+    both = evaluate(replace(ctx, inputs={**ctx.inputs, "baseline": ctx.inputs["model"]})).vram
+    assert alone is not None
+    assert wide is not None
+    assert both is not None
+    need, logits, slices = placement.needs[0], 128 * 264, 8 * 2**24
+    forwards = [2 * rows * (logits + 128 * 32) for rows in (1, 8)]  # with what is as wide as the model beside them
+    assert alone[0] - need.total == forwards[0] - need.activations + slices
+    assert wide[0] - need.total == forwards[1] - need.activations + slices
+    assert both[0] - 2 * need.total == 2 * (forwards[0] - need.activations) + slices + 4 * logits
