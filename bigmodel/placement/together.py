@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.footprint import WORKSPACE, Budget, Workload
 from bigpipe.bigmodel.formats import PLAIN, Format
 from bigpipe.machine import Machine
 from bigpipe.sizes import format_size
 
 from .budget import memory_of
-from .devices import is_computing, main_of
+from .devices import Device, is_computing, main_of
 from .headroom import beyond_headroom
 from .placement import Placement
 from .speeds import Speeds, speeds_of
@@ -71,7 +71,7 @@ def batches_together(
     one. stored: the format that the model's matrices are packed in.
     """
     main = main_of(placement.device_map.values())
-    size = _size(Budget(architecture, dtype, workload))
+    size = _size(Budget(architecture, dtype, workload), main)
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
     speeds = (memo and speeds_of(machine, memo)) or Speeds()
@@ -96,7 +96,8 @@ def _useful(placement: Placement, architecture: Architecture, rows: int, dtype: 
     return next((n for n in range(1, most) if n * computing >= moving * moved.share(n * rows)), most)
 
 
-def _size(budget: Budget) -> int:
-    """Bytes that a batch holds while it waits."""
+def _size(budget: Budget, main: Device) -> int:
+    """Bytes that a batch holds while it waits. Each goes through the layers in a thread of its own, for which cuBLAS
+    takes a workspace of its own."""
     states = budget.workload.batch_size * budget.length * budget.shape.hidden * budget.itemsize
-    return budget.cache.bytes + HELD * states
+    return budget.cache.bytes + HELD * states + (WORKSPACE if isinstance(main, int) else 0)

@@ -145,3 +145,13 @@ def test_windows_take_their_logits_of_a_gpu(tmp_path: Path, model: Path) -> None
     assert alone[0] - need.total == forwards[0] - need.activations + slices
     assert wide[0] - need.total == forwards[1] - need.activations + slices
     assert both[0] - 2 * need.total == 2 * (forwards[0] - need.activations) + slices + 4 * logits
+
+
+def test_each_batch_that_goes_along_has_a_workspace_of_its_own_on_a_gpu(model: Path) -> None:
+    sizes = []
+    for main, rest in ((0, "cpu"), ("cpu", "disk")):
+        placement = place(model, device_map={"": main, "model.decoder.layers": rest}, machine=H200)
+        given = placement, describe_architecture(model), Workload(sequence_length=20), "float16"
+        sizes.append(batches_together(*given, H200).size)
+        assert batches_together(*given, H200, asked=2).size == sizes[-1]
+    assert sizes[0] - sizes[1] == 32 * 2**20
