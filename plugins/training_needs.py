@@ -7,6 +7,7 @@ from typing import Any
 
 from bigpipe.bigmodel.adapters import bind
 from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription, describe_adapter
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.bigmodel.training import (
     Lora,
@@ -53,12 +54,12 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     dtype = computing_dtype(model, gpu, params.dtype)
     longest = max(row.nbytes for row in rows)
     memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu)
-    local = ctx.launch.local_processes
+    local, runtime = ctx.launch.local_processes, Budget(architecture, dtype, Workload()).runtime.high
     return Forecast(
         download_bytes=0,
         write_bytes=4 * count,
         ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
-        vram={rank: memory.own for rank in range(local)} if gpu else {},
+        vram=dict.fromkeys(range(local), memory.own + runtime) if gpu else {},
         metrics=known | {"trainable_parameters": count},
         summary=f"{work}; {count:,} parameters on {counted(adapted, 'module')}",
         output=describe_adapter(ctx.artifact) if ctx.artifact else adapter,

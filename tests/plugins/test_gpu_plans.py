@@ -19,9 +19,11 @@ from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.placement import Placement, batches_together, place
 from bigpipe.errors import DoesNotFit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, Gpu
-from bigpipe.plugins import evaluating, inference_needs
+from bigpipe.plugins import dispatch_needs, evaluating, inference_needs, training_needs
+from bigpipe.plugins.dispatch import DispatchParams
 from bigpipe.plugins.distributed_infer import InferParams
 from bigpipe.plugins.evaluate import EvaluateParams
+from bigpipe.plugins.finetune import FinetuneParams
 
 GIB = 2**30
 H200 = replace(MACHINE, gpus=(Gpu(0, "H200", 139 * GIB, 139 * GIB),))
@@ -155,3 +157,17 @@ def test_each_batch_that_goes_along_has_a_workspace_of_its_own_on_a_gpu(model: P
         sizes.append(batches_together(*given, H200).size)
         assert batches_together(*given, H200, asked=2).size == sizes[-1]
     assert sizes[0] - sizes[1] == 32 * 2**20
+
+
+def test_what_the_driver_and_its_libraries_take_is_foreseen(tmp_path: Path, model: Path) -> None:
+    """Context and workspace on a GPU; in RAM CUDA's libraries, which a placement that is tried loads too."""
+    asked = FinetuneParams(data=[{"text": "one"}], max_steps=1, lora={"target_modules": ["q_proj"]})
+    trained = training_needs.forecast(asked, planned(tmp_path, model))
+    assert trained.vram is not None
+    assert trained.vram[0] > 512 * 2**20
+    placed, in_ram = (
+        dispatch_needs.forecast(DispatchParams(device_map={"": home}), planned(tmp_path, model)) for home in (0, "cpu")
+    )
+    assert placed.ram is not None
+    assert in_ram.ram is not None
+    assert placed.ram - in_ram.ram == 3 * GIB
