@@ -39,7 +39,7 @@ class Gpu:
     name: str
     """As its driver calls it."""
     memory: int
-    """Total bytes."""
+    """Bytes that can be had: all, without what the driver and the firmware keep for themselves."""
     free: int
     """Bytes that nobody holds."""
 
@@ -195,10 +195,20 @@ def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
 
 def _gpu(nvml: Any, index: int) -> tuple[Gpu, str]:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    total, free = _gpu_memory(nvml, handle)
     texts = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
     name, uuid = (value.decode() if isinstance(value, bytes) else value for value in texts)  # bytes: older drivers
-    return Gpu(index, name, int(memory.total), int(memory.free)), uuid
+    return Gpu(index, name, total, free), uuid
+
+
+def _gpu_memory(nvml: Any, handle: Any) -> tuple[int, int]:
+    """Bytes that can be had, and bytes that nobody holds. NVML's `total` is all that is soldered on; what is reserved
+    of it its second version alone tells (nvmlMemory_v2_t, since driver 510)."""
+    with contextlib.suppress(AttributeError, TypeError, nvml.NVMLError):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        return int(memory.total) - int(memory.reserved), int(memory.free)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return int(memory.total), int(memory.free)
 
 
 def cores() -> int:
