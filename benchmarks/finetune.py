@@ -4,8 +4,8 @@
         [--length 128] [--no-checkpointing] [--folder DIR]
 
 The recipe downloads (makes up), quantizes and trains, as any other. Foreseen: `ram` of the plan; taken: `peak.cpu`, the
-resident memory of the rank, windows into the files of frozen weights included. On a GPU `vram`, and `peak.0`. The last
-line is JSON.
+resident memory of the rank, windows into the files of frozen weights included. On a GPU `vram` without the context,
+and `peak.0`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import bigpipe
+from bigpipe.bigmodel.footprint.budgets import CONTEXT
 
 SHAPES = {
     "tiny": (256, 4, 4),
@@ -98,7 +99,8 @@ def main() -> None:
         foreseen = bigpipe.plan(manifest, store=store).nodes["finetune"].forecast
         result = bigpipe.run(manifest, store=store).nodes["finetune"]
         on_gpu = bool(foreseen.vram)
-        planned = foreseen.vram[0] if on_gpu else foreseen.ram
+        # What the driver keeps is not in `peak.0`, torch's own count
+        planned = foreseen.vram[0] - CONTEXT[-1] if on_gpu else foreseen.ram
         taken = int(result.metrics["peak"]["0" if on_gpu else "cpu"])
         print(
             f"{arguments.size} {arguments.scheme} batch {arguments.batch} × {arguments.length}, "

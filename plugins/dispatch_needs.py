@@ -19,6 +19,7 @@ from bigpipe.sizes import format_size
 from .dispatch import DispatchParams
 from .library import about, sources_of
 from .placed import computed_in, read_placement
+from .ranked import CUDA_BASE
 from .wired import agreed, attached, require_class, single_model
 
 PROCESS = 600 * 2**20
@@ -54,7 +55,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         compute_dtype=computed_in(model, placement, ctx),
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
-        ram=None if params.verify == "none" else PROCESS + _passing(placement) + _resident(placement, beside),
+        ram=None if params.verify == "none" else _ram(placement, beside),
         vram={device: need.total for device, need in placement.needs.items() if isinstance(device, int)},
         unknown=unknown,
         misfits=find_misfits(request, placement, ctx.machine, attempt),
@@ -84,10 +85,15 @@ def placing_of(
     return attempt
 
 
+def _ram(placement: Placement, beside: Attachment | None) -> int:
+    """Of the process that loads it and lets it compute once."""
+    return PROCESS + (CUDA_BASE if placement.gpus else 0) + _passing(placement) + _resident(placement, beside)
+
+
 def _passing(placement: Placement) -> int:
-    """Bytes of RAM that one forward fills with what does not stay there."""
-    on_cpu = placement.gpus == 0
-    return 2 * max(placement.streaming.values(), default=0) + (placement.kept_experts if on_cpu else 0)
+    """Bytes of RAM that one forward fills with what does not stay there: two layers, and on a CPU experts that stay."""
+    passing = max(placement.streaming.values(), default=0)
+    return passing if placement.gpus else 2 * passing + placement.kept_experts
 
 
 def _resident(placement: Placement, beside: Attachment | None) -> int:

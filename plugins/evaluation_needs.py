@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
-from bigpipe.bigmodel.evaluation import Known, Question, at_work, place_pair
+from bigpipe.bigmodel.evaluation import Known, Question, at_work, comparing, place_pair
 from bigpipe.bigmodel.footprint import Workload
-from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.formats import format_of
+from bigpipe.bigmodel.placement import Placement, beyond_headroom
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
@@ -45,15 +46,27 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -
     beside = attached(ctx, models[0])
     held.append(sum(beside.nbytes.values()) if beside else 0)
     ram = RANK_BASE + (CUDA_BASE if each else sum(held) + _at_work(params, sides, ctx))
-    vram = {rank * each + gpu: size for rank in range(local) for gpu, size in _vram(sides).items()}
+    vram = None  # of a GPU that it finds by itself nobody knows
+    if placement or not each:
+        of_a_rank = _vram(params, sides, ctx)
+        vram = {rank * each + gpu: size for rank in range(local) for gpu, size in of_a_rank.items()}
     return replace(known, ram=ram * local, vram=vram, misfits=misfits_of_gpus(each, ctx))
 
 
-def _vram(sides: Sides) -> Counter[int]:
-    """Per GPU of a rank."""
+def _vram(params: EvaluateParams, sides: Sides, ctx: ForecastContext) -> Counter[int]:
+    """Per GPU of a rank: what its models are placed with, and what a batch of windows takes beyond that."""
     found: Counter[int] = Counter()
-    for _, where in sides:
-        found.update({device: need.total for device, need in where.needs.items() if isinstance(device, int)})
+    for model, where in sides:
+        gpus = {device: need.total for device, need in where.needs.items() if isinstance(device, int)}
+        if not gpus:
+            continue
+        architecture, dtype = agreed(model, sources_of(ctx)).architecture, computed_in(model, where, ctx, params.dtype)
+        work, stored = workload(params, sides[0][0], ctx), format_of(model)
+        more = beyond_headroom(where, architecture, dtype, work, stored, caching=False)
+        found.update({gpu: size + more.get(gpu, 0) for gpu, size in gpus.items()})
+    if found:
+        first = agreed(sides[0][0], sources_of(ctx)).architecture
+        found[min(found)] += comparing(first, workload(params, sides[0][0], ctx), len(sides))
     return found
 
 

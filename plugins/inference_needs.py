@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import as_placement
 from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.inference import Batching, assign
-from bigpipe.bigmodel.placement import Placement, Together, batches_together
+from bigpipe.bigmodel.placement import Device, Placement, Together, batches_together, beyond_headroom
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import TASKS, Prompts, Requests, Row, find_task, request_reader, require_pyarrow
 from bigpipe.errors import UsageError
@@ -41,15 +42,18 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     placement, placed = ctx.described("placement", Placement), ctx.input("placement")
     told: dict[str, int | str] = {"prompts": batching.rows}
     together, model, at_work, held = Together(), single_model(ctx), 0, 0
+    beyond: Mapping[Device, int] = {}
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
         together = together_of(params, model, placement, batching, ctx)
         at_work = _at_work(params, model, placement, batching, ctx)
+        beyond = _beyond(params, model, placement, batching, ctx)
         held = sum(beside.nbytes.values()) if (beside := attached(ctx, model)) else 0
         told["micro_batches"] = together.count
         if model is not None and model.tensors is not None and (placement or placed is None):
             told["compute_dtype"] = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     said = f"{counted(together.count, 'batch', 'es')} at once through the streamed layers: {together.why}"
-    ram = _ram(params, ctx, placement, together.more + at_work + held)
+    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
+    ram = _ram(params, ctx, placement, each, together.more + at_work + held)
     known = Forecast(
         download_bytes=0,
         ram=ram,
@@ -60,10 +64,9 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     )
     if placed is not None and placed.misfits:  # said where it is placed
         return known
-    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
     return replace(
         known,
-        vram=_vram(placement, ctx, together.more + held),
+        vram=_vram(placement, ctx, beyond, together.more + held),
         misfits=misfits_of_gpus(each, ctx),
     )
 
@@ -83,12 +86,12 @@ def check_output(params: InferParams) -> None:
             require_pyarrow("output_format: parquet", "write lines of JSON")
 
 
-def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, beside: int) -> int | None:
-    """Of all ranks here. beside: what the batches of a rank take besides the weights, on a CPU."""
+def _ram(params: InferParams, ctx: ForecastContext, placement: Placement | None, each: int, beside: int) -> int | None:
+    """Of all ranks here. each: GPUs of a rank. beside: what its batches take besides the weights, on a CPU."""
     model, local = single_model(ctx), ctx.launch.local_processes
     if model is None or model.tensors is None:
         return None
-    if ctx.machine.gpus:
+    if each:
         return (RANK_BASE + CUDA_BASE) * local
     return (RANK_BASE + held_in_ram(model, placement or as_placement(None), params.dtype, ctx) + beside) * local
 
@@ -103,6 +106,17 @@ def _at_work(
     dtype = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
     found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, batching))
     return found.cpu.bytes - found.counts.loaded
+
+
+def _beyond(
+    params: InferParams, model: ModelDescription | None, placement: Placement | None, batching: Batching,
+    ctx: ForecastContext,
+) -> Mapping[Device, int]:  # fmt: skip
+    """What the largest batch takes on each device beyond what it was placed with; of a function nobody knows."""
+    if placement is None or model is None or model.tensors is None or params.task not in TASKS:
+        return {}
+    architecture, dtype = agreed(model, sources_of(ctx)).architecture, computed_in(model, placement, ctx, params.dtype)
+    return beyond_headroom(placement, architecture, dtype, _workload(params, batching), format_of(model))
 
 
 def _workload(params: InferParams, batching: Batching) -> Workload:
@@ -131,11 +145,14 @@ def batching_of(params: InferParams, rows: Iterable[Row]) -> Batching:
     return Batching.of(lengths, params.batch_size, params.batch_tokens)
 
 
-def _vram(placement: Placement | None, ctx: ForecastContext, more: int) -> dict[int, int] | None:
-    """Per GPU of the ranks here: its weights and what generating takes besides. more: on the first of each rank."""
+def _vram(
+    placement: Placement | None, ctx: ForecastContext, beyond: Mapping[Device, int], more: int
+) -> dict[int, int] | None:
+    """Per GPU of the ranks here: its weights and what generating takes besides. beyond: what the stage's own batches
+    take of each device beside that. more: on the first of each rank."""
     if placement is None:
         return None if ctx.machine.gpus else {}
-    needs = {device: need.total for device, need in placement.needs.items() if isinstance(device, int)}
+    needs = {gpu: need.total + beyond.get(gpu, 0) for gpu, need in placement.needs.items() if isinstance(gpu, int)}
     if needs:
         needs[min(needs)] += more
     return {
@@ -164,6 +181,7 @@ def together_of(
         asked=params.micro_batches,
         processes=ctx.launch.local_processes,
         memo=ctx.memo,
+        stored=format_of(model),
     )
     share = math.ceil(len(batching.sizes) / ctx.launch.num_processes)
     return replace(found, count=min(found.count, share))

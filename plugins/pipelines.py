@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, itemsize
+from bigpipe.bigmodel.footprint import runtime_of
 from bigpipe.bigmodel.hub import describe_pipeline
 from bigpipe.bigmodel.inference import Bound
 from bigpipe.bigmodel.tasks import computing_dtype, find_task, load_pipeline
@@ -50,8 +51,9 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         return known
     weights = _weights(model, dtype)
     if gpus:
-        return replace(known, ram=(RANK_BASE + CUDA_BASE) * local, vram=dict.fromkeys(range(local), weights))
-    return replace(known, ram=(RANK_BASE + weights) * local)
+        vram = dict.fromkeys(range(local), weights + runtime_of(len(model.tensors)).high)
+        return replace(known, ram=(RANK_BASE + CUDA_BASE) * local, vram=vram)
+    return replace(known, ram=(RANK_BASE + weights) * local, vram={})
 
 
 def _weights(model: ModelDescription, dtype: str) -> int:

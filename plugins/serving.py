@@ -65,11 +65,12 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
     engine = find_engine(params.engine)
-    unknown = (RESULTS, *(("memory: the engine takes what it finds",) if engine.takes_model else ()))
-    at_once = _settings(engine, params).concurrency
+    unknown = (RESULTS, *(("RAM: the engine takes what it needs",) if engine.takes_model else ()))
+    settings = _settings(engine, params)
+    at_once = settings.concurrency
     return Forecast(
         download_bytes=0,
-        vram=None if engine.takes_model else {},
+        vram=engine.holds(settings, ctx.machine),
         unknown=unknown,
         ram=None if engine.takes_model else BASE + at_once * OF_A_QUESTION,
         metrics={"prompts": count, "micro_batches": at_once},

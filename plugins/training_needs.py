@@ -7,6 +7,7 @@ from typing import Any
 
 from bigpipe.bigmodel.adapters import bind
 from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription, describe_adapter
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.bigmodel.training import (
     Lora,
@@ -55,12 +56,12 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     longest = max(row.nbytes for row in rows)
     given = max(len(row.data[column].encode()) for row in rows) if (column := input_of(params)) else 0
     memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu, given=given)
-    local = ctx.launch.local_processes
+    local, runtime = ctx.launch.local_processes, Budget(architecture, dtype, Workload()).runtime.high
     return Forecast(
         download_bytes=0,
         write_bytes=4 * count + stored_beside(adapter),
         ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
-        vram={rank: memory.own for rank in range(local)} if gpu else {},
+        vram=dict.fromkeys(range(local), memory.own + runtime) if gpu else {},
         metrics=known | {"trainable_parameters": count},
         summary=f"{work}; {count:,} parameters on {counted(adapted, 'module')}",
         output=describe_adapter(ctx.artifact) if ctx.artifact else adapter,

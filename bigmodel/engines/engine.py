@@ -42,6 +42,11 @@ def _no_check(settings: Any, wanted: Wanted) -> None:
     """Nothing can be wrong."""
 
 
+def _holds_nothing(settings: Any, machine: Machine) -> Mapping[int, int]:
+    """It computes elsewhere."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """One way to have a task's rows answered.
@@ -54,6 +59,7 @@ class Engine:
     apart: settings that change how it is asked, and nothing of the answers.
     check: (settings, what is wanted); raises a BigpipeError for what would fail later, as far as it is known.
     packages: distributions whose versions the answers depend on.
+    holds: (settings, the machine) → GPU's number → bytes of it that it takes, of an engine that takes a model.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Engine:
     apart: tuple[str, ...] = ()
     check: Callable[[Any, Wanted], None] = _no_check
     packages: tuple[str, ...] = ()
+    holds: Callable[[Any, Machine], Mapping[int, int]] = _holds_nothing
 
     def find_task(self, name: str, sources: Sources) -> Task:
         """Return the task of that name as this engine does it. Raise UsageError as `tasks.find_task`, and for one that

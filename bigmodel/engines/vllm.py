@@ -22,6 +22,7 @@ from pydantic import Field
 from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.tasks import require_tokenizer
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed, UsageError
+from bigpipe.machine import Machine
 from bigpipe.programs import Ended, Program, running_program, signal_in_words
 from bigpipe.sizes import counted
 
@@ -45,6 +46,8 @@ PORTS = 3
 """How many are tried, where another program takes the one that was free."""
 TAKEN = "ddress already in use"
 """In what it prints then."""
+SHARE = 0.9
+"""Of a GPU's memory, what vLLM takes where nobody says."""
 GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 DYING = 2.0
@@ -67,6 +70,10 @@ class Vllm(Asked):
     startup: float = Field(900.0, gt=0)
     """Seconds until it must take questions: it loads and compiles first."""
 
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel_size * self.data_parallel_size
+
 
 def _check(settings: Vllm, wanted: Wanted) -> None:
     if not sys.platform.startswith("linux"):
@@ -74,7 +81,7 @@ def _check(settings: Vllm, wanted: Wanted) -> None:
     if find_spec("vllm") is None:
         cure = "pip install 'bigpipe-ml[vllm]', best into an environment of its own: it brings a torch of its own"
         raise UsageError("engine vllm needs vllm, not installed here", cure, field="engine")
-    needed, there = settings.tensor_parallel_size * settings.data_parallel_size, len(wanted.machine.gpus)
+    needed, there = settings.gpus, len(wanted.machine.gpus)
     if needed > there:
         cause = f"vLLM would take {counted(needed, 'GPU')} ({settings.tensor_parallel_size} for each of "
         cause += f"{settings.data_parallel_size} copies), and there are {there}"
@@ -82,6 +89,12 @@ def _check(settings: Vllm, wanted: Wanted) -> None:
     if wanted.dtype == "float64":
         raise UsageError("vLLM computes in no float64", "take float32, or a half", field="dtype")
     _check_model(wanted)
+
+
+def _holds(settings: Vllm, machine: Machine) -> Mapping[int, int]:
+    """It takes the first GPUs, and its share of each whatever the model needs."""
+    share = settings.gpu_memory_utilization or SHARE
+    return {gpu.index: int(share * gpu.memory) for gpu in machine.gpus[: settings.gpus]}
 
 
 _CURE = "use engine: transformers, or engine: openai for a server elsewhere"
@@ -202,5 +215,5 @@ def _lines(last: tuple[str, ...]) -> str:
 
 ENGINE = Engine(
     name="vllm", settings=Vllm, serve=_serve, tasks=held_tasks, apart=(*APART, "startup"), check=_check,
-    packages=("vllm",),
+    packages=("vllm",), holds=_holds,
 )  # fmt: skip

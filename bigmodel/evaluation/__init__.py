@@ -16,7 +16,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .evaluating import Question, bind, conclude, evaluate, prepare
     from .layers import LayerLoss, Layers, lose_least
-    from .placing import Known, at_work, place_pair, together_windows
+    from .placing import Known, at_work, comparing, place_pair, together_windows
     from .reporting import REPORT, render, write_report
     from .summary import Comparison, Divergence, Evaluation, Measured, summarise
     from .texts import read_texts

@@ -73,7 +73,7 @@ def place_pair(
 
 
 def _held(placement: Placement, device: Device) -> int:
-    """What a cap counts: weights and buffers, and the largest layer that is streamed."""
+    """What a cap counts: weights and buffers, and the room for layers that are streamed."""
     need = placement.needs.get(device)
     return need.weights + need.streaming if need else placement.weights.get(device, 0)
 
@@ -104,4 +104,10 @@ def at_work(models: list[tuple[Architecture, str]], work: Workload) -> int:
     what comparing takes. models: what each is, and the dtype that it computes in."""
     budgets = [Budget(architecture, dtype, work) for architecture, dtype in models]
     forward = max(budget.cpu.bytes - budget.counts.loaded for budget in budgets)
-    return forward + SLICES * 4 * AT_A_TIME + (logits_bytes(models[0][0], work) if len(models) > 1 else 0)
+    return forward + comparing(models[0][0], work, len(models))
+
+
+def comparing(architecture: Architecture, work: Workload, models: int) -> int:
+    """Return bytes that the numbers of a batch take besides its forwards: of what is worked on at a time, and of the
+    baseline's logits that wait, where there are two models."""
+    return SLICES * 4 * AT_A_TIME + (logits_bytes(architecture, work) if models > 1 else 0)

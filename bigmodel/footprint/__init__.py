@@ -8,7 +8,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .activations import activations_kept
-    from .budgets import Budget, Workload, capped_length, cut_length
+    from .budgets import WORKSPACE, Budget, Workload, capped_length, cut_length, runtime_of
     from .estimates import Estimate, estimate, estimate_sighting, misfits, report, report_json
     from .kvcache import kv_cache, layer_kinds
     from .sighting import Sighting, architecture_of, look

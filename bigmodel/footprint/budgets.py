@@ -247,10 +247,7 @@ class Budget:
 
     @cached_property
     def runtime(self) -> Term:
-        low, usual, high = CONTEXT
-        rounding = ROUNDING * sum(len(module.tensors) for module in self.architecture.modules)
-        formula = "CUDA context + cuBLAS workspace; + 512 bytes per tensor at most"
-        return Term(usual + WORKSPACE, "bound", low, high + WORKSPACE + rounding, formula)
+        return runtime_of(sum(len(module.tensors) for module in self.architecture.modules))
 
     @cached_property
     def quantizing(self) -> Term | None:
@@ -303,6 +300,13 @@ class Budget:
             for name, (size, text) in sizes.items()
         }
         return {**terms, "lora": frozen}
+
+
+def runtime_of(tensors: int) -> Term:
+    """Return what a process takes of each GPU besides its tensors. tensors: how many parameters and buffers it has."""
+    low, usual, high = CONTEXT
+    formula = "CUDA context + cuBLAS workspace; + 512 bytes per tensor at most"
+    return Term(usual + WORKSPACE, "bound", low, high + WORKSPACE + ROUNDING * tensors, formula)
 
 
 def kv_bytes(dtype: str) -> int:

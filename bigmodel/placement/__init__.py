@@ -6,9 +6,9 @@
 `budget` is what each device may hold and what a map puts there, `headroom` what generating takes of it, `tree` the
 bytes of every module. `greedy` fills devices in the model's order, as accelerate's `infer_auto_device_map` does;
 `strategies` evens out GPUs, as its `get_balanced_memory` does, and chooses; `optimal` searches for the fastest at given
-`speeds`; `fitting` says why something does not fit, and what would; `streaming` what a forward moves; `products` and
-`computing` choose what a CPU computes in; `together` how many batches share a stream, and
-`limits` how fast that can be at the most.
+`speeds`, over `units`; `fitting` says why something does not fit, and what would; `streaming` what a forward moves;
+`products` and `computing` choose what a CPU computes in; `together` how many batches share a stream, and `limits` how
+fast that can be at the most.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .devices import Device, devices_of, one_device
     from .fitting import find_misfits
+    from .headroom import beyond_headroom
     from .limits import Limit, Work, limit_here, limit_of
     from .models import place, place_model, stored_dtype
     from .placement import Placement, PlacementRequest, as_map

@@ -107,7 +107,7 @@ def needs_of(tree: Tree, homes: Homes, headroom: Headroom | None) -> dict[Device
             if not is_computing(homes[tensor], main):
                 weights[homes[tensor]] -= tree.nbytes[tensor]
                 weights[main] += tree.nbytes[tensor]
-    streaming = _largest_streamed(tree, homes, main)
+    streaming = buffers(main, _passing(tree, homes, main))
     if headroom is not None:
         streaming += headroom.casting
     found: dict[Device, Need] = {}
@@ -123,11 +123,24 @@ def needs_of(tree: Tree, homes: Homes, headroom: Headroom | None) -> dict[Device
     return {device: need for device, need in found.items() if need.total}
 
 
-def _largest_streamed(tree: Tree, homes: Homes, main: Device) -> int:
-    """Bytes of the largest layer that passes through the device that runs it; tables do not."""
+def _passing(tree: Tree, homes: Homes, main: Device) -> list[tuple[int, int]]:
+    """Bytes of each layer that pass through the device that runs it, see `Tree.passing`; tables do not."""
     layers = (
         [tensor for tensor in tree.tensors_of(layer) if not is_computing(homes.get(tree.storage(tensor), main), main)]
         for layer in tree.layers([""])
         if not tree.is_table(layer)
     )
-    return max(map(tree.union_size, layers), default=0)
+    return [tree.passing_of(tensors) for tensors in layers if tensors]
+
+
+def buffers(main: Device, layers: Collection[tuple[int, int]]) -> int:
+    """Return the bytes that the device that runs them keeps for layers that pass through it.
+
+    A CPU computes with the file's pages of one layer. On a GPU one layer computes while the next one comes, each in
+    memory that is used again and again, so that both come to be as large as the largest; experts are brought once their
+    layer's turn has come, and have one place. layers: of each its bytes but for its experts, and those of its experts.
+    """
+    if main == "cpu":
+        return max(map(sum, layers), default=0)
+    rest, experts = (max((layer[part] for layer in layers), default=0) for part in (0, 1))
+    return min(len(layers), 2) * rest + experts

@@ -1,14 +1,17 @@
 """Fills devices in the model's order, part by part, as accelerate's `infer_auto_device_map` does.
 
 The parts come in the model's order; one that does not fit the device at hand is split, and if it cannot be, the next
-device is taken. A device that streams what was offloaded keeps room for the largest layer still to come.
+device is taken. A device that streams what was offloaded keeps room for the largest layer still to come, or a GPU for
+two of that size, as `budget.buffers` asks where layers are streamed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .budget import buffers
 from .devices import Caps, Device, is_computing, main_of
 from .tree import Tree
 
@@ -24,27 +27,38 @@ class Filling:
     left: list[str] = field(default_factory=list)
 
 
-def fill(tree: Tree, caps: Caps, streaming: frozenset[Device], *, returning: bool = False) -> Filling:
+def fill(
+    tree: Tree, caps: Caps, streaming: frozenset[Device], *, twice: bool = False, returning: bool = False
+) -> Filling:
     """caps: in order of preference; what fits nowhere is `left`.
 
-    streaming: devices that keep room for the largest layer that may follow. returning: each part tries every device
-    from the first again, instead of only those from where the last part went.
+    streaming: devices that keep room for the largest layer that may follow; twice: of these a GPU for two, one of which
+    comes while the other computes. returning: each part tries every device from the first again, instead of only those
+    from where the last part went.
     """
-    return _Run(tree, caps, streaming, returning).run()
+    return _Run(tree, caps, streaming, twice, returning).run()
+
+
+Peaks = tuple[int, int, int]
+"""Of several layers the most bytes of one, of one that is streamed but for its experts, and of a layer's experts."""
 
 
 class _Run:
-    def __init__(self, tree: Tree, caps: Caps, streaming: frozenset[Device], returning: bool) -> None:
+    def __init__(self, tree: Tree, caps: Caps, streaming: frozenset[Device], twice: bool, returning: bool) -> None:
         self.tree = tree
         self.caps = caps
         self.order = list(caps)
         self.main = main_of(caps)
         self.streaming = streaming
+        self.twice = twice
         self.returning = returning
         self.queue = deque(tree.split(""))
         self.filling = Filling()
         self.position = 0
-        self.largest, self.largest_names = self._largest_layers()
+        self.peaks: Peaks
+        self.peak_names: tuple[set[str], ...]
+        """Of the layers still to come, those that are as large: what was taken out may have been the last of them."""
+        self._look_ahead()
 
     def run(self) -> Filling:
         while self.queue:
@@ -59,7 +73,7 @@ class _Run:
 
     def _room(self, device: Device) -> float:
         """Bytes left on the device for parts."""
-        reserve = max(self.largest, self.filling.reserved[device]) if device in self.streaming else 0
+        reserve = max(self._kept(device, self.peaks), self.filling.reserved[device]) if device in self.streaming else 0
         return self.caps[device] - reserve - self.filling.used[device]
 
     def _load(self, device: Device, *parts: str) -> int:
@@ -98,11 +112,11 @@ class _Run:
                 for piece in reversed(self.tree.split(name)):
                     self.queue.insert(index, piece)
                 self.queue.appendleft(part)
-                self.largest, self.largest_names = self._largest_layers()
+                self._look_ahead()
                 return True
         if load >= room and self.tree.can_split(part):
             self.queue.extendleft(reversed(self.tree.split(part)))
-            self.largest, self.largest_names = self._largest_layers()
+            self._look_ahead()
             return True
         return False
 
@@ -113,22 +127,41 @@ class _Run:
             return
         device = self.order[self.position]
         if device in self.streaming:
-            held = self.filling.reserved[device]
-            self.filling.reserved[device] = max(held, self.largest, self._largest_layer(part))
+            peaks = _joined(self.peaks, self._peaks(self.tree.layers([part])))
+            self.filling.reserved[device] = max(self.filling.reserved[device], self._kept(device, peaks))
         self.position += 1
         self.queue.appendleft(part)
 
     def _forget(self, part: str) -> None:
         """A part at hand no longer counts among the layers still to come."""
         inside = f"{part}."
-        self.largest_names = [n for n in self.largest_names if n != part and not n.startswith(inside)]
-        if not self.largest_names:
-            self.largest, self.largest_names = self._largest_layers()
+        for names in self.peak_names:
+            names.difference_update([name for name in names if name == part or name.startswith(inside)])
+        if not all(self.peak_names):
+            self._look_ahead()
 
-    def _largest_layers(self) -> tuple[int, list[str]]:
+    def _kept(self, device: Device, peaks: Peaks) -> int:
+        """Bytes that a device keeps for layers that may follow."""
+        size, rest, experts = peaks
+        return max(size, buffers(device, [(rest, 0), (0, experts)])) if self.twice and device != "cpu" else size
+
+    def _look_ahead(self) -> None:
         layers = list(self.tree.layers(self.queue))
-        largest = max((self.tree.size[layer] for layer in layers), default=0)
-        return largest, [layer for layer in layers if self.tree.size[layer] == largest]
+        self.peaks = self._peaks(layers)
+        sizes = {layer: self._sizes(layer) for layer in layers}
+        self.peak_names = tuple(
+            {layer for layer in layers if sizes[layer][number] == peak} for number, peak in enumerate(self.peaks)
+        )
 
-    def _largest_layer(self, part: str) -> int:
-        return max((self.tree.size[layer] for layer in self.tree.layers([part])), default=0)
+    def _peaks(self, layers: Iterable[str]) -> Peaks:
+        peaks = (0, 0, 0)
+        for layer in layers:
+            peaks = _joined(peaks, self._sizes(layer))
+        return peaks
+
+    def _sizes(self, layer: str) -> Peaks:
+        return self.tree.size[layer], *self.tree.passing(layer)
+
+
+def _joined(one: Peaks, other: Peaks) -> Peaks:
+    return max(one[0], other[0]), max(one[1], other[1]), max(one[2], other[2])

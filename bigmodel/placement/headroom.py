@@ -17,6 +17,8 @@ from bigpipe.bigmodel.footprint import (
 )
 from bigpipe.bigmodel.formats import PLAIN, Format
 
+from .devices import Device, is_computing, main_of
+from .placement import Placement
 from .tree import prefixes
 
 
@@ -48,13 +50,40 @@ def headroom_of(
     """
     workload = Workload(batch_size=batch_size, sequence_length=sequence_length)
     found = Budget(architecture, dtype, workload)
-    unpacked = Budget(architecture, stored.name, workload).unpacked[0] if stored.packing else 0
     shares = _shares(architecture, batch_size, capped_length(architecture, sequence_length), compute_bytes(dtype))
     return Headroom(
         cache=_divided(found.kv_cache.bytes, shares) if found.kv_cache.bytes else {},
-        activations=found.activations.bytes + unpacked,
+        activations=found.activations.bytes + _unpacked(architecture, workload, stored),
         runtime=found.runtime.high,
     )
+
+
+def _unpacked(architecture: Architecture, workload: Workload, stored: Format) -> int:
+    return Budget(architecture, stored.name, workload).unpacked[0] if stored.packing else 0
+
+
+def beyond_headroom(
+    placement: Placement,
+    architecture: Architecture,
+    dtype: str,
+    workload: Workload,
+    stored: Format = PLAIN,
+    *,
+    caching: bool = True,
+) -> dict[Device, int]:
+    """Return the bytes that a batch takes, on each device that computes, beyond what a placement keeps room for: keys
+    and values where the layers keep them, if they do (`caching`), and activations on each. dtype: computed in. stored:
+    as in `headroom_of`."""
+    found, main = Budget(architecture, dtype, workload), main_of(placement.device_map.values())
+    activations = found.activations.bytes + _unpacked(architecture, workload, stored)
+    kept = {device: need for device, need in placement.needs.items() if is_computing(device, main)}
+    cached = sum(need.kv_cache for need in kept.values())
+    more = max(0, found.kv_cache.bytes - cached) if caching else 0
+    return {
+        device: (more * need.kv_cache // cached if cached else more * (device == main))
+        + max(0, activations - need.activations)
+        for device, need in kept.items()
+    }
 
 
 def _divided(total: int, shares: Mapping[str, int]) -> dict[str, int]:

@@ -4,14 +4,15 @@ Units (what cannot be split) keep the model's order: those that lie on GPUs fill
 be left to the CPU's memory or the disk and be streamed through the first GPU in use. The seconds of a token are those
 of reading every weight from where it lies, and of handing activations on wherever the device changes. An embedding
 table that lies in RAM or on disk gives up its rows there and is never streamed. The keys and values of a unit lie where
-it computes: with it, or on the first GPU in use if it is streamed.
+it computes: with it, or on the first GPU in use if it is streamed. There room is kept for what passes: see
+`budget.buffers`.
 
 A dynamic program over the units: what matters of a prefix is its seconds, how far the GPUs are filled, what the first
 one holds, and what is left to CPU and disk; prefixes that are worse in all of these than another are dropped, and so
 are those that cannot beat the best complete answer known. It is solved for each first GPU, each largest unit that may
-be streamed (room is kept for that one), and each device for the weights that several units share. Beyond `EXACT` units
-no more than about `PREFIXES` are made: what is dropped for that is remembered by the fewest seconds it might have led
-to, so that an answer says whether it was proved to be the fastest.
+be streamed and each one that is streamed alone (room is kept for these), and each device for the weights that several
+units share. Beyond `EXACT` units no more than about `PREFIXES` are made: what is dropped for that is remembered by the
+fewest seconds it might have led to, so that an answer says whether it was proved to be the fastest.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .budget import MemoryBudget
 from .devices import Caps, Device
 from .speeds import Speeds
 from .tree import Tree
+from .units import Unit, groups_of, streamable_units, units_of
 
 TIERS: tuple[Device, Device] = ("cpu", "disk")
 BEAM = 24
@@ -38,25 +40,6 @@ PREFIXES = 200_000
 """Made at the most beyond so many units, and more only where no placement is known yet."""
 CHOICES = 4
 """Prefixes that mostly come of one: on the same GPU, the next one, CPU, disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    name: str
-    nbytes: int
-    """Its own, without what it shares."""
-    shared: int = 0
-    """Bytes of storages that other units use too; the unit lies where they lie."""
-    table: bool = False
-    cached: int = 0
-    """Bytes of keys and values, on whatever device it computes."""
-    staying: int = 0
-    """Bytes that stay there although it is streamed: `cached`, and buffers that no checkpoint holds."""
-
-    @property
-    def moved(self) -> int:
-        """Bytes that pass when it is streamed."""
-        return 0 if self.table else self.nbytes + self.shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +98,6 @@ class Prefix:
         return found[::-1]
 
 
-def units_of(tree: Tree) -> list[Unit]:
-    """Units in the model's order; those without bytes are left out."""
-    layers = list(tree.layers([""]))
-    users = Counter(storage for layer in layers for storage in tree.storages(layer))
-    units = []
-    for layer in layers:
-        storages = tree.storages(layer)
-        shared = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] > 1)
-        own = sum(tree.nbytes.get(storage, 0) for storage in storages if users[storage] == 1)
-        if own or shared:
-            units.append(Unit(layer, own, shared, tree.is_table(layer), tree.cached[layer], tree.staying[layer]))
-    return units
-
-
 def solve(tree: Tree, budget: MemoryBudget, speeds: Speeds, *, limit: int | None = None) -> Solution | None:
     """The best placement within the caps that the search finds, or None where it finds none.
 
@@ -168,8 +137,8 @@ def _best(problems: Iterable[Problem], limit: int) -> Found:
 def _problems(
     tree: Tree, units: Sequence[Unit], caps: Caps, speeds: Speeds, residents: Iterable[Sequence[Device]]
 ) -> Iterator[Problem]:
-    """One for each first device, each device of shared weights, and each size of the largest unit that is streamed."""
-    groups = _groups(tree, units)
+    """One for each first device, each device of shared weights, and each choice of units that may be streamed."""
+    groups = groups_of(tree, units)
     for devices in residents:
         homes = [*devices, *(tier for tier in TIERS if tier in caps and tier not in devices)]
         for chosen in itertools.product(homes, repeat=len(groups)):
@@ -178,25 +147,9 @@ def _problems(
             for (members, nbytes), home in zip(groups, chosen, strict=True):
                 pinned |= dict.fromkeys(members, home)
                 left[home] -= nbytes
-            must = max((units[number].moved for number, home in pinned.items() if home not in devices), default=0)
-            for room in sorted({must, *(unit.moved for unit in units if unit.moved > must)}):
+            for streamable, room in streamable_units(units, pinned, left, devices):
                 given = {**left, devices[0]: left[devices[0]] - room}
-                yield Problem(units, pinned, given, speeds, tuple(devices), room)
-
-
-def _groups(tree: Tree, units: Sequence[Unit]) -> list[tuple[frozenset[int], int]]:
-    """(numbers of the units that must lie together, bytes they share)."""
-    groups: list[tuple[frozenset[int], frozenset[str]]] = []
-    for number, unit in enumerate(units):
-        if unit.shared:
-            joined = [group for group in groups if group[1] & tree.storages(unit.name)]
-            members = frozenset({number}).union(*(members for members, _ in joined))
-            storages = tree.storages(unit.name).union(*(storages for _, storages in joined))
-            groups = [*(group for group in groups if group not in joined), (members, storages)]
-    return [
-        (members, tree.union_size(units[n].name for n in members) - sum(units[n].nbytes for n in members))
-        for members, _ in groups
-    ]
+                yield Problem(units, pinned, given, speeds, tuple(devices), streamable)
 
 
 class Fillable:
@@ -257,15 +210,16 @@ class Problem:
         caps: Caps,
         speeds: Speeds,
         devices: tuple[Device, ...],
-        room: int,
+        streamable: Sequence[bool],
     ) -> None:
+        """caps: without what the first device keeps for streaming. streamable: which of the units may be streamed."""
         self.units = units
         self.pinned = pinned
         self.caps = dict(caps)
         self.speeds = speeds
         self.devices = devices
         self.main = devices[0]
-        self.room = room
+        self.streamable = streamable
         self.start = Prefix(0.0, 0, 0, 0, (0, 0), None, idle=self.main != "cpu" and self.main not in pinned.values())
         for number, home in pinned.items():
             here = home in devices
@@ -273,16 +227,17 @@ class Problem:
             self.caps[self.main] -= 0 if here else units[number].staying
         self._next = [self._candidates(index) for index in range(len(devices))]
         # Bytes still to come after each unit; pinned ones are taken off the caps already
-        numbered = [(unit, number not in pinned, unit.moved <= room) for number, unit in enumerate(units)]
+        numbered = [(unit, number not in pinned, streamable[number]) for number, unit in enumerate(units)]
         self._rest = _still_to_come(unit.moved if free else 0 for unit, free, _ in numbered)
         self._to_compute = _still_to_come(
             0 if not free else unit.cached if small else unit.nbytes + unit.cached for unit, free, small in numbered
         )
         self._to_keep = _still_to_come(unit.staying if free and small else 0 for unit, free, small in numbered)
+        movable = [unit for unit, free, small in numbered if free and small]
         free = [unit for unit, free, _ in numbered if free]
         self._fillable = Fillable((unit.moved + unit.cached, unit.moved) for unit in free)
         self._offloadable = Fillable((unit.moved, unit.moved) for unit in free)
-        self._streamable = Fillable((unit.staying, unit.moved) for unit in free if unit.moved <= room)
+        self._most_streamed = Fillable((unit.staying, unit.moved) for unit in movable)
         self._whole = [self._fillable.of(self.caps[device]) for device in self.devices]
         everything = sum(unit.nbytes for unit in free)
         # What a tier holds that has room for everything need not be counted, and prefixes differ in less
@@ -333,7 +288,7 @@ class Problem:
                 new.load, new.idle = (used, False) if index == 0 else (prefix.load, prefix.idle)
                 yield new
         load = prefix.load + unit.staying
-        if unit.moved > self.room or load > self.caps[self.main]:
+        if not self.streamable[number] or load > self.caps[self.main]:
             return
         for place, tier in enumerate(TIERS):
             if tier not in self.caps or tier in self.devices:
@@ -375,7 +330,7 @@ class Problem:
         if self._to_compute[number] and self._to_compute[number] > self._room_to_compute(prefix):
             return math.inf
         # Where keys and values of what is streamed find no room on the first device, it cannot be streamed
-        most = self._streamable.of(self.caps[self.main] - prefix.load)
+        most = self._most_streamed.of(self.caps[self.main] - prefix.load)
         seconds = self._streaming(rest - room, most, prefix)
         there = 0 if prefix.at == self.devices[prefix.gpu] else 1  # the hop to one of them may be behind us
         for more, whole in enumerate(self._whole[prefix.gpu + 1 :], 1):

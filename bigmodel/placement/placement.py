@@ -142,7 +142,7 @@ class Placement:
 
     @property
     def streaming(self) -> dict[Device, int]:
-        """Bytes kept free on a device for the largest layer that passes through it."""
+        """Bytes kept free on a device for the largest layer that passes through it, on a GPU for two."""
         return {device: need.streaming for device, need in self.needs.items() if need.streaming}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -210,20 +211,27 @@ def _leaves(parts: list[str]) -> list[str]:
 
 
 def _answers(tree: Tree, budget: MemoryBudget, caps: Caps, *, returning: bool = False) -> Iterator[Filling]:
-    """Sound answers, first with room kept for streaming, then without."""
-    for streaming in dict.fromkeys([frozenset({budget.main, "cpu"}), frozenset({budget.main}), frozenset[Device]()]):
-        filling = _filled(tree, caps, budget.main, streaming & set(budget.caps), returning=returning)
+    """Sound answers, first with room kept for streaming, then without: as accelerate keeps it, then as much as layers
+    take of a GPU where they are streamed."""
+    kept = dict.fromkeys([frozenset({budget.main, "cpu"}), frozenset({budget.main}), frozenset[Device]()])
+    for streaming, twice in itertools.product(kept, (False, True) if budget.gpus else (False,)):
+        if twice and not streaming:
+            continue
+        among = streaming & set(budget.caps)
+        filling = _filled(tree, caps, budget.main, among, twice=twice, returning=returning)
         needs = needs_of(tree, homes_of(tree, filling.devices), budget.headroom)
         if not lacking(totals(needs), budget.memory):
             yield filling
 
 
-def _filled(tree: Tree, caps: Caps, main: Device, streaming: frozenset[Device], *, returning: bool) -> Filling:
+def _filled(
+    tree: Tree, caps: Caps, main: Device, streaming: frozenset[Device], *, twice: bool, returning: bool
+) -> Filling:
     """A filling whose main device has room for what stays there of the parts that are streamed."""
     reserve, cap = 0, caps.get(main, 0)
     while True:
         room = {**caps, main: cap - reserve} if cap else caps
-        filling = fill(tree, room, streaming, returning=returning)
+        filling = fill(tree, room, streaming, twice=twice, returning=returning)
         streamed = (part for part, device in filling.devices.items() if not is_computing(device, main))
         staying = sum(tree.staying[part] for part in streamed)
         if not cap or staying <= reserve or staying > cap:
@@ -277,7 +285,7 @@ def _explain(
     for device, need in needs.items():
         if need.streaming:
             size = format_size(need.streaming)
-            yield f"{named(device)} keeps {size} free for the largest layer that is streamed through it."
+            yield f"{named(device)} keeps {size} free for layers that are streamed through it."
     empty = [device for device in budget.gpus if device not in weights]
     if empty:
         yield f"Nothing is on {', '.join(map(named, empty))}."

@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture
-from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.footprint import WORKSPACE, Budget, Workload
+from bigpipe.bigmodel.formats import PLAIN, Format
 from bigpipe.machine import Machine
 from bigpipe.sizes import format_size
 
 from .budget import memory_of
-from .devices import is_computing, main_of
+from .devices import Device, is_computing, main_of
+from .headroom import beyond_headroom
 from .placement import Placement
 from .speeds import Speeds, speeds_of
 from .streaming import streamed
@@ -59,21 +61,24 @@ def batches_together(
     asked: int | None = None,
     processes: int = 1,
     memo: Path | None = None,
+    stored: Format = PLAIN,
 ) -> Together:
     """Return how many batches should go through the streamed layers of a placement together.
 
-    workload: of one batch; beams count as its rows. dtype: what is computed in. asked: so many, whatever would be best.
-    processes: that share the machine, each with a model of its own. memo: where the speeds of this machine are kept;
-    None: those of an ordinary one.
+    workload: of one batch; beams count as its rows. dtype: what is computed in. machine: on which a GPU that is not
+    there has no room, so that one batch goes alone. asked: so many, whatever would be best. processes: that share the
+    machine, each with a model of its own. memo: where the speeds of this machine are kept; None: those of an ordinary
+    one. stored: the format that the model's matrices are packed in.
     """
-    size = _size(Budget(architecture, dtype, workload))
+    main = main_of(placement.device_map.values())
+    size = _size(Budget(architecture, dtype, workload), main)
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
     speeds = (memo and speeds_of(machine, memo)) or Speeds()
     useful = _useful(placement, architecture, workload.batch_size, dtype, speeds)
-    main = main_of(placement.device_map.values())
-    room = memory_of(machine)[main] / (processes if main == "cpu" else 1) - placement.needs[main].total
-    most = 1 + max(0, int(room // max(size, 1)))
+    first = placement.needs[main].total + beyond_headroom(placement, architecture, dtype, workload, stored)[main]
+    there = memory_of(machine).get(main, 0) / (processes if main == "cpu" else 1)
+    most = 1 + max(0, int((there - first) // max(size, 1)))
     if most < useful:
         return Together(most, size, f"{useful} would hide the streaming, and {format_size(size)} of each must fit")
     return Together(useful, size, f"more would not be faster; {format_size(size)} each")
@@ -91,7 +96,8 @@ def _useful(placement: Placement, architecture: Architecture, rows: int, dtype: 
     return next((n for n in range(1, most) if n * computing >= moving * moved.share(n * rows)), most)
 
 
-def _size(budget: Budget) -> int:
-    """Bytes that a batch holds while it waits."""
+def _size(budget: Budget, main: Device) -> int:
+    """Bytes that a batch holds while it waits. Each goes through the layers in a thread of its own, for which cuBLAS
+    takes a workspace of its own."""
     states = budget.workload.batch_size * budget.length * budget.shape.hidden * budget.itemsize
-    return budget.cache.bytes + HELD * states
+    return budget.cache.bytes + HELD * states + (WORKSPACE if isinstance(main, int) else 0)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from bigpipe.bigmodel.architecture import Architecture, TensorSpec
+from bigpipe.bigmodel.architecture import Architecture, TensorSpec, expert_tensors
 from bigpipe.bigmodel.checkpoint import tensor_nbytes
 
 INDIVISIBLE = frozenset({"MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"})
@@ -35,6 +35,7 @@ class Tree:
         self.cache = cache
         self.no_split = frozenset(architecture.no_split if no_split is None else no_split) | INDIVISIBLE
         self.nbytes = _bytes_by_storage(architecture, dtype, special_dtypes or {}, tensor_bytes or {})
+        self._passing: dict[str, tuple[int, int]] = {}
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -100,6 +101,23 @@ class Tree:
         """Bytes of several parts together."""
         storages = frozenset().union(*(self.storages(part) for part in parts))
         return sum(self.nbytes.get(storage, 0) for storage in storages)
+
+    @cached_property
+    def _experts(self) -> frozenset[str]:
+        """Storages of experts that are brought one by one."""
+        return frozenset(map(self.storage, expert_tensors(self.architecture)))
+
+    def passing(self, layer: str) -> tuple[int, int]:
+        """Return the bytes that pass where a layer is streamed: all but its experts; its experts. Of a table none."""
+        if layer not in self._passing:
+            self._passing[layer] = (0, 0) if self.is_table(layer) else self.passing_of(self.tensors_of(layer))
+        return self._passing[layer]
+
+    def passing_of(self, tensors: Iterable[str]) -> tuple[int, int]:
+        """Return the bytes of these tensors of a layer: of all that are no experts', and of experts."""
+        storages = {self.storage(tensor) for tensor in tensors}
+        experts = sum(self.nbytes.get(storage, 0) for storage in storages & self._experts)
+        return sum(self.nbytes.get(storage, 0) for storage in storages) - experts, experts
 
     def is_table(self, part: str) -> bool:
         """A plain embedding: its rows are looked up, so it need not be streamed to be used."""

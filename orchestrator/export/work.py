@@ -16,7 +16,16 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.git import origin_of
 from bigpipe.names import plain_names
-from bigpipe.orchestrator.planning import NodeState, Plan, PlannedNode, Session, States, lock_path, make_plan
+from bigpipe.orchestrator.planning import (
+    NodeState,
+    Plan,
+    PlannedNode,
+    Session,
+    States,
+    lock_path,
+    make_plan,
+    takes_any_gpus,
+)
 from bigpipe.orchestrator.recipe import Recipe
 from bigpipe.orchestrator.sinks import SINKS
 from bigpipe.versions import RUN, package_version
@@ -165,7 +174,7 @@ def _tasks(recipe: Recipe, plan: Plan) -> Iterator[Task]:
             after=tuple(plain[asked[other][0]] for other in before if other != group),
             cpus=max(each.node.resources.cpus or each.processes for each in nodes),
             ram=None if None in rams else max(filter(None, rams)),
-            gpus=max(map(_gpus, nodes)),
+            gpus=max(_gpus(each, plan.session) for each in nodes),
             machines=max(recipe.nodes[name].launch.num_machines for name in group),
         )
 
@@ -224,9 +233,14 @@ def _ram(planned: PlannedNode) -> int | None:
     return None if ram is None else ram + COMMAND_MEMORY
 
 
-def _gpus(planned: PlannedNode) -> int:
+def _gpus(planned: PlannedNode, session: Session) -> int:
+    """As many as it asks for, else is foreseen to use; of ranks of which nothing is foreseen, all that were there."""
     asked, forecast = planned.node.resources.gpus, planned.forecast
-    return asked if asked is not None else len((forecast.vram if forecast else None) or ())
+    if asked is not None or forecast is None:
+        return asked or 0
+    if takes_any_gpus(planned.node, forecast):
+        return len(session.machine_of(planned.node).gpus)
+    return len(forecast.vram or ())
 
 
 def _unknown(plan: Plan) -> Iterator[str]:

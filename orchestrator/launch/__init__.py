@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .acceleration import effective_launch, require_heeded
+    from .acceleration import effective_launch, require_heeded, runs_on_cpu
     from .clusters import Cluster, Host, open_cluster
-    from .environment import visible_secrets, worker_environment
+    from .environment import DEVICE_ORDER, visible_secrets, worker_environment
     from .executors import Executor, executor, run_alone
     from .holding import RAM, gpu_name
     from .jobs import AttemptFolder, Failure, Job, JobFile, Needs, Outcome, ran_out

@@ -84,6 +84,12 @@ def effective_launch(launch: Launch, base: Path, ask: Callable[[], Standing | No
     return Launch.model_validate({**launch.model_dump(exclude_unset=True), **told})
 
 
+def runs_on_cpu(launch: Launch, base: Path) -> bool:
+    """Return whether the `config_file` says `use_cpu`: ranks then see no GPU, and plans count none. Raise UsageError
+    for a file that cannot be used."""
+    return bool(_read(launch, base).get("use_cpu"))
+
+
 def require_heeded(launch: Launch, kind: Stage[Any]) -> None:
     """Raise UsageError for a `mixed_precision` that the ranks of a kind do not heed."""
     asked = launch.mixed_precision
@@ -186,6 +192,8 @@ def _check(launch: Launch) -> None:
 
 
 def _on_cpu(launch: Launch, file: Mapping[str, Any], machine: Machine) -> bool:
+    if not machine.gpus and file.get("distributed_type") in REPLACED:
+        return True  # whatever torch may find: what nobody planned with is not used
     if "use_cpu" in file:
         return bool(file["use_cpu"])
     chosen = str(file.get("gpu_ids") or "all")

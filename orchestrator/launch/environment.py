@@ -22,6 +22,10 @@ LOADS_CODE = frozenset({
 """What a node's `env` may not set: these run other code in our workers, or untie them."""
 
 
+DEVICE_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""GPUs as NVML numbers them, so that a plan, its workers and its probe mean the same device."""
+
+
 def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Mapping[str, str]) -> dict[str, str]:
     """Return all variables of a worker. Raise UsageError where the node's `env` would load other code into it."""
     own = surroundings.environment
@@ -32,7 +36,7 @@ def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Ma
     environment = inherited(parent, passwords=speaks or stage.asks)  # who asks nobody needs no password of a proxy
     environment |= {
         "GLIBC_TUNABLES": parent.get("GLIBC_TUNABLES", ALLOCATOR),
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML numbers them, so that a plan and its ranks mean the same device
+        **DEVICE_ORDER,
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONFAULTHANDLER": "1",

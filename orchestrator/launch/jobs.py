@@ -139,7 +139,7 @@ class JobFile(BaseModel):
     """Names of the variables that the stage gets to see as `context.environment`."""
     secrets: frozenset[str]
     cpu: bool
-    """Ranks run on the CPU, whatever else is there."""
+    """Ranks run on the CPU, and see nothing else that is there."""
 
     @classmethod
     def of(cls, job: Job, *, cpu: bool = False) -> JobFile:

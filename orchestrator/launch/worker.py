@@ -175,6 +175,8 @@ def _redirect_output(pipe: Path) -> None:
 def _join_ranks(file: JobFile, folder: AttemptFolder, rank: int, events: Reporter) -> None:
     """Bring up the process group and say hello. Raise StageFailed where not as many ranks came up as were asked for:
     `accelerate launch` may start fewer without a word, and each would then do, or leave out, the work of another."""
+    if file.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch would offer what is there, and kinds would take it
     from accelerate import PartialState
 
     from bigpipe.errors import StageFailed

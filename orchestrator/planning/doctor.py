@@ -14,7 +14,7 @@ from typing import Any
 
 from bigpipe.errors import BigpipeError, StageFailed, UsageError
 from bigpipe.files import existing
-from bigpipe.machine import DOCTOR_FORMAT, detect
+from bigpipe.machine import DOCTOR_FORMAT, detect, unasked_driver
 from bigpipe.modules import import_attribute
 from bigpipe.orchestrator.contract import Json, Launch, Machine, Stage, Surroundings
 from bigpipe.orchestrator.launch import run_alone
@@ -22,11 +22,13 @@ from bigpipe.orchestrator.recipe import PROBES
 from bigpipe.orchestrator.store import default_root
 from bigpipe.sizes import format_free, format_size
 from bigpipe.tables import PLAIN, Screen, columns
-from bigpipe.versions import INSTALL_RUN, RUN, missing, package_version
+from bigpipe.versions import INSTALL_GPU, INSTALL_RUN, RUN, missing, package_version
 
 PACKAGES = (
     "bigpipe-ml", "torch", "transformers", "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "pydantic",
 )  # fmt: skip
+GPUS = "gpus"
+"""The check that is made without a probe."""
 PROBE_SECONDS = 120.0
 PROBED_RANKS = 2
 
@@ -43,8 +45,16 @@ def examine(store: Path | None = None, *, environment: Mapping[str, str] | None 
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}},
         "hub": _hub(),
         "store": {"path": str(root), "free": machine.disk_free, "writable": writable},
-        "checks": {name: _probe(name, machine, environment) for name in PROBES},
+        "checks": {**_gpus(machine), **{name: _probe(name, machine, environment) for name in PROBES}},
     }
+
+
+def _gpus(machine: Machine) -> dict[str, dict[str, Json]]:
+    """A check that fails where there is a driver of GPUs and plans cannot ask it; nothing where all is as it seems."""
+    if machine.gpus or not unasked_driver():
+        return {}
+    detail = "a driver of NVIDIA GPUs is here, and nvidia-ml-py, which asks it, is not: plans count none, and use none"
+    return {GPUS: {"ok": False, "detail": detail, "seconds": 0.0}}
 
 
 def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
@@ -59,7 +69,7 @@ def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
         errors.append(UsageError(f"HF_ENDPOINT is not an address: {endpoint}", "write it as https://huggingface.co"))
     cure = INSTALL_RUN if missing(RUN) else "repair it, or do without the kinds that use it"
     errors += [
-        StageFailed(f"{name} does not work here: {check['detail']}", cure)
+        StageFailed(f"{name} does not work here: {check['detail']}", INSTALL_GPU if name == GPUS else cure)
         for name, check in found["checks"].items()
         if not check["ok"]
     ]

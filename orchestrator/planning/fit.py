@@ -51,7 +51,7 @@ def _held_elsewhere(session: Session, state: NodeState) -> bool:
         return False
     from .spreading import able  # of what has a cluster
 
-    return bool(able(session.cluster, state.node, state.forecast))
+    return bool(able(session.cluster, session.asking(state.node), state.forecast))
 
 
 def _too_few(session: Session, state: NodeState) -> Iterator[Misfit]:
@@ -60,7 +60,7 @@ def _too_few(session: Session, state: NodeState) -> Iterator[Misfit]:
         return
     from .spreading import able
 
-    if not fits(asked, there := len(able(session.cluster, state.node, state.forecast))):
+    if not fits(asked, there := len(able(session.cluster, session.asking(state.node), state.forecast))):
         cause = f"asks for {counted(asked, 'machine')}; {session.cluster.name} has {there} that may take it"
         yield Misfit(cause, Cure({"launch.num_machines": there}) if there else "")
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.contract import Forecast
-from bigpipe.orchestrator.recipe import ResourcesSpec
+from bigpipe.orchestrator.launch import executor
+from bigpipe.orchestrator.recipe import Node, ResourcesSpec
 from bigpipe.sizes import counted, exact_size, format_size
 
 
@@ -41,6 +42,11 @@ def foreseen_misfits(machine: Machine, asked: ResourcesSpec, forecast: Forecast)
         if not fits(needed := vram.get(gpu.index, 0), gpu.memory):
             size, there = format_size(needed), format_size(gpu.memory)
             yield f"needs {size} on GPU {gpu.index} ({gpu.name}), which has {there}"
+
+
+def takes_any_gpus(node: Node, forecast: Forecast) -> bool:
+    """Return whether a node may take all the GPUs that it sees: ranks of which nobody foresees what they use."""
+    return forecast.vram is None and executor(node.kind.runs_in).takes_launch
 
 
 def _ram(needed: int, machine: Machine) -> str:

@@ -28,6 +28,7 @@ from bigpipe.passing import AHEAD
 from . import fallback
 from .decision import Action, Decision, GateVerdict, Inputs
 from .fallback import Verdict
+from .misfits import takes_any_gpus
 from .states import GOOD, SETTLED, NodeState, States, judge_gates, lookup
 
 
@@ -247,8 +248,9 @@ def _share(state: NodeState, follows: str) -> dict[str, int]:
     asked, forecast = state.node.resources, state.forecast
     cpus = asked.cpus or (0 if follows else state.processes)
     ram = forecast.ram or 0 if asked.ram is None else asked.ram
-    gpus = len(forecast.vram or ()) if asked.gpus is None else asked.gpus
-    return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": ram, "GPUs": int(gpus > 0)}
+    foreseen = bool(forecast.vram) or takes_any_gpus(state.node, forecast)
+    gpus = foreseen if asked.gpus is None else asked.gpus > 0
+    return {"jobs": 0 if follows else 1, "CPUs": cpus, "RAM": ram, "GPUs": int(gpus)}
 
 
 def _judged(states: States, state: NodeState, otherwise: Do) -> Step:

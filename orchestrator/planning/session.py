@@ -100,12 +100,30 @@ class Session:
         return self.given_machine or detect(self.store.root)
 
     def machine_of(self, node: Node) -> Machine:
-        """Return the machine that a node is planned for. Raise DoesNotFit where none of a cluster has its labels."""
+        """Return the machine that a node is planned for, without GPUs where its `config_file` says `use_cpu`. Raise
+        DoesNotFit where none of a cluster has its labels, UsageError for a `config_file` that cannot be used."""
         if self.cluster is None or node.kind.runs_in == "inline":
-            return self.machine
+            return replace(self.machine, gpus=()) if self._on_cpu(node) else self.machine
         from .spreading import planned_for
 
-        return planned_for(self.cluster, node).machine
+        return planned_for(self.cluster, self.asking(node)).machine
+
+    def _on_cpu(self, node: Node) -> bool:
+        if node.launch.config_file is None:
+            return False
+        from bigpipe.orchestrator.launch import runs_on_cpu
+
+        try:
+            return runs_on_cpu(node.launch, self.base)
+        except UsageError as error:
+            error.place, error.node = error.place or node.places.of("launch"), node.name
+            raise
+
+    def asking(self, node: Node) -> Node:
+        """Return the node as it asks for a machine of a cluster: for no GPU where its ranks are to run on the CPU."""
+        if not self._on_cpu(node):
+            return node
+        return replace(node, resources=node.resources.model_copy(update={"gpus": 0}))
 
     def executor(self, kind: Stage[Any]) -> Executor:
         """Return what runs attempts of a kind: the cluster, or, of a kind that is light, the command itself."""
@@ -122,7 +140,7 @@ class Session:
         from .spreading import needs
 
         launch = self.surroundings(node).launch
-        return needs(self.cluster, node, forecast, launch.local_processes, launch.num_machines)
+        return needs(self.cluster, self.asking(node), forecast, launch.local_processes, launch.num_machines)
 
     @cached_property
     def memo(self) -> StatMemo:
@@ -189,13 +207,13 @@ class Session:
         )  # fmt: skip
 
     def room(self, jobs: int) -> dict[str, int]:
-        """Return what all running nodes together may hold here, see `schedule.States`. A cluster keeps account of what
-        it has: there all start at once."""
+        """Return what all running nodes together may hold here, see `states.States`. A cluster keeps account of what it
+        has: there all start at once. Where there is no GPU, nobody waits for one."""
         machine = self.machine
         if self.cluster is not None:
             return {"jobs": jobs, **dict.fromkeys(("CPUs", "RAM", "GPUs"), sys.maxsize), "disk": machine.disk_free}
-        holds = {"CPUs": max(machine.cpus, 1), "RAM": machine.memory_available, "GPUs": 1, "disk": machine.disk_free}
-        return {"jobs": jobs, **holds}
+        holds = {"CPUs": max(machine.cpus, 1), "RAM": machine.memory_available, "disk": machine.disk_free}
+        return {"jobs": jobs, "GPUs": 1 if machine.gpus else sys.maxsize, **holds}
 
     @property
     def jobs(self) -> int:

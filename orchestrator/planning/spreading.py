@@ -8,10 +8,10 @@ from dataclasses import replace
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import fits
 from bigpipe.orchestrator.contract import Forecast, Machine
-from bigpipe.orchestrator.launch import Cluster, Host, Needs, executor
+from bigpipe.orchestrator.launch import Cluster, Host, Needs
 from bigpipe.orchestrator.recipe import Node, ResourcesSpec
 
-from .misfits import asked_misfits, foreseen_misfits
+from .misfits import asked_misfits, foreseen_misfits, takes_any_gpus
 
 
 def planned_for(cluster: Cluster, node: Node) -> Host:
@@ -100,7 +100,7 @@ def _gpus(node: Node, forecast: Forecast, machine: Machine) -> int:
     machine stays true where it sees no others. Of ranks of which nothing is foreseen, all."""
     if node.resources.gpus is not None:
         return node.resources.gpus
-    if forecast.vram is None and executor(node.kind.runs_in).takes_launch:
+    if takes_any_gpus(node, forecast):
         return len(machine.gpus)
     least, facts = max(forecast.vram or (), default=-1) + 1, node.kind.planning.facts
     if facts is None:

@@ -138,7 +138,8 @@ class States:
     nodes: Mapping[str, NodeState]
     room: Mapping[str, int]
     """The most that all running nodes together may hold: jobs, CPUs, RAM and disk in bytes, and who holds GPUs. Two
-    nodes that place themselves would both start at GPU 0, so one at a time does."""
+    nodes that place themselves would both start at GPU 0, so one at a time does; so does one of which nobody knows what
+    it takes of them."""
     side_by_side: bool = True
     """May consumers take a producer's files as they are made?"""
     keep_going: bool = False

@@ -11,6 +11,7 @@ Nothing of it outlives the command: processes die with it, and the file has no n
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from bigpipe.errors import DoesNotFit, Transient, UsageError
 from bigpipe.files import existing, free_space, room_held
 from bigpipe.machine import Machine, detect
 from bigpipe.orchestrator.contract import LogLine, OneAtATime, Reporter
-from bigpipe.orchestrator.launch import RAM, gpu_name
+from bigpipe.orchestrator.launch import DEVICE_ORDER, RAM, gpu_name
 from bigpipe.orchestrator.planning import Plan, PlannedNode, make_plan, with_parameters
 from bigpipe.sizes import format_size
 
@@ -191,7 +192,7 @@ class _Holder:
         return cls(
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                text=True, start_new_session=True,
+                text=True, start_new_session=True, env={**os.environ, **DEVICE_ORDER},
             )
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ class Need:
     runtime: int = 0
     """CUDA context, the libraries' workspaces, the allocator's rounding."""
     streaming: int = 0
-    """The largest layer that passes through."""
+    """What passes through: the largest layer; on a GPU, where one computes while the next one comes, two."""
 
     @property
     def total(self) -> int:

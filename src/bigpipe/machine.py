@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ DOCTOR_FORMAT = "bigpipe.doctor/1"
 LARGEST = 2**20
 """Bytes of a description."""
 MAKE_ONE = "make one there with `bigpipe doctor --json > FILE`"
+DRIVER = Path("/dev/nvidiactl")
+"""A device that Linux shows where NVIDIA's driver is loaded."""
+WINDOWS_DRIVER = Path("/dev/dxg")
+"""The same under WSL, whoever made the GPU."""
 CGROUPS = Path("/sys/fs/cgroup")
 MEMORY = Path("/proc/meminfo")
 
@@ -34,7 +39,7 @@ class Gpu:
     name: str
     """As its driver calls it."""
     memory: int
-    """Total bytes."""
+    """Bytes that can be had: all, without what the driver and the firmware keep for themselves."""
     free: int
     """Bytes that nobody holds."""
 
@@ -164,9 +169,14 @@ def visible_gpus(gpus: Sequence[tuple[Gpu, str]], visible: str | None) -> tuple[
     return tuple(chosen)
 
 
+def unasked_driver() -> bool:
+    """Return whether NVIDIA's driver is loaded here and what asks it, nvidia-ml-py, is not installed."""
+    return DRIVER.exists() and find_spec("pynvml") is None
+
+
 def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
-    # Linux shows a loaded driver as a device (WSL: dxg); without one, importing the bindings is time spent for nothing.
-    if sys.platform == "linux" and not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg")):
+    # Without a driver, importing the bindings is time spent for nothing.
+    if sys.platform == "linux" and not (DRIVER.exists() or WINDOWS_DRIVER.exists()):
         return ()
     try:
         import pynvml
@@ -185,10 +195,20 @@ def _gpus(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
 
 def _gpu(nvml: Any, index: int) -> tuple[Gpu, str]:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    total, free = _gpu_memory(nvml, handle)
     texts = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
     name, uuid = (value.decode() if isinstance(value, bytes) else value for value in texts)  # bytes: older drivers
-    return Gpu(index, name, int(memory.total), int(memory.free)), uuid
+    return Gpu(index, name, total, free), uuid
+
+
+def _gpu_memory(nvml: Any, handle: Any) -> tuple[int, int]:
+    """Bytes that can be had, and bytes that nobody holds. NVML's `total` is all that is soldered on; what is reserved
+    of it its second version alone tells (nvmlMemory_v2_t, since driver 510)."""
+    with contextlib.suppress(AttributeError, TypeError, nvml.NVMLError):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        return int(memory.total) - int(memory.reserved), int(memory.free)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return int(memory.total), int(memory.free)
 
 
 def cores() -> int:

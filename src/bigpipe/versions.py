@@ -16,6 +16,7 @@ from bigpipe.errors import UsageError
 RUN = ("accelerate", "bitsandbytes", "tokenizers", "torch", "transformers")
 """What the extra `run` brings."""
 INSTALL_RUN = "pip install 'bigpipe-ml[run]'"
+INSTALL_GPU = "pip install 'bigpipe-ml[gpu]'"
 TESTED = Path(__file__).with_name("constraints.txt")
 
 

@@ -72,7 +72,8 @@ def seconds_of(layers: list[Layer], homes: tuple[Device, ...], caps: dict[Device
         return None
     main: Device = gpus[0] if gpus else "cpu"
     held = dict.fromkeys(caps, 0)
-    moved, seconds, at = 0, 0.0, None
+    moved: list[int] = []
+    seconds, at = 0.0, None
     for tie in groups:
         held[next(iter(groups[tie]))] += SHARED
     for index in weighty:
@@ -86,11 +87,12 @@ def seconds_of(layers: list[Layer], homes: tuple[Device, ...], caps: dict[Device
         elif home == runner:
             seconds += size / (SPEEDS.ram if runner == "cpu" else SPEEDS.gpu)
         else:
-            moved = max(moved, size)
+            moved.append(size)
             seconds += size / {"cpu": SPEEDS.link, "disk": SPEEDS.disk}[str(home)]
         seconds += SPEEDS.hop if at not in (None, runner) else 0
         at = runner
-    held[main] += moved
+    # A GPU computes one while the next one comes, and the memory of each comes to be as large as the largest
+    held[main] += max(moved, default=0) * (2 if isinstance(main, int) and len(moved) > 1 else 1)
     return None if any(held[device] > cap for device, cap in caps.items()) else seconds
 
 
@@ -278,7 +280,7 @@ def streamed(placement: Placement, architecture: Architecture) -> float:
     return (on_cpu - (table if placement.device_of("model.embed") == "cpu" else 0)) / 2**30
 
 
-@pytest.mark.parametrize(("gpu", "greedy", "possible"), [(8, 8.29, 6.50), (11, 5.04, 3.66), (12, 4.23, 2.44)])
+@pytest.mark.parametrize(("gpu", "greedy", "possible"), [(8, 9.10, 6.91), (11, 6.26, 4.06), (12, 5.04, 2.84)])
 def test_what_llama_3_8b_streams_per_token(gpu: int, greedy: float, possible: float) -> None:
     architecture = llama(32, 4096, 14336, 128256, 1024)
     memory: dict[int | str, int | str] = {0: f"{gpu}GiB", "cpu": "64GiB"}
@@ -299,7 +301,7 @@ def test_llama_3_405b_on_eight_gpus() -> None:
     architecture = llama(126, 16384, 53248, 128256, 1024)
     placement = place_architecture(architecture, device_map="optimal", max_memory={"0-7": "80GiB", "cpu": "1000GiB"})
     assert sorted(map(str, placement.weights)) == [*map(str, range(8)), "cpu"]
-    assert len([name for name, device in placement.device_map.items() if device == "cpu"]) == 24 + 1
+    assert len([name for name, device in placement.device_map.items() if device == "cpu"]) == 25 + 1
 
 
 LLAMA_3_405B: dict[str, Any] = {

@@ -173,6 +173,24 @@ def test_a_recipe_that_needs_a_gpu_runs_on_a_runner_of_ones_own(words: Workshop)
     assert '"nvidia.com/gpu": "1"' in json.dumps(yaml.safe_load(exported("argo", words, machine=machine)))
 
 
+def test_ranks_that_take_what_they_find_get_the_gpus_of_the_plan(words: Workshop) -> None:
+    gpus = tuple(Gpu(index, "H100", 2**36, 2**36) for index in range(2))
+    words.manifest.write_text(f"""\
+version: 1
+name: unplaced
+stages:
+  download: {{uses: download, with: {{path: {ROOT / "models/quickstart"}}}}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with: {{task: text-generation, prompts: [a], max_new_tokens: 2}}
+""")
+    for there, asked in ((gpus, True), ((), False)):
+        machine = Machine("box", 8, 2**36, 2**36, 2**40, there)
+        found = json.dumps(yaml.safe_load(exported("argo", words, machine=machine)))
+        assert ('"nvidia.com/gpu": "2"' in found) == asked
+
+
 # Argo
 
 

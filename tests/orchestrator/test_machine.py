@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
@@ -119,6 +121,62 @@ def test_the_doctor_reports_what_is_broken(tmp_path: Path) -> None:
     check = doctor._probe("bitsandbytes", machine.detect(tmp_path), {**os.environ, "PYTHONPATH": str(tmp_path)})
     assert not check["ok"]
     assert "no kernels here" in check["detail"]
+
+
+class Nvml(ModuleType):
+    """NVML's bindings, and a driver of one GPU of 80 GiB, of which it keeps one: `versions` of what it can tell."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+    nvmlMemory_v2 = 0x2000028
+
+    def __init__(self, versions: int) -> None:
+        super().__init__("pynvml")
+        self.versions = versions
+
+    def nvmlInit(self) -> None:
+        """Is there."""
+
+    nvmlShutdown = nvmlInit
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return "A100"
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return "GPU-1"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> SimpleNamespace:
+        if version is None:
+            return SimpleNamespace(total=80 * GIB, free=70 * GIB)
+        if self.versions < 2:
+            raise self.NVMLError("Function Not Found")
+        return SimpleNamespace(total=80 * GIB, reserved=GIB, free=70 * GIB)
+
+
+@pytest.mark.parametrize(("versions", "memory"), [(2, 79), (1, 80)])
+def test_what_a_driver_keeps_of_a_gpu_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, versions: int, memory: int
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(versions))
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.detect(tmp_path).gpus == (Gpu(0, "A100", memory * GIB, 70 * GIB),)
+
+
+def test_the_doctor_tells_of_gpus_that_plans_cannot_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBES", {})
+    monkeypatch.setattr(machine, "_gpus", lambda environment: ())
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert doctor.unsound(doctor.examine(tmp_path)) == []
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    [error] = doctor.unsound(doctor.examine(tmp_path))
+    assert "plans count none" in error.cause
+    assert error.cure == "pip install 'bigpipe-ml[gpu]'"
 
 
 def test_gpus_of_a_kind_are_told_together_and_a_disk_without_end_as_one() -> None:

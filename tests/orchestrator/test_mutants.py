@@ -19,7 +19,8 @@ SCHEDULE_MUTANTS = [
     # What there is room for
     ("RAM is not counted", '"RAM": ram', '"RAM": 0'),
     ("CPUs are not counted", '"CPUs": cpus', '"CPUs": 0'),
-    ("GPUs are not counted", '"GPUs": int(gpus > 0)', '"GPUs": 0'),
+    ("GPUs are not counted", '"GPUs": int(gpus)', '"GPUs": 0'),
+    ("ranks of which nothing is known hold no GPU", " or takes_any_gpus(state.node, forecast)", ""),
     ("jobs are not counted", '"jobs": 0 if follows else 1', '"jobs": 0'),
     ("the disk is not counted", 'share["disk"] = state.writes + state.fetches', 'share["disk"] = 0'),
     ("finished nodes free the disk", "        states.hold_disk(state, state.writes)\n", "        pass\n"),

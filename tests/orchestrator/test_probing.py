@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
@@ -20,9 +22,9 @@ from support.workshop import Workshop, environment
 import bigpipe
 from bigpipe.errors import DoesNotFit, Transient, UsageError
 from bigpipe.files import room_held
-from bigpipe.machine import detect
+from bigpipe.machine import Gpu, Machine, detect
 from bigpipe.orchestrator.contract import Forecast
-from bigpipe.orchestrator.launch import RAM
+from bigpipe.orchestrator.launch import RAM, holding
 from bigpipe.orchestrator.running import probe, shortages
 from bigpipe.orchestrator.running.probing import groups, shares
 
@@ -69,6 +71,7 @@ def test_every_need_is_taken_and_let_go(shop: Workshop) -> None:
     running = command(shop, "--json")
     taken = awaited_holder(running, 190 * MIB)
     assert int(Path(f"/proc/{taken.pid}/oom_score_adj").read_text()) == 500, "the kernel kills it rather than others"
+    assert b"CUDA_DEVICE_ORDER=PCI_BUS_ID" in Path(f"/proc/{taken.pid}/environ").read_bytes(), "GPUs as plans have them"
     told, _ = running.communicate()
     assert running.returncode == 0
     rows = json.loads(told)["probe"]
@@ -190,8 +193,47 @@ def test_what_is_wrong_with_a_device_is_told() -> None:
     done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
     failed, last = map(json.loads, done.stdout.splitlines())
     assert failed["device"] == "GPU 99"
-    assert "Error: " in failed["failed"]
+    assert "there is no GPU 99 here" in failed["failed"]
     assert last == {"done": True}
+
+
+class Torch(ModuleType):
+    """Of a GPU with 10,000 MiB, of which its context takes 500 once torch looks at it."""
+
+    uint8 = "uint8"
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.taken: list[int] = []
+        self.looked = False
+        self.cuda = SimpleNamespace(mem_get_info=self.mem_get_info)
+
+    def device(self, kind: str, index: int) -> str:
+        return f"{kind}:{index}"
+
+    def mem_get_info(self, place: str) -> tuple[int, int]:
+        self.looked = True
+        return 9500 * MIB - sum(self.taken), 10_000 * MIB
+
+    def ones(self, length: int, **where: str) -> None:
+        assert self.looked
+        self.taken.append(length)
+
+
+def test_what_torch_takes_of_a_device_is_part_of_what_is_foreseen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus = (Gpu(0, "A100", 10_000 * MIB, 10_000 * MIB),)
+    monkeypatch.setattr(holding, "detect", lambda path: Machine("box", 1, 2**34, 2**34, 2**40, gpus))
+    monkeypatch.setattr(holding, "stand_in_for_parent", lambda: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setitem(sys.modules, "torch", torch := Torch())
+    holding.main(json.dumps({RAM: MIB, "GPU 0": 800 * MIB}))
+    assert sum(torch.taken) == 300 * MIB
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    devices = [each["device"] for each in told if "device" in each]
+    assert list(dict.fromkeys(devices)) == ["GPU 0", RAM], "RAM last: torch fills some of it"
+    assert {each["device"]: each["held"] for each in told if "held" in each} == {"GPU 0": 800 * MIB, RAM: MIB}
 
 
 def test_ranks_take_their_shares_and_gpus_of_their_own(shop: Workshop) -> None:

@@ -63,6 +63,40 @@ def test_one_rank_goes_the_same_way(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "attempt/accelerate.yaml").read_text())["distributed_type"] == "NO"
 
 
+@pytest.mark.parametrize(("use_cpu", "gpus", "seen"), [(True, 1, ""), (False, 0, ""), (False, 1, "0")])
+def test_ranks_see_the_gpus_that_the_plan_counts(tmp_path: Path, use_cpu: bool, gpus: int, seen: str) -> None:
+    """None where the launch file says so, and none where the plan has found none, whatever torch would find."""
+    (tmp_path / "launch.yaml").write_text(f"use_cpu: {str(use_cpu).lower()}\ngpu_ids: '0'\n")
+    launch = Launch(config_file="launch.yaml")
+    Launched(make_job(tmp_path, "RANKS", launch=launch, machine=machine_with(gpus))).run()
+    rank = Outcome.read(AttemptFolder(tmp_path / "attempt").outcome("rank", 0))
+    assert rank is not None
+    assert rank.metrics["environment"]["CUDA_VISIBLE_DEVICES"] == seen
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_plan_counts_no_gpu_where_the_launch_file_says_so(workshop: Workshop, use_cpu: bool) -> None:
+    (workshop.folder / "mine.yaml").write_text(f"num_processes: 2\nuse_cpu: {str(use_cpu).lower()}\n")
+    workshop.manifest.write_text("""
+version: 1
+name: r
+stages:
+  download: {uses: download, with: {path: model}}
+  generate:
+    uses: distributed-infer
+    inputs: download
+    with: {task: text-generation, prompts: [a]}
+    launch: {config_file: mine.yaml}
+""")
+    session = open_session(workshop.manifest, params={}, given_machine=machine_with(1))
+    node = session.recipe.nodes["generate"]
+    assert len(session.surroundings(node).machine.gpus) == (0 if use_cpu else 1)
+    facts = {"memory": 2**36} if use_cpu else {"gpus": ["A100"]}
+    assert session.identity(node).as_json["facts"] == facts
+    assert session.asking(node).resources.gpus == (0 if use_cpu else None)
+    assert len(session.machine_of(session.recipe.nodes["download"]).gpus) == 1
+
+
 def test_an_error_of_one_rank_comes_back_as_itself(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="rank 1: 20 GiB do not fit"):
         Launched(make_job(tmp_path, "RANKS", launch=TWO, params={"do": "fail", "rank": 1})).run()

@@ -41,6 +41,7 @@ KINDS = {
     "use": kind("use", inputs=PORTS),
     "sip": kind("sip", inputs=PORTS, passing=Passing(follows="first", streams=True)),
     "sip-inline": kind("sip-inline", inputs=PORTS, passing=Passing(follows="first"), runs_in="inline"),
+    "ranks": kind("ranks", inputs={}, runs_in="ranks"),
     "gather": kind("gather", metrics=NoMetrics, inputs={"rest": Port("text", many=True)}),
 }
 ROOM = {"jobs": 4, "CPUs": 4, "RAM": 100, "GPUs": 1, "disk": 100}
@@ -55,6 +56,8 @@ class Row:
     room: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     writes: Mapping[str, int] = field(default_factory=dict)
+    vram: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Of nodes of which it is known."""
     same_key: Mapping[str, str] = field(default_factory=dict)
     """Node → the one whose key it has."""
     interrupted: bool = False
@@ -84,8 +87,10 @@ class Scene:
         manifest = folder / "recipe.yaml"
         manifest.write_text("version: 1\nname: scene\nstages:\n" + row.stages)
         self.nodes = load_recipe(manifest, {}, environment={}, stages=KINDS).nodes
-        forecasts = {name: Forecast(write_bytes=size) for name, size in row.writes.items()}
-        states = {name: NodeState(node, forecasts.get(name, Forecast())) for name, node in self.nodes.items()}
+        states = {
+            name: NodeState(node, Forecast(write_bytes=row.writes.get(name), vram=row.vram.get(name)))
+            for name, node in self.nodes.items()
+        }
         self.states = States(nodes=states, room={**ROOM, **row.room}, stopped=row.interrupted, **row.facts)
         before = ""
         for name in self.nodes:
@@ -130,6 +135,7 @@ A, A_DROPS = "  a: {uses: make}\n", "  a: {uses: make, cache: false}\n"
 AB = A + "  b: {uses: use, inputs: {first: a}}\n"
 ABC = A + "  b: {uses: make}\n  c: {uses: use, inputs: {first: a, second: b}}\n"
 PAIR = A + "  b: {uses: make}\n"
+RANKS = "  a: {uses: ranks}\n  b: {uses: ranks}\n"
 NEEDS = A + "  b: {uses: make, needs: [a]}\n"
 GATHER = PAIR + "  c: {uses: gather, inputs: {rest: [a, b]}}\n"
 SIP_OF_TWO = A + "  o: {uses: make}\n  b: {uses: sip, inputs: {first: a, second: o}}\n"
@@ -269,6 +275,11 @@ ROWS = [
     Row("one node at a time holds GPUs", two("{gpus: 1}"), {"a": "running", "b": "must"}, wait("GPUs")),
     Row("who needs none runs beside it", PAIR.replace("make", "make, resources: {gpus: 1}", 1),
         {"a": "running", "b": "must"}, START),
+    Row("ranks of which nobody knows what they use hold GPUs", RANKS, {"a": "running", "b": "must"}, wait("GPUs")),
+    Row("ranks that use none do not", RANKS, {"a": "running", "b": "must"}, START, vram={"a": {}}),
+    Row("nor do those that are to have none", RANKS.replace("ranks", "ranks, resources: {gpus: 0}", 1),
+        {"a": "running", "b": "must"}, START),
+    Row("nor other processes", PAIR, {"a": "running", "b": "must"}, START, room={"GPUs": 0}),
     Row("disk", PAIR, {"a": "running", "b": "must"}, wait("disk"),
         writes={"a": 60, "b": 41}),
     Row("disk that the recipe asks for", two("{disk: 51B}"), {"a": "running", "b": "must"}, wait("disk")),

@@ -6,11 +6,12 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.contexts import check_context
+from support.contexts import MACHINE, check_context
 from support.hub import LoopbackHub
 from support.media import make_pipeline
 from support.models import make_checkpoint
@@ -18,7 +19,7 @@ from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.stage import Forecast
+from bigpipe.orchestrator.stage import Forecast, Gpu
 from bigpipe.plugins import pipelines
 from bigpipe.plugins.distributed_infer import InferParams
 from bigpipe.plugins.wired import Pipeline
@@ -57,6 +58,12 @@ def test_the_recipe_draws_from_a_hub_on_any_number_of_ranks(
     assert planned["metrics"] == {"prompts": 3, "compute_dtype": "float32"}
     weights = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
     assert 2 * (500 * 2**20 + 0.97 * weights) < planned["ram"] < 2 * (500 * 2**20 + weights)
+    gpus = tuple(Gpu(index, "GPU", 2**34, 2**34) for index in range(2))
+    (workshop.folder / "gpus.json").write_text(json.dumps(asdict(replace(MACHINE, gpus=gpus))))
+    beside = workshop.command("plan", recipe, *few, "--machine", "gpus.json", **environment).stdout
+    vram = json.loads(beside)["nodes"]["draw"]["forecast"]["vram"]
+    assert set(vram) == {"0", "1"}
+    assert min(vram.values()) > 512 * 2**20, "a context and a workspace are there too"
     drawn = []
     for ranks in ("2", "1"):
         done = workshop.command("run", recipe, "-p", f"ranks={ranks}", *few, **environment)

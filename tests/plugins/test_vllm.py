@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.api import follows
-from support.contexts import check_context
+from support.contexts import check_context, forecast_context
 from support.launching import MACHINE, TESTS, gone, make_job, wait_for
 from support.models import make_checkpoint
 
@@ -199,6 +199,18 @@ def test_a_plan_says_what_to_install_and_where(tmp_path: Path, model: Path, monk
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UsageError, match="runs on Linux, and this is darwin"):
         check(tmp_path, model, params())
+
+
+def test_a_plan_counts_the_share_of_each_gpu_that_it_takes(tmp_path: Path, model: Path) -> None:
+    """Whatever the model needs: nothing else finds room beside it."""
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=GPUS)
+    for serving_, vram in (
+        ({}, {0: int(0.9 * 2**36)}),
+        ({"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}, {0: 2**35, 1: 2**35}),
+        ({"data_parallel_size": 2}, {0: int(0.9 * 2**36), 1: int(0.9 * 2**36)}),
+    ):
+        assert serving.forecast(params(serving=serving_), ctx).vram == vram
 
 
 def test_what_the_server_depends_on_is_in_the_key_and_how_it_is_asked_is_not() -> None:
