@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
+from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Stale, UsageError
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -21,7 +21,7 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.versions import not_installed
 
 from . import launch, lock as lock_file
-from .contract import Event, Json, Machine, OneAtATime, Reporter
+from .contract import Event, Json, LogLine, Machine, OneAtATime, Reporter
 from .planning import (
     Action,
     Plan,
@@ -113,14 +113,22 @@ def _run(
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
         with _telling(session, reporter or OneAtATime()) as hearing:
-            result = run_plan(session, planned, hearing, jobs=jobs, keep_going=keep_going)
-        if locked:
-            lock_file.enforce_outputs(session, result.records)
+            held = {"accept": lock_file.enforcing_outputs(session)} if locked else {}
+            result = run_plan(session, planned, hearing, jobs=jobs, keep_going=keep_going, **held)
         if session.lock and result.status == "succeeded":
-            lock_file.record_outputs(session, result.records)
+            _fill_lock(session, result)
         if session.meeting is not None and result.errors:
             session.meeting.status = result.errors[0].status
     return result
+
+
+def _fill_lock(session: Session, result: RunResult) -> None:
+    """A lock file that cannot be written fails no run that has succeeded: it costs a line."""
+    try:
+        lock_file.record_outputs(session, result.records)
+    except BigpipeError as error:
+        if session.reporter is not None:
+            session.reporter.report(LogLine("lock file", f"not filled in: {error.cause}; {error.cure}"))
 
 
 def _telling(session: Session, reporter: Reporter) -> AbstractContextManager[Reporter]:
@@ -210,8 +218,9 @@ def _open(
     """A session that knows what the lock file beside the manifest pins."""
     path = lock_path(Path(manifest).absolute())
     if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
-        pins = {name: item.pins for name, item in lock.inputs.items()}
-        options |= {"lock": lock.path, "locked_pins": pins, "locked_answers": lock_file.read_answers(path)}
+        pins, asked = ({name: getattr(item, of) for name, item in lock.inputs.items()} for of in ("pins", "asked"))
+        options |= {"lock": lock.path, "locked_pins": pins, "locked_asked": asked}
+        options["locked_answers"] = lock_file.read_answers(path)
     names = {"force": as_names(options["force"])} if "force" in options else {}
     return open_session(manifest, as_names(nodes), params=_written(params), **{**options, **names})
 

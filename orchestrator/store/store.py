@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
 from bigpipe.files import existing, move
+from bigpipe.orchestrator.contract import Json
 
 from .artifacts import (
     Artifact,
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from .publish import Known, Publisher
     from .remote import Remote
     from .verify import VerifyReport
+
+
+QUESTIONS = 8
+"""How many questions a record remembers that had its pins as their answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,12 @@ class Store:
     def find(self, key: str) -> KeyRecord | None:
         """Return the record of a key. One small read; a damaged record goes to quarantine and is none."""
         return load_record(self.layout, key)
+
+    def note_asked(self, record: KeyRecord, asked: Mapping[str, Json]) -> None:
+        """Remember that the pins of a record were the answer to this too. A store that cannot be written forgets it."""
+        with suppress(BigpipeError), explained(self.layout.keys):
+            self.enter()
+            save_record(self.layout, record.model_copy(update={"asked": [*record.asked, dict(asked)][-QUESTIONS:]}))
 
     def with_partial(self, partial: str) -> bool:
         """Return whether any record shares the key with the input digests left out."""
