@@ -225,6 +225,8 @@ def _take_cached(run: Run, state: NodeState, told: Step) -> None:
     try:
         if record is not None:
             run.accept(node, record)
+            if record.digest and state.bytes_here and schedule.keeps(state):
+                session.store.keep(record.digest, record.key)
             if record.pins and (asked := session.asked(node)) not in record.asked:
                 session.store.note_asked(record, asked)
     except BigpipeError as error:
@@ -437,6 +439,8 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
 
 
 def _remember(run: Run, keys: Mapping[str, str]) -> None:
-    """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists."""
+    """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists, and from
+    others that let go of the same bytes."""
     session, recipe = run.session, run.session.recipe
-    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes)
+    lets_go = [name for name in keys if not schedule.keeps(run.states[name])]
+    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes, lets_go)

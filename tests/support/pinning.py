@@ -1,4 +1,4 @@
-"""A kind whose revisions are commits that a source must be asked for, and one that takes the result out of the store."""
+"""A kind whose revisions are commits that a source must be asked for, and one that takes what it brought out."""
 
 from __future__ import annotations
 
