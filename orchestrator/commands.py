@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -33,7 +32,7 @@ from .planning import (
     open_session,
     with_parameters,
 )
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, written
 from .running import RunRecord, RunResult, records, run_plan
 from .store import Store, default_root, explained
 
@@ -222,7 +221,7 @@ def _open(
         options |= {"lock": lock.path, "locked_pins": pins, "locked_asked": asked}
         options["locked_answers"] = lock_file.read_answers(path)
     names = {"force": as_names(options["force"])} if "force" in options else {}
-    return open_session(manifest, as_names(nodes), params=_written(params), **{**options, **names})
+    return open_session(manifest, as_names(nodes), params=written(params), **{**options, **names})
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
@@ -274,21 +273,6 @@ def plan(
         from .running import plan_small
 
         return plan_small(session, preflight=preflight)
-
-
-def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
-    """Parameters as a command line would write them: strings as they are, everything else as YAML flow.
-    Raise UsageError for what YAML does not hold, and for None, which no command line can write."""
-
-    def text(name: object, value: object) -> str:
-        if value is None:
-            raise UsageError(f"params: {name} is None", "leave it out, or give a text, a number, a list or a dict")
-        try:
-            return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"params: {name} is {value!r:.80}", "give texts, numbers, lists and dicts") from error
-
-    return {str(name): text(name, value) for name, value in (params or {}).items()}
 
 
 def stale(plan_: Plan) -> Stale | None:
@@ -434,7 +418,7 @@ def shared(planned: Plan) -> dict[str, bool | None]:
 @checked()
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
     """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
-    return load_recipe(Path(path).absolute(), _written(params))
+    return load_recipe(Path(path).absolute(), written(params))
 
 
 def validate(
@@ -447,7 +431,7 @@ def validate(
     errors: dict[Path, UsageError] = {}
     for path in manifests:
         try:
-            recipe = load_recipe(path, _written(params))
+            recipe = load_recipe(path, written(params))
             for line in untold(recipe):
                 note(line)
             found = {problem.place: problem for problem in problems_beside(recipe)}  # once for all variants of a stage

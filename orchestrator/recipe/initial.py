@@ -10,6 +10,7 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 
+from .arguments import quoted
 from .graph import load_recipe
 from .interpolation import escape
 from .schema import recipe_schema
@@ -106,7 +107,7 @@ def as_text(value: str) -> str:
     plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
     if plain.isascii() and plain.isalnum() and value[0].isalpha() and value.lower() not in ("null", "true", "false"):
         return value
-    return json.dumps(escape(value), ensure_ascii=False)
+    return quoted(escape(value))
 
 
 def initialise(file: Path, model: str) -> list[Path]:
