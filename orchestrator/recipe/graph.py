@@ -189,7 +189,7 @@ def _recipes(folder: Path) -> list[str]:
 
 def _is_recipe(path: Path) -> bool:
     try:
-        return re.search(rb"^stages:", read_file(path, LARGEST), re.MULTILINE) is not None
+        return re.search(rb"(?:\A\xef\xbb\xbf|^)stages:", read_file(path, LARGEST), re.MULTILINE) is not None
     except OSError:
         return False
 
