@@ -110,12 +110,20 @@ def as_text(value: str) -> str:
     return quoted(escape(value))
 
 
+def _seen_from(folder: Path, model: str) -> str:
+    """A model as a recipe in this folder writes it: relative paths begin beside the recipe."""
+    if source_of(model)[0] != "path" or model.startswith(("/", "~")):
+        return model
+    path = os.path.relpath(model, os.path.realpath(folder))
+    return model if path == os.path.normpath(model) else os.path.join(os.curdir, path)
+
+
 def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
     if os.path.lexists(file):
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
-    text = initial_manifest(model, file.stem, schema.name)
+    text = initial_manifest(_seen_from(file.parent, model), file.stem, schema.name)
     recipe = load_recipe(file, text=text, arguments={("stages", "download", "with"): f"--model {model}"})
     try:
         make_directory(file.parent)
