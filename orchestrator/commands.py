@@ -95,6 +95,7 @@ def _run(
     manifest: str | Path, nodes: Sequence[str], *, jobs: int | None, keep_going: bool, locked: bool, smoke: bool,
     executor: str | None, **options: Any,
 ) -> RunResult:  # fmt: skip
+    _require_jobs(jobs)
     session = _open(manifest, nodes, locked=locked, **options)
     if smoke:
         from .running import run_small  # of what is only tried
@@ -224,6 +225,11 @@ def _open(
     return open_session(manifest, as_names(nodes), params=written(params), **{**options, **names})
 
 
+def _require_jobs(jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs is {jobs}", "give 1 or more, or leave it out", field="jobs")
+
+
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
     """Raise what makes a run pointless now, and UsageError where a node that may run needs packages that are not
     installed here. A failing gate that may be survived is left to the run."""
@@ -261,6 +267,7 @@ def plan(
     """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
     preflight: also ask each running kind's `check`, which may use the network for metadata. smoke: say it of
     `run(smoke=True)`. executor: plan for the machines of this cluster, as `run` names it."""
+    _require_jobs(jobs)
     if executor and (machine or smoke):
         raise UsageError("a plan is for a machine, for a cluster or of a smoke run", "give one of the options")
     session = _open(
