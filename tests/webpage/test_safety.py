@@ -45,7 +45,9 @@ def test_every_answer_is_sealed(page, path):
     assert "access-control-allow-origin" not in headers
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.nip.io", "["])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.nip.io", "["]
+)
 def test_a_name_that_someone_points_here_is_refused(page, host):
     assert page.get("/", Host=host).status == 421
 
@@ -65,7 +67,9 @@ def test_other_sites_may_send_nothing(page):
     assert page.get("/", **{**arrival, "Sec_Fetch_Dest": "iframe"}).status == 403
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "http://["])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "http://["]
+)
 def test_a_form_of_another_origin_is_refused(page, origin):
     assert page.post("/", {"model": "model"}, Origin=origin).status == 403
     assert page.post("/", {"model": "model"}, Origin=f"http://{page.place}").status == 200
