@@ -115,7 +115,9 @@ def _seen_from(folder: Path, model: str) -> str:
     if source_of(model)[0] != "path" or model.startswith(("/", "~")):
         return model
     path = os.path.relpath(model, os.path.realpath(folder))
-    return model if path == os.path.normpath(model) else os.path.join(os.curdir, path)
+    if path == os.path.normpath(model):
+        return model
+    return path if path.startswith(".") else os.path.join(os.curdir, path)
 
 
 def initialise(file: Path, model: str) -> list[Path]:
