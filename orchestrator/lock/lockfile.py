@@ -1,8 +1,9 @@
 """`<manifest>.lock`: what a recipe was made of and what came out, as YAML for review. Written by `bigpipe lock`, filled
 by runs, enforced by `run --locked`.
 
-`inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values,
-and of nodes that bring files from outside, each file's size and sha256 (or git blob id). They are enforced.
+`inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values and
+what they are the answer to, and of nodes that bring files from outside, each file's size and sha256 (or git blob id).
+They are enforced.
 `outputs` says what runs gave: digests, tool versions, and what the kind shows for review (a placement). They are
 enforced only for kinds that are reproducible, and only where facts and packages equal those of the run that wrote them.
 """

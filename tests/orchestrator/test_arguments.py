@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from support.workshop import Workshop
 
 import bigpipe
 from bigpipe.errors import UsageError
+from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.recipe import Single
 
 TEXTS = ["😀", "a\x85b", "one\u2028 two", "p\u2029", "\x7f", "\ufeffx", "\ufffe", "ü", "${x}", "\t\n\x01", 'q"\\']
@@ -51,6 +53,14 @@ def test_a_value_of_another_type_than_the_default_is_refused(
 def test_a_number_for_a_text_is_written(tmp_path: Path, default: str, value: Any, is_read_as: Any) -> None:
     found = parameter(tmp_path, default, value)
     assert (found, type(found)) == (is_read_as, type(is_read_as))
+
+
+@pytest.mark.parametrize("target", ["argo", "github", "airflow"])
+def test_a_value_is_written_into_what_is_exported(workshop: Workshop, target: str) -> None:
+    workshop.manifest.write_text(
+        'version: 1\nname: e\nparams: {n: null}\nstages:\n  a: {uses: write, with: {text: "${params.n}s"}}\n'
+    )
+    assert "22.5" in commands.export(target, workshop.manifest, params={"n": 22.5}).text
 
 
 @pytest.mark.parametrize("text", TEXTS)
