@@ -55,6 +55,11 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
         with closing(report.choose_reporter(own_stderr())) as reporter:
             status = _attend(manifest, nodes, reporter=reporter, **options)
         if status is not None:
+            if as_json:
+                from bigpipe.orchestrator.running import run_json
+
+                found = run_json(manifest, options["params"], (), status="attended", exit_code=status)
+                show_json(found, indent=None)
             sys.exit(status)
     with closing(report.choose_reporter(own_stderr(), events=events)) as reporter:
         result = bigpipe.run(manifest, nodes, reporter=reporter, check=False, **options)

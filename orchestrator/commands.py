@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import GateFailed, ManifestError, Stale, UsageError
+from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Stale, UsageError
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -21,7 +20,7 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.versions import not_installed
 
 from . import launch, lock as lock_file
-from .contract import Event, Json, Machine, OneAtATime, Reporter
+from .contract import Event, Json, LogLine, Machine, OneAtATime, Reporter
 from .planning import (
     Action,
     Plan,
@@ -33,7 +32,7 @@ from .planning import (
     open_session,
     with_parameters,
 )
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, written
 from .running import RunRecord, RunResult, records, run_plan
 from .store import Store, default_root, explained
 
@@ -96,6 +95,7 @@ def _run(
     manifest: str | Path, nodes: Sequence[str], *, jobs: int | None, keep_going: bool, locked: bool, smoke: bool,
     executor: str | None, **options: Any,
 ) -> RunResult:  # fmt: skip
+    _require_jobs(jobs)
     session = _open(manifest, nodes, locked=locked, **options)
     if smoke:
         from .running import run_small  # of what is only tried
@@ -113,14 +113,22 @@ def _run(
         planned = with_parameters(make_plan(session))
         refuse(planned, keep_going=keep_going)
         with _telling(session, reporter or OneAtATime()) as hearing:
-            result = run_plan(session, planned, hearing, jobs=jobs, keep_going=keep_going)
-        if locked:
-            lock_file.enforce_outputs(session, result.records)
+            held = {"accept": lock_file.enforcing_outputs(session)} if locked else {}
+            result = run_plan(session, planned, hearing, jobs=jobs, keep_going=keep_going, **held)
         if session.lock and result.status == "succeeded":
-            lock_file.record_outputs(session, result.records)
+            _fill_lock(session, result)
         if session.meeting is not None and result.errors:
             session.meeting.status = result.errors[0].status
     return result
+
+
+def _fill_lock(session: Session, result: RunResult) -> None:
+    """A lock file that cannot be written fails no run that has succeeded: it costs a line."""
+    try:
+        lock_file.record_outputs(session, result.records)
+    except BigpipeError as error:
+        if session.reporter is not None:
+            session.reporter.report(LogLine("lock file", f"not filled in: {error.cause}; {error.cure}"))
 
 
 def _telling(session: Session, reporter: Reporter) -> AbstractContextManager[Reporter]:
@@ -210,10 +218,16 @@ def _open(
     """A session that knows what the lock file beside the manifest pins."""
     path = lock_path(Path(manifest).absolute())
     if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
-        pins = {name: item.pins for name, item in lock.inputs.items()}
-        options |= {"lock": lock.path, "locked_pins": pins, "locked_answers": lock_file.read_answers(path)}
+        pins, asked = ({name: getattr(item, of) for name, item in lock.inputs.items()} for of in ("pins", "asked"))
+        options |= {"lock": lock.path, "locked_pins": pins, "locked_asked": asked}
+        options["locked_answers"] = lock_file.read_answers(path)
     names = {"force": as_names(options["force"])} if "force" in options else {}
-    return open_session(manifest, as_names(nodes), params=_written(params), **{**options, **names})
+    return open_session(manifest, as_names(nodes), params=written(params), **{**options, **names})
+
+
+def _require_jobs(jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs is {jobs}", "give 1 or more, or leave it out", field="jobs")
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
@@ -253,6 +267,7 @@ def plan(
     """Return what `run` would do now, what it costs and whether it fits; `Plan.errors()` says why it is refused.
     preflight: also ask each running kind's `check`, which may use the network for metadata. smoke: say it of
     `run(smoke=True)`. executor: plan for the machines of this cluster, as `run` names it."""
+    _require_jobs(jobs)
     if executor and (machine or smoke):
         raise UsageError("a plan is for a machine, for a cluster or of a smoke run", "give one of the options")
     session = _open(
@@ -265,21 +280,6 @@ def plan(
         from .running import plan_small
 
         return plan_small(session, preflight=preflight)
-
-
-def _written(params: Mapping[str, Any] | None) -> dict[str, str]:
-    """Parameters as a command line would write them: strings as they are, everything else as YAML flow.
-    Raise UsageError for what YAML does not hold, and for None, which no command line can write."""
-
-    def text(name: object, value: object) -> str:
-        if value is None:
-            raise UsageError(f"params: {name} is None", "leave it out, or give a text, a number, a list or a dict")
-        try:
-            return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"params: {name} is {value!r:.80}", "give texts, numbers, lists and dicts") from error
-
-    return {str(name): text(name, value) for name, value in (params or {}).items()}
 
 
 def stale(plan_: Plan) -> Stale | None:
@@ -425,7 +425,7 @@ def shared(planned: Plan) -> dict[str, bool | None]:
 @checked()
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
     """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
-    return load_recipe(Path(path).absolute(), _written(params))
+    return load_recipe(Path(path).absolute(), written(params))
 
 
 def validate(
@@ -438,7 +438,7 @@ def validate(
     errors: dict[Path, UsageError] = {}
     for path in manifests:
         try:
-            recipe = load_recipe(path, _written(params))
+            recipe = load_recipe(path, written(params))
             for line in untold(recipe):
                 note(line)
             found = {problem.place: problem for problem in problems_beside(recipe)}  # once for all variants of a stage

@@ -195,7 +195,9 @@ STAGE = Stage(
     output="report",
     run=late("bigpipe.plugins.estimating:run"),
     forecast=late("bigpipe.plugins.estimating:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.estimating:check"), pin=pin, reads=reads),
+    planning=Planning(
+        check=late("bigpipe.plugins.estimating:check"), pin=pin, pin_asks=("repo", "revision"), reads=reads
+    ),
     runs_in="inline",
     packages=("transformers",),
     secrets=("HF_TOKEN",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -331,6 +332,15 @@ def test_a_node_in_place_of_a_run_is_explained(workshop) -> None:
     workshop.run("version: 1\nstages:\n  a: {uses: write, with: {text: hello}}\n")
     assert workshop.command("log").returncode == 0
     assert "a is a node of it: write `last a`" in workshop.command("log", "a").stderr
+
+
+def test_a_first_recipe_in_another_folder_finds_its_model(workshop):
+    shutil.copytree(Path(__file__).parents[1] / "models" / "quickstart", workshop.folder / "models" / "x")
+    for recipe in ("sub/r.yaml", "r.yaml"):
+        assert workshop.command("init", recipe, "--model", "models/x").returncode == 0
+        planned = workshop.command("plan", recipe, "download", "--json")
+        assert planned.returncode == 0, planned.stderr
+    assert 'path: "../models/x"\n' in (workshop.folder / "sub" / "r.yaml").read_text()
 
 
 def test_a_first_recipe_of_what_is_no_model_leaves_no_file(workshop):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,15 @@ def test_a_wrong_call_says_what_is_right(call, says, tmp_path):
         call(tmp_path / "out")
     assert says in str(error.value)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+@pytest.mark.parametrize("call", [bigpipe.run, bigpipe.plan])
+def test_fewer_than_one_node_at_a_time_is_refused(tmp_path: Path, call: Any, jobs: int) -> None:
+    (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  d: {uses: download, with: {path: .}}\n")
+    with pytest.raises(UsageError, match=f"jobs is {jobs}"):
+        call(tmp_path / "r.yaml", jobs=jobs, store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_parameter_that_is_none_is_not_the_text_null(tmp_path: Path) -> None:

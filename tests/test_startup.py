@@ -34,10 +34,10 @@ ROOMS = {
     "orchestrator.contract": "contexts events stage types",
     "orchestrator.launch": "environment executors lifeline schedulers",
     "orchestrator.planning": "decision fallback fit keys misfits plan rehearsal schedule session states suggestion",
-    "orchestrator.recipe": "conditions expansion graph interpolation manifest node problems registry validation wiring"
-    " yamlsource",
+    "orchestrator.recipe": "arguments conditions expansion graph interpolation manifest node problems registry"
+    " validation wiring yamlsource",
     "orchestrator.report": "progress rendering reporters shown",
-    "orchestrator.running": "nodes records result runner streaming",
+    "orchestrator.running": "nodes records result runner signals streaming",
     "orchestrator.store": "artifacts hashing keeping layout locks store",
     "bigmodel": "formats publishing sources",
     "bigmodel.formats": "registry widths",

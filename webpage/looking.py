@@ -23,7 +23,8 @@ TAIL = 16 * 2**10
 """Bytes of a log."""
 LINES = 200
 RUNNING = "running"
-RECIPE = (re.compile(rb"^version:", re.MULTILINE), re.compile(rb"^stages:", re.MULTILINE))
+RECIPE = tuple(re.compile(rb"(?:\A\xef\xbb\xbf|^)" + key, re.MULTILINE) for key in (b"version:", b"stages:"))
+"""What a recipe begins lines with; a byte order mark may come before the first."""
 
 
 def recipes(directory: Path) -> list[str]:

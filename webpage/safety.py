@@ -12,10 +12,10 @@ import ipaddress
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,7 +49,7 @@ class Rules:
 
     def knows_host(self, host: str) -> bool:
         """Is this the page's own? A name that someone else may point here is not; an address in digits is nobody's."""
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _split(f"//{host}").hostname or ""
         try:
             ipaddress.ip_address(name)
         except ValueError:
@@ -58,6 +58,14 @@ class Rules:
 
     def knows_token(self, token: str) -> bool:
         return self.token is None or _same(token, self.token)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; none of what is no address."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def _same(one: str, other: str) -> bool:
@@ -102,7 +110,7 @@ class Guard:
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not _is_arrival(scope, headers):
             return PlainTextResponse("another site sent this; open the page itself", 403)
         origin = headers.get("origin")
-        if scope["method"] == "POST" and origin is not None and urlsplit(origin).netloc != hosts[0]:
+        if scope["method"] == "POST" and origin is not None and _split(origin).netloc != hosts[0]:
             return PlainTextResponse("another site sent this; open the page itself", 403)
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length[:12]) > LARGEST_BODY:
@@ -139,14 +147,8 @@ def cookie_name(scope: Scope) -> str:
 
 
 def _cookie(lines: Iterable[str], name: str) -> str:
-    for line in lines:
-        try:
-            found = SimpleCookie(line).get(name)
-        except CookieError:
-            continue
-        if found is not None:
-            return found.value
-    return ""
+    found = (cookie_parser(line).get(name) for line in lines)  # what other programs on this host set may be anything
+    return next((value for value in found if value is not None), "")
 
 
 def _bearer(headers: Headers) -> str:

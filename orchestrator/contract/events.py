@@ -139,9 +139,9 @@ class NodeRetried(Event):
     node: str
     """The node it is about."""
     attempt: int
-    """Which attempt failed, from 1."""
+    """Which attempt begins, from 2."""
     cause: str
-    """Why it failed."""
+    """Why the one before it failed."""
     wait_seconds: float
     """How long until the next."""
 

@@ -215,6 +215,9 @@ class Planning(Generic[P]):
     """Preflight (token, licence, prompts, destination): raises a BigpipeError for what would fail later."""
     pin: Callable[[P, CheckContext], Pinned | None] | None = None
     """Makes floating params exact, for the key; raises Offline where the answer is out of reach."""
+    pin_asks: tuple[str, ...] = ()
+    """What `pin` reads of the params: paths of fields, `revision`. What it gave once is used without asking, locked or
+    offline, only where these say the same. Left out: all params."""
     present: Callable[[P, Path, CheckContext], bool] | None = None
     """Is the outside effect that this artifact records still there? A hit needs True."""
     reads: Callable[[P, ForecastContext], Sequence[str]] | None = None

@@ -129,7 +129,7 @@ def work_of(session: Session, beside: Path | None) -> Work:
         plain=plain_names([recipe.name])[recipe.name],
         manifest=_found_from(recipe.path, beside),
         locked=lock_path(recipe.path).exists(),
-        parameters=tuple(Parameter(name, plain[name], session.arguments.get(name, "")) for name in recipe.params),
+        parameters=tuple(Parameter(name, plain[name], str(session.arguments.get(name, ""))) for name in recipe.params),
         secrets=secrets,
         settings=tuple(name for sink in recipe.sinks for name in SINKS[sink].settings if name not in secrets),
         tasks=tuple(_tasks(recipe, plan)),

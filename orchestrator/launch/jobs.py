@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -222,6 +223,8 @@ class Outcome(BaseModel):
         if result.type and not stage.may_give(result.type):
             raise StageFailed(f"kind {stage.kind} gave a {result.type!r}", "its `output` or `outputs` must name that")
         metrics = redact_json(result.metrics.model_dump(mode="json"))
+        if (wrong := _not_finite(metrics)) is not None:
+            raise StageFailed(f"kind {stage.kind} measured {wrong}", "a metric is a finite number, or null")
         return cls(metrics=metrics, files=dict(result.files), type=result.type)
 
     def write(self, path: Path) -> None:
@@ -234,6 +237,15 @@ class Outcome(BaseModel):
             return cls.model_validate(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
+
+
+def _not_finite(value: Any, path: str = "") -> str | None:
+    """The first number in metrics that JSON has no word for: `loss.eval = nan`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path} = {value}"
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (_not_finite(each, f"{path}.{key}" if path else str(key)) for key, each in items)
+    return next((found for found in inside if found is not None), None)
 
 
 def _describe(error: BaseException) -> str:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
         LockFile,
         check_lock,
         enforce,
-        enforce_outputs,
+        enforcing_outputs,
         lock_differences,
         locked_digests,
         read_lock,

@@ -1,8 +1,9 @@
 """`<manifest>.lock`: what a recipe was made of and what came out, as YAML for review. Written by `bigpipe lock`, filled
 by runs, enforced by `run --locked`.
 
-`inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values,
-and of nodes that bring files from outside, each file's size and sha256 (or git blob id). They are enforced.
+`inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values and
+what they are the answer to, and of nodes that bring files from outside, each file's size and sha256 (or git blob id).
+They are enforced.
 `outputs` says what runs gave: digests, tool versions, and what the kind shows for review (a placement). They are
 enforced only for kinds that are reproducible, and only where facts and packages equal those of the run that wrote them.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,8 @@ class LockedInput(_Locked):
     params: dict[str, Any] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
     pins: dict[str, str] = Field(default_factory=dict)
+    asked: dict[str, Any] = Field(default_factory=dict)
+    """What the pins are the answer to: field path → what the recipe said there."""
     files: dict[str, PinnedFile] = Field(default_factory=dict)
 
 
@@ -178,7 +181,7 @@ def _input_now(session: Session, node: Node) -> LockedInput:
     if not files and not node.inputs and (record := session.store.find(identity.key({}))):
         files = _brought(record)
     own = {name: getattr(identity, name) for name in ("kind", "version", "code", "params", "env")}
-    return LockedInput(**own, pins=dict(pinned.values), files=files)
+    return LockedInput(**own, pins=dict(pinned.values), asked=session.asked(node) if pinned.values else {}, files=files)
 
 
 def _brought(record: KeyRecord) -> dict[str, PinnedFile]:
@@ -263,6 +266,7 @@ def _output_changes(old: LockedOutput | None, new: LockedOutput | None) -> list[
 def _input_changes(old: LockedInput, new: LockedInput) -> list[Difference]:
     fields = ("kind", "version", "code", "params", "env", "pins")
     changes = [item for name in fields for item in changed(name, getattr(old, name), getattr(new, name))]
+    changes += changed("asked", old.asked, new.asked) if old.asked and new.asked else ()
     return changes + (_file_changes(old.files, new.files) if old.files and new.files else [])
 
 
@@ -284,23 +288,26 @@ def _listed(changes: Iterable[Difference]) -> str:
     return "".join(f"\n  {change}" for change in changes)
 
 
-def enforce_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
-    """After `run --locked`, before `record_outputs`: raise StageFailed where a node brought other files than are
-    locked, or gave another digest where that must be equal. records: by node, of those that have one."""
+def enforcing_outputs(session: Session) -> Callable[[Node, KeyRecord], None]:
+    """Return what `run --locked` asks of each node that has a record, before anybody takes what it gave: it raises
+    StageFailed where the node brought other files than are locked, or gave another digest where that must be equal.
+    Raise UsageError where there is no lock."""
     lock = _needed(session)
-    for node in session.nodes:
-        if record := records.get(node.name):
-            _require_files(lock, node.name, record, _tree(session, record))
-            output, identity = lock.outputs.get(node.name), record.identity
-            if output is None or not node.kind.reproducible or output.digest in (None, record.digest):
-                continue
-            facts = (identity.get("packages", {}), identity.get("facts", {}))
-            if output.key == record.key and facts == (output.packages, output.facts):
-                raise StageFailed(
-                    f"{node.name} gave {record.digest}, but {lock.path} has {output.digest} for the same inputs, "
-                    "packages and facts",
-                    "one of the two is wrong: run `bigpipe verify`, then compare the artifacts",
-                )
+
+    def enforce_output(node: Node, record: KeyRecord) -> None:
+        _require_files(lock, node.name, record, _tree(session, record))
+        output, identity = lock.outputs.get(node.name), record.identity
+        if output is None or not node.kind.reproducible or output.digest in (None, record.digest):
+            return
+        facts = (identity.get("packages", {}), identity.get("facts", {}))
+        if output.key == record.key and facts == (output.packages, output.facts):
+            raise StageFailed(
+                f"{node.name} gave {record.digest}, but {lock.path} has {output.digest} for the same inputs, "
+                "packages and facts",
+                "one of the two is wrong: run `bigpipe verify`, then compare the artifacts",
+            )
+
+    return enforce_output
 
 
 def _require_files(lock: LockFile, node: str, record: KeyRecord, tree: Path | None) -> None:
@@ -339,7 +346,9 @@ def record_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
 
 
 def _tree(session: Session, record: KeyRecord) -> Path | None:
-    return session.store.artifact_path(record.digest) if record.digest else None
+    """The artifact of a record; None where there is none, or its bytes were dropped."""
+    tree = session.store.artifact_path(record.digest) if record.digest else None
+    return tree if tree is not None and tree.is_dir() else None
 
 
 def locked_output(record: KeyRecord, tree: Path | None, reviewed: Sequence[str] = ()) -> LockedOutput:

@@ -144,6 +144,23 @@ def _pin(params: dict[str, Json], path: str, value: str) -> None:
     place[last] = value
 
 
+def written_at(params: Params, paths: Sequence[str]) -> dict[str, Json]:
+    """Return what these fields of the params say, path → value as it is written; all fields where there are no paths.
+    Raise UsageError for a path that the params do not have."""
+    written = params.model_dump(mode="json", by_alias=True)
+    return {path: _field(written, path) for path in paths or written}
+
+
+def _field(params: Mapping[str, Json], path: str) -> Json:
+    place: Json = params
+    for name in path.split("."):
+        if not isinstance(place, Mapping) or name not in place:
+            cure = "correct the kind's `pin_asks`"
+            raise UsageError(f"`pin_asks` names the field {path}, which the params do not have", cure)
+        place = place[name]
+    return place
+
+
 def _leave_out(params: dict[str, Json], path: str) -> None:
     *parents, last = path.split(".")
     place: Json = params

@@ -22,10 +22,23 @@ def asked_misfits(machine: Machine, asked: ResourcesSpec) -> Iterator[Misfit]:
     if asked.gpus is not None and not fits(asked.gpus, len(machine.gpus)):
         cause = f"asks for {counted(asked.gpus, 'GPU')}; {machine.name} has {len(machine.gpus)}"
         yield Misfit(cause, Cure({"resources.gpus": len(machine.gpus)}))
-    largest = max((gpu.memory for gpu in machine.gpus), default=None)
-    if asked.gpu_memory is not None and largest is not None and not fits(asked.gpu_memory, largest):
-        cause = f"asks for {format_size(asked.gpu_memory)} of GPU memory; no GPU here has it"
-        yield Misfit(cause, Cure({"resources.gpu_memory": exact_size(largest)}))
+    if asked.gpu_memory is not None:
+        yield from _gpu_memory(machine, asked.gpu_memory, asked.gpus)
+
+
+def _gpu_memory(machine: Machine, size: int, gpus: int | None) -> Iterator[Misfit]:
+    """Each GPU that is asked for must have it; that there are too few is told already."""
+    sizes, count = sorted((gpu.memory for gpu in machine.gpus), reverse=True), 1 if gpus is None else gpus
+    if gpus is None and not sizes:
+        yield Misfit(f"asks for {format_size(size)} of GPU memory; {machine.name} has no GPU", "leave out gpu_memory")
+    elif 0 < count <= len(sizes) and not fits(size, there := sizes[count - 1]):
+        with_it = sum(fits(size, each) for each in sizes)
+        told = (
+            f" on each of {counted(count, 'GPU')}; {with_it} here with as much" if with_it else "; no GPU here has it"
+        )
+        yield Misfit(
+            f"asks for {format_size(size)} of GPU memory{told}", Cure({"resources.gpu_memory": exact_size(there)})
+        )
 
 
 def foreseen_misfits(machine: Machine, asked: ResourcesSpec, forecast: Forecast) -> Iterator[str]:

@@ -145,7 +145,7 @@ def _unsettled(state: NodeState) -> NodeState | None:
 def _good(states: States, state: NodeState) -> Step:
     if not _up_to_date(states, state):
         return Step(Do.LOOK)
-    if _keeps(state) or not state.bytes_here:
+    if keeps(state) or not state.bytes_here:
         return Step(Do.WAIT)
     sharing = _sharing(states, state)
     consumers = (each for one in sharing for each in reversed(one.consumers))
@@ -156,10 +156,10 @@ def _good(states: States, state: NodeState) -> Step:
         or not any(fallback.still_takes(states, each, one) for one in sharing if each in one.consumers)
         for each in consumers
     )
-    return Step(Do.DROP if taken and not any(map(_keeps, sharing)) else Do.WAIT)
+    return Step(Do.DROP if taken and not any(map(keeps, sharing)) else Do.WAIT)
 
 
-def _keeps(state: NodeState) -> bool:
+def keeps(state: NodeState) -> bool:
     """Do its bytes stay? Those that nobody takes are what the run is for."""
     return state.node.cache or not state.consumers
 
@@ -382,7 +382,7 @@ def drop(states: States, state: NodeState) -> None:
 def passes_on(states: States, state: NodeState, *, gone: bool = False) -> bool:
     """Are its files let go while it runs, as they are taken? Where all who take them run beside it.
     gone: some of them are. Then whoever failed will not find them all, and they are not kept for it."""
-    if _keeps(state) or len(_sharing(states, state)) > 1:
+    if keeps(state) or len(_sharing(states, state)) > 1:
         return False
     excused = {Status.SKIPPED, Status.FAILED} if gone else {Status.SKIPPED}
     return all(each.following == state.name or each.status in excused for each in reversed(state.consumers))

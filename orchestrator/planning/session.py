@@ -24,7 +24,7 @@ from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root,
 from bigpipe.redaction import printable, redact
 from bigpipe.versions import bars
 
-from .keys import Difference, Identity, differences, identity
+from .keys import Difference, Identity, differences, identity, written_at
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.store import Remote
@@ -54,6 +54,8 @@ class Session:
     """The recipe's lock file, where there is one."""
     locked_pins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Node → what its floating values were when it was locked: the source of pins when the network is not."""
+    locked_asked: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    """Node → what those values were the answer to: they are used only where the recipe still says that."""
     locked_answers: Mapping[str, Mapping[str, Json]] = field(default_factory=dict, repr=False)
     """Node → what its source said when it was locked, for where that cannot be asked."""
     given_machine: Machine | None = None
@@ -239,8 +241,8 @@ class Session:
             raise failed from error
 
     def pinned(self, node: Node) -> Pinned:
-        """Return floating params made exact: asked of the source once, else the lock's, else the last recorded.
-        Raise Offline where none of the three has an answer."""
+        """Return floating params made exact: asked of the source once, else the lock's, else the last recorded, of the
+        same question. Raise Offline where none of the three has an answer."""
         if node.name not in self._pins:
             self._pins[node.name] = self._pin(node)
         return self._pins[node.name]
@@ -252,19 +254,31 @@ class Session:
     def _pin(self, node: Node) -> Pinned:
         if node.kind.planning.pin is None:
             return NOTHING_PINNED
-        pins = self.locked_pins.get(node.name)
-        locked = Pinned(pins, "the lock file") if pins else None
+        locked = self._locked_pin(node)
         if self.locked and locked:
             return locked
         try:
             return self.ask(node, node.kind.planning.pin, self.check_context(node)) or NOTHING_PINNED
         except Offline:
-            last = self.last(node.name)
-            if locked:
-                return locked
-            if last is None or not last.pins or last.identity.get("kind") != node.kind.kind:
+            if (known := locked or self._recorded_pin(node)) is None:
                 raise
-            return Pinned(last.pins, f"the run of {last.created[:10]}, the Hub cannot be asked")
+            return known
+
+    def asked(self, node: Node) -> dict[str, Json]:
+        """Return what the pins of a node are the answer to: field path → what its params say there."""
+        return self.ask(node, written_at, node.kind.planning.pin_asks)
+
+    def _locked_pin(self, node: Node) -> Pinned | None:
+        pins = self.locked_pins.get(node.name)
+        return Pinned(pins, "the lock file") if pins and self.locked_asked.get(node.name) == self.asked(node) else None
+
+    def _recorded_pin(self, node: Node) -> Pinned | None:
+        """What the source answered to the same question, when the node was last run with it."""
+        asked = self.asked(node)
+        for record in reversed(self.store.history(self.recipe.path, self.recipe.name, node.name)):
+            if record.pins and record.kind == node.kind.kind and asked in record.asked:
+                return Pinned(record.pins, f"the run of {record.created[:10]}, the Hub cannot be asked")
+        return None
 
     @cached_property
     def _last_keys(self) -> dict[str, str]:

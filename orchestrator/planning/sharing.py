@@ -84,6 +84,7 @@ def asked(session: Session, node: Node, key: str, inputs: Mapping[str, Sequence[
         node=node.name,
         manifest=str(session.recipe.path),
         pins=dict(pinned.values),
+        asked=[session.asked(node)] if pinned.values else [],
         pin_source=pinned.source,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .arguments import written
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .graph import Recipe, load_recipe
     from .initial import initial_manifest, initialise, source_of

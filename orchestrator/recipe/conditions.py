@@ -11,6 +11,7 @@ Units are those of sizes (`GiB`, `GB`, …) and of time (`ms`, `s`, `min` or `m`
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -188,7 +189,7 @@ def _value(expression: Expression, lookup: Lookup) -> int | float:
         value = lookup(expression.node, expression.path)
         if value is UNKNOWN:
             raise _NotKnown
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not _finite(value):
             raise _NotANumber("no value" if value is None else f"{value!r}, not a number")
         return value
     left, right = _value(expression.left, lookup), _value(expression.right, lookup)
@@ -197,7 +198,13 @@ def _value(expression: Expression, lookup: Lookup) -> int | float:
     except ArithmeticError as error:
         zero = isinstance(error, ZeroDivisionError)
         raise _NotANumber("a division by zero" if zero else "a number out of range") from None
+    if not _finite(result):
+        raise _NotANumber("a number out of range")
     return result
+
+
+def _finite(value: int | float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
 
 
 def _measured(expression: Expression, measure: Callable[[str | None, str], Measure]) -> Measure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -75,10 +76,21 @@ class Expansion:
     def nodes(self) -> dict[str, Node]:
         """Return every node, stages in file order. Problems are added; nodes that have some are left out."""
         self._count()
+        for stage in self.stages.values():
+            self._check_names(stage)
         nodes = {node.name: node for stage in self.stages.values() for node in self._expand(stage)}
         for node in nodes.values():
             self._check_measured(node, nodes)
         return nodes
+
+    def _check_names(self, stage: Wired) -> None:
+        """Values with commas in them can give two variants one name."""
+        if not any("," in text for values in stage.axes.values() for text in values):
+            return
+        names = Counter(node_name(stage.name, texts) for texts in variants(stage.axes))
+        if twice := [name for name, count in names.items() if count > 1]:
+            path, cause = (*stage.path, "matrix"), f"two variants are called {twice[0]}"
+            self.problems.add(Fault.BAD_MATRIX, path, cause, "use values without commas", key=True)
 
     def _count(self) -> None:
         sizes = {name: prod(len(values) for values in stage.axes.values()) for name, stage in self.stages.items()}

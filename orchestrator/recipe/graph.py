@@ -33,13 +33,13 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.tables import html_table
 
 from .expansion import Expansion
-from .interpolation import WELL_KNOWN_SECRETS, Scope, check_passwords, interpolate, read_argument
+from .interpolation import WELL_KNOWN_SECRETS, Scope, as_text, check_passwords, interpolate, read_argument
 from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, split_stage
 from .node import Node
 from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
 from .validation import Target, validate
-from .wiring import Wired, Wiring
+from .wiring import Wired, Wiring, read_picks
 from .yamlsource import Document, Key, read_document
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ def _matches(node: Node, name: str) -> bool:
     if name in (node.name, node.stage):
         return True
     stage, _, picks = name.partition("@")
-    return stage == node.stage and bool(picks) and set(picks.split(",")) <= set(node.name.partition("@")[2].split(","))
+    if stage != node.stage or not picks:
+        return False
+    own = {axis: {as_text(value): value} for axis, value in node.variant.items()}
+    return isinstance(read_picks(picks, own), dict)
 
 
 def _with_ancestors(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
@@ -186,7 +189,7 @@ def _recipes(folder: Path) -> list[str]:
 
 def _is_recipe(path: Path) -> bool:
     try:
-        return re.search(rb"^stages:", read_file(path, LARGEST), re.MULTILINE) is not None
+        return re.search(rb"(?:\A\xef\xbb\xbf|^)stages:", read_file(path, LARGEST), re.MULTILINE) is not None
     except OSError:
         return False
 

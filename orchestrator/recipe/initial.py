@@ -10,6 +10,7 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.files import make_directory, write_file
 
+from .arguments import quoted
 from .graph import load_recipe
 from .interpolation import escape
 from .schema import recipe_schema
@@ -106,7 +107,17 @@ def as_text(value: str) -> str:
     plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
     if plain.isascii() and plain.isalnum() and value[0].isalpha() and value.lower() not in ("null", "true", "false"):
         return value
-    return json.dumps(escape(value), ensure_ascii=False)
+    return quoted(escape(value))
+
+
+def _seen_from(folder: Path, model: str) -> str:
+    """A model as a recipe in this folder writes it: relative paths begin beside the recipe."""
+    if source_of(model)[0] != "path" or model.startswith(("/", "~")):
+        return model
+    path = os.path.relpath(model, os.path.realpath(folder))
+    if path == os.path.normpath(model):
+        return model
+    return path if path.startswith(".") else os.path.join(os.curdir, path)
 
 
 def initialise(file: Path, model: str) -> list[Path]:
@@ -114,7 +125,7 @@ def initialise(file: Path, model: str) -> list[Path]:
     if os.path.lexists(file):
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
-    text = initial_manifest(model, file.stem, schema.name)
+    text = initial_manifest(_seen_from(file.parent, model), file.stem, schema.name)
     recipe = load_recipe(file, text=text, arguments={("stages", "download", "with"): f"--model {model}"})
     try:
         make_directory(file.parent)

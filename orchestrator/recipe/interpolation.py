@@ -20,6 +20,7 @@ from bigpipe.names import did_you_mean, is_text
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import has_password, holds_token, redact
 
+from .arguments import Argument
 from .problems import Fault, Problems
 from .yamlsource import Key, read_value
 
@@ -222,11 +223,15 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
 
 def read_argument(text: str, default: Json) -> Json:
     """Return `value` of `-p name=value`, read as the type of the parameter's default. After a null default a list or
-    map is read as such and anything else is text. Raise ValueError with the cause."""
+    map is read as such and anything else is text; an Argument is what it means. Raise ValueError with the cause."""
     if not is_text(text):
         raise ValueError(f"{text!a} holds NUL, or bytes that are no UTF-8")
     if isinstance(default, str):
-        return text
+        if isinstance(text, Argument) and isinstance(text.value, list | dict):
+            raise ValueError(f"{text} is not a text")
+        return str(text)
+    if default is None and isinstance(text, Argument):
+        return text.value
     for kind, expected, phrase in _ARGUMENTS:
         if isinstance(default, kind):
             value = _expect(text, expected, phrase)
@@ -239,7 +244,7 @@ def read_argument(text: str, default: Json) -> Json:
 
 def _expect(text: str, expected: Any, phrase: str) -> Any:
     try:
-        value = read_value(text)
+        value = text.value if isinstance(text, Argument) else read_value(text)
     except ManifestError as error:
         raise ValueError(f"{text!r} is not {phrase}: {error.problems[0].cause}") from None
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):

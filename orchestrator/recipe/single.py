@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from bigpipe.orchestrator.contract import Json, Stage
 
+from .arguments import quoted
 from .initial import as_text, source_of
 from .interpolation import escape
 from .problems import Keys
@@ -137,4 +137,4 @@ def _block(value: Mapping[str, Json], indent: str = "") -> list[str]:
 
 
 def _flow(value: Json) -> str:
-    return escape(json.dumps(value, ensure_ascii=False))
+    return escape(quoted(value))

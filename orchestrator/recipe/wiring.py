@@ -384,12 +384,10 @@ def read_picks(text: str, axes: Axes) -> dict[str, str] | str:
         if axis not in axes:
             none = "it has no matrix; write its name alone"
             return (did_you_mean(axis, axes, otherwise="its axes are") if axes else none) or none
-        value = rest.partition(",")[0]
-        if value not in axes[axis]:  # a value may hold a comma itself
-            fitting = [known for known in axes[axis] if rest == known or rest.startswith(f"{known},")]
-            if not fitting:
-                return did_you_mean(value, axes[axis], otherwise=f"{axis} is one of")
-            value = max(fitting, key=len)
-        picks[axis] = value
+        # A value may hold a comma itself.
+        fitting = [known for known in axes[axis] if rest == known or rest.startswith(f"{known},")]
+        if not fitting:
+            return did_you_mean(rest.partition(",")[0], axes[axis], otherwise=f"{axis} is one of")
+        picks[axis] = value = max(fitting, key=len)
         text = rest[len(value) + 1 :]
     return picks

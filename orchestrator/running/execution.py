@@ -249,6 +249,7 @@ def _record(attempt: Attempt, outcome: Outcome) -> KeyRecord:
         artifact_type=outcome.type or node.kind.output or "",
         metrics=outcome.metrics,
         pins=dict(pinned.values),
+        asked=[session.asked(node)] if pinned.values else [],
         pin_source=pinned.source,
         seconds=outcome.seconds,
         peak_rss=outcome.peak_rss,

@@ -17,13 +17,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 from bigpipe.orchestrator.contract import (
@@ -59,6 +58,7 @@ from bigpipe.orchestrator.store import KeyRecord
 
 from .records import RunRecorder, new_run_id
 from .result import RunResult
+from .signals import caught_once
 from .streaming import Streams, provisional_key
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ if TYPE_CHECKING:
     from .warming import Warming
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.1
 """Seconds between two looks at what running nodes have announced."""
+Accept: TypeAlias = Callable[[Node, KeyRecord], None]
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ class Run:
     reporter: Reporter
     states: States
     streams: Streams
+    accept: Accept
     cancelled: threading.Event = field(default_factory=threading.Event)
     signal: int = 0
     working: dict[Future[KeyRecord | None], NodeState] = field(default_factory=dict)
@@ -106,11 +107,13 @@ class Run:
 
 
 def run_plan(
-    session: Session, plan: Plan, reporter: Reporter, *, jobs: int | None = None, keep_going: bool = False
-) -> RunResult:
+    session: Session, plan: Plan, reporter: Reporter, *, jobs: int | None = None, keep_going: bool = False,
+    accept: Accept = lambda node, record: None,
+) -> RunResult:  # fmt: skip
     """Run what the plan says, deciding each node again with true digests.
-    A node that fails is in the result, not raised. SIGINT, SIGTERM and SIGHUP stop the children and leave everything
-    resumable."""
+    accept: called with what a node gave, or the store has of it, before anybody takes it; the node fails with the
+    BigpipeError that it raises. A node that fails is in the result, not raised. SIGINT, SIGTERM and SIGHUP stop the
+    children and leave everything resumable."""
     started = time.monotonic()
     run_id = new_run_id()
     recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe, session.checkout)
@@ -131,6 +134,7 @@ def run_plan(
         reporter=OneAtATime(reporter, recorder),
         states=states,
         streams=Streams(session, states),
+        accept=accept,
     )
     if session.remote is not None:
         from .sharing import Offering
@@ -138,7 +142,7 @@ def run_plan(
         session.remote.stopped = run.cancelled
         session.remote.tell = lambda line: run.reporter.report(LogLine("remote store", line))
         run.offering = Offering(session, run.reporter.report, run.cancelled)
-    with closing(recorder), _caught_once(run.interrupt):
+    with closing(recorder), caught_once(run.interrupt):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(plan.nodes)))
         _loop(run)
         return _finish_run(run, time.monotonic() - started)
@@ -192,7 +196,7 @@ def _take(run: Run, state: NodeState) -> bool:
         case Do.SKIP:
             _end(run, state, Status.SKIPPED, next_step.why, next_step)
         case Do.CACHED:
-            _end(run, state, Status.CACHED, state.reason, next_step)
+            _take_cached(run, state, next_step)
         case Do.TAKE:
             schedule.take(run.states, state, next_step.why)
         case Do.DEMAND:
@@ -214,6 +218,22 @@ def _take(run: Run, state: NodeState) -> bool:
         case _:
             return False
     return True
+
+
+def _take_cached(run: Run, state: NodeState, told: Step) -> None:
+    session, node, record = run.session, state.node, state.record
+    try:
+        if record is not None:
+            run.accept(node, record)
+            if record.digest and state.bytes_here and schedule.keeps(state):
+                session.store.keep(record.digest, record.key)
+            if record.pins and (asked := session.asked(node)) not in record.asked:
+                session.store.note_asked(record, asked)
+    except BigpipeError as error:
+        state.error = error
+        _end(run, state, Status.FAILED, error.cause)
+        return
+    _end(run, state, Status.CACHED, state.reason, told)
 
 
 def _look(run: Run, state: NodeState) -> None:
@@ -336,6 +356,8 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
     forgone = run.streams.forgone(state.name)
     try:
         record = future.result()
+        if record is not None:
+            run.accept(state.node, record)
     except BigpipeError as error:
         state.error = error
         if error.field:
@@ -417,28 +439,8 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
 
 
 def _remember(run: Run, keys: Mapping[str, str]) -> None:
-    """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists."""
+    """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists, and from
+    others that let go of the same bytes."""
     session, recipe = run.session, run.session.recipe
-    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes)
-
-
-@contextmanager
-def _caught_once(told: Callable[[int], None]) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGHUP calls `told` with its number; the second is not held back. What is ignored
-    (`nohup`) stays so. Where this is not the main thread, which alone may catch signals, nothing is caught."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        told(number)
-        for caught, previous in before.items():
-            signal.signal(caught, previous)
-
-    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+    lets_go = [name for name in keys if not schedule.keeps(run.states[name])]
+    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes, lets_go)

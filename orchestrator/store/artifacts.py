@@ -263,6 +263,8 @@ class KeyRecord(BaseModel):
     files: dict[str, dict[str, str | int]] = Field(default_factory=dict)
     """Relative path → `sha256` (hex) and `size`."""
     pins: dict[str, str] = Field(default_factory=dict)
+    asked: list[dict[str, Any]] = Field(default_factory=list)
+    """What the pins are the answer to, field path → value as it was written: each of the latest questions."""
     pin_source: str = ""
     seconds: float = 0.0
     peak_rss: int = 0

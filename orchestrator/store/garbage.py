@@ -15,7 +15,7 @@ from bigpipe.errors import Transient, UsageError
 from bigpipe.files import is_partial
 
 from .artifacts import Artifact, KeyRecord, all_records, load_artifact, remove_tree
-from .keeping import FRESH, all_roots, is_young, living, root_path
+from .keeping import PATIENCE, all_roots, is_young, root_path, wanted_keys, wanting
 from .layout import Layout, explained, hex_of, is_hex, names_in, sealed_digests
 from .locks import Presence, StoreLock, anybody, keeps_out
 
@@ -23,9 +23,6 @@ Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "qua
 
 RUNS = 200
 """Runs whose records and logs stay, the latest ones; an id begins with its time."""
-PATIENCE = timedelta(days=30)
-"""How long after its last run a manifest that is not where it was counts as there, if it lay in a checkout or never was
-a file, and what ran with other `-p` values than those used last stays."""
 NOBODY: Mapping[str, KeyRecord] = MappingProxyType({})
 LockedDigests = Callable[[Path], set[str]]
 """Gives the digests of the artifacts that a lock file names; UsageError where it cannot be read."""
@@ -43,10 +40,9 @@ class Keeping:
         """Was it made within the age that somebody asked for?"""
         return bool(self.age) and is_young(created, self.age or PATIENCE)
 
-    def patient(self, used: str) -> bool:
-        """Is it too early to say that something used then is not wanted any more?"""
-        patience = PATIENCE if self.age is None else self.age
-        return bool(patience) and is_young(used, patience + FRESH)
+    @property
+    def patience(self) -> timedelta:
+        return PATIENCE if self.age is None else self.age
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +182,12 @@ class _Collection:
         keys: set[str] = set()
         digests: set[str] = set()
         roots = all_roots(self.layout)
-        there = {root.manifest for root in living(roots)}
+        stay = {root.manifest for root in wanting(roots, keeping.patience)}
         for root in roots:
-            may_be_wanted = bool(root.top) or not root.written
-            if root.manifest not in there and not (may_be_wanted and keeping.patient(root.used)):
+            if root.manifest not in stay:
                 self.free("root", root_path(self.layout, root.manifest))
                 continue
-            keys |= root.keys
-            for variant in root.variants.values():
-                keys |= {*variant["keys"].values()} if keeping.patient(variant["used"]) else set()
+            keys |= wanted_keys(root, keeping.patience)
             if root.lock is not None and os.path.exists(root.lock):
                 digests |= locked(Path(root.lock))
         return keys, digests

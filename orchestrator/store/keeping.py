@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ HISTORY = 8
 """Keys that are remembered per node."""
 VARIANTS = 256
 """Sets of `-p` values that are remembered per manifest."""
+PATIENCE = timedelta(days=30)
+"""How long after its last run a manifest that is not where it was counts as there, if it lay in a checkout or never was
+a file, and what ran with other `-p` values than those used last stays."""
 FRESH = timedelta(days=1)
 """How far the time of the last use may lie behind: a run that finds everything there writes nothing."""
 
@@ -48,6 +52,8 @@ class Root:
     """Node → its latest keys, the last one included, oldest first. `gc` may have freed all but the last."""
     begun: Mapping[str, str] = field(default_factory=dict)
     """Node → key that it has begun to work on and has no record of yet."""
+    lets_go: Sequence[str] = ()
+    """The keys among these whose bytes it does not need once they were taken (`cache: false`)."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per set of `-p` values, those used last at the end: the `keys` that the nodes had with them, and when they were
     `used`, as far as `FRESH`."""
@@ -93,20 +99,44 @@ def named_roots(layout: Layout, manifest: Path, name: str) -> list[Root]:
     return [*named, own] if own else named
 
 
+def is_wanted(used: str, patience: timedelta = PATIENCE) -> bool:
+    """Return whether it is too early to say that something used then is not wanted any more."""
+    return bool(patience) and is_young(used, patience + FRESH)
+
+
+def wanting(roots: Sequence[Root], patience: timedelta = PATIENCE) -> list[Root]:
+    """Return the roots that still want what they name: those that live, and for a while those that lay in a checkout or
+    never were a file."""
+    there = {root.manifest for root in living(roots)}
+    return [
+        root
+        for root in roots
+        if root.manifest in there or ((root.top or not root.written) and is_wanted(root.used, patience))
+    ]
+
+
+def wanted_keys(root: Root, patience: timedelta = PATIENCE) -> set[str]:
+    """Return the keys that a root names: those of its nodes, and of other `-p` values for a while."""
+    others = [variant["keys"].values() for variant in root.variants.values() if is_wanted(variant["used"], patience)]
+    return {*root.keys, *chain.from_iterable(others)}
+
+
 def remember(
     layout: Layout, manifest: Path, lock: Path | None, name: str, nodes: Mapping[str, str], variant: str = "",
-    known: Collection[str] | None = None,
+    known: Collection[str] | None = None, lets_go: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Merge nodes → keys into the root of a manifest. A key without a record counts as begun. variant: names the `-p`
     values that the nodes have these keys with. known: all nodes that the manifest has with them: what it had besides
-    it names no more. None: that is not known."""
+    it names no more. None: that is not known. lets_go: those of `nodes` whose bytes it does not need kept."""
     path = root_path(layout, manifest)
     beside = None if lock is None else os.path.abspath(lock)
-    new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes)
+    kept = {key for node, key in nodes.items() if node not in lets_go}
+    gone = {key for node, key in nodes.items() if node in lets_go} - kept
+    new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes, lets_go=sorted(gone))
     with explained(path):
         old = load_root(layout, path)
         same = old is not None and (old.name, old.lock, old.begun) == (name, new.lock, {})
-        if old is not None and same and nodes.items() <= old.nodes.items():
+        if old is not None and same and nodes.items() <= old.nodes.items() and gone == {*old.lets_go} & (kept | gone):
             if is_young(_used(old, variant), FRESH) and (known is None or old.nodes.keys() <= {*known}):
                 return  # a run that finds everything cached writes nothing
             unneeded: tuple[type[Exception], ...] = (OSError, BigpipeError)  # nothing but the time: not worth failing
@@ -149,7 +179,8 @@ def _merged(layout: Layout, old: Root | None, new: Root, variant: str, known: Co
     keys = _named({**old.variants.get(variant, {}).get("keys", {}), **done}, known)
     own = {"used": datetime.now(UTC).isoformat(timespec="seconds"), "keys": keys}
     origin = origin_of(Path(new.manifest))
-    return replace(
+    gone = {*old.lets_go} - {*new.nodes.values()} | {*new.lets_go}
+    merged = replace(
         new,
         written=os.path.exists(new.manifest),
         serial=1 + max((root.serial for root in all_roots(layout)), default=0),
@@ -159,6 +190,8 @@ def _merged(layout: Layout, old: Root | None, new: Root, variant: str, known: Co
         variants=dict([*others.items(), (variant, own)][-VARIANTS:]),
         **(asdict(origin) if origin else {}),
     )
+    named = [*merged.keys, *chain.from_iterable(each["keys"].values() for each in merged.variants.values())]
+    return replace(merged, lets_go=sorted(gone & {*named}))
 
 
 def _named(keys: Mapping[str, str], known: Collection[str] | None) -> dict[str, str]:
@@ -168,8 +201,8 @@ def _named(keys: Mapping[str, str], known: Collection[str] | None) -> dict[str, 
 def release(layout: Layout, presence: Presence, digest: str, key: str) -> int:
     """Note that `key` does not need the bytes kept, and free what can be freed now; return the bytes freed.
 
-    They go once every record of this artifact has released it and no other process is in the store, which may be about
-    to read them; else the next to leave or enter does it.
+    They go once every record of this artifact has released it, no recipe wants it kept, and no other process is in the
+    store, which may be about to read them; else the next to leave or enter does it.
     """
     with explained(layout.released), StoreLock(layout.locks / "released"):
         write_sealed(record_path(layout.released, digest), sorted({key} | _released_by(layout, digest)))
@@ -209,7 +242,15 @@ def sweep(layout: Layout, presence: Presence) -> int:
             released = {digest: _released_by(layout, digest) for digest in digests}
             records = [(item.key, item.digest or "") for item in all_records(layout)]
             wanted = {digest for key, digest in records if key not in released.get(digest, ())}
-            return sum(_drop(layout, digest) for digest in digests if digest not in wanted)
+            if left := [digest for digest in digests if digest not in wanted]:
+                keys = _kept_keys(layout)
+                wanted = {digest for key, digest in records if key in keys}
+            return sum(_drop(layout, digest) for digest in left if digest not in wanted)
+
+
+def _kept_keys(layout: Layout) -> set[str]:
+    """The keys whose bytes a recipe wants kept: a key does not say `cache: false`, so another may have let them go."""
+    return {key for root in wanting(all_roots(layout)) for key in wanted_keys(root) - {*root.lets_go}}
 
 
 def _drop(layout: Layout, digest: str) -> int:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
 from bigpipe.files import existing, move
+from bigpipe.orchestrator.contract import Json
 
 from .artifacts import (
     Artifact,
@@ -42,8 +43,8 @@ from .artifacts import (
     tree_is_whole,
 )
 from .hashing import digest_of
-from .keeping import named_roots, release, remember, sweep
-from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in
+from .keeping import keep_again, named_roots, release, remember, sweep
+from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in, record_path
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from .publish import Known, Publisher
     from .remote import Remote
     from .verify import VerifyReport
+
+
+QUESTIONS = 8
+"""How many questions a record remembers that had its pins as their answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,12 @@ class Store:
     def find(self, key: str) -> KeyRecord | None:
         """Return the record of a key. One small read; a damaged record goes to quarantine and is none."""
         return load_record(self.layout, key)
+
+    def note_asked(self, record: KeyRecord, asked: Mapping[str, Json]) -> None:
+        """Remember that the pins of a record were the answer to this too. A store that cannot be written forgets it."""
+        with suppress(BigpipeError), explained(self.layout.keys):
+            self.enter()
+            save_record(self.layout, record.model_copy(update={"asked": [*record.asked, dict(asked)][-QUESTIONS:]}))
 
     def with_partial(self, partial: str) -> bool:
         """Return whether any record shares the key with the input digests left out."""
@@ -295,17 +306,26 @@ class Store:
 
     def drop(self, digest: str, key: str) -> int:
         """Let the bytes of an artifact go that `key` does not need kept; return how many were freed. Its digest stays
-        recorded. What another artifact holds stays; while another process uses the store all stays, for it to free."""
+        recorded. What another artifact holds, or another recipe keeps, stays; while another process uses the store all
+        stays, for it to free."""
+        self.enter()
         return release(self.layout, self._presence, digest, key)
+
+    def keep(self, digest: str, key: str) -> None:
+        """Keep the bytes of an artifact that `key` once let go, if they are still there."""
+        if record_path(self.layout.released, digest).exists():
+            with explained(self.layout.released), StoreLock(self.layout.locks / "objects", shared=True):
+                keep_again(self.layout, digest, key)
 
     def remember(
         self, recipe_path: Path, lock_path: Path | None, name: str, node_keys: Mapping[str, str], variant: str = "",
-        known: Collection[str] | None = None,
+        known: Collection[str] | None = None, lets_go: Collection[str] = (),
     ) -> None:  # fmt: skip
         """Keep these keys from `gc`, with what is known, as long as the manifest or its lock file exists. A key may be
         given before it has a record: its unfinished work is then kept. variant: names the `-p` values of these keys.
-        known: all nodes that the recipe has with them; what it had besides is kept no longer."""
-        remember(self.layout, recipe_path, lock_path, name, node_keys, variant, known)
+        known: all nodes that the recipe has with them; what it had besides is kept no longer. lets_go: the nodes whose
+        bytes it does not need once they were taken."""
+        remember(self.layout, recipe_path, lock_path, name, node_keys, variant, known, lets_go)
 
     def last_keys(self, manifest: Path, name: str) -> dict[str, str]:
         """Return node → the key of its last record under this manifest path, else the latest manifest of this name."""

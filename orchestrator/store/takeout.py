@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
 from pathlib import Path
 
 from bigpipe.errors import StageFailed, UsageError
-from bigpipe.files import copy_file, explained, make_directory, move, partial_name, require_space, sync_directory
+from bigpipe.files import (
+    copy_file,
+    explained,
+    is_partial,
+    make_directory,
+    move,
+    partial_name,
+    require_space,
+    sync_directory,
+)
 
 from .artifacts import load_artifact, remove_tree
 from .layout import Layout
@@ -15,7 +24,8 @@ REPAIR = "`bigpipe verify --repair` sets it aside; then run the recipe again"
 
 
 def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
-    """Copy an artifact to `directory`, which appears as a whole or not at all; return relative path → bytes.
+    """Copy an artifact to `directory`, which appears as a whole or not at all; return relative path → bytes. An empty
+    directory that is there stays what it is, a working directory or a volume: all is copied within it first.
 
     Every file is compared with its digest while it is copied. Raise UsageError where something is at `directory`, or
     the artifact's bytes are not kept; StageFailed where they are damaged; DoesNotFit for a full disk.
@@ -23,10 +33,11 @@ def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
     artifact = load_artifact(layout, digest)
     if artifact is None or artifact.dropped:
         raise UsageError(f"the bytes of {digest} are not in the store", "run the recipe again, without `cache: false`")
-    if directory.is_symlink() or (directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))):
+    there = directory.is_dir() and not directory.is_symlink()
+    if os.path.lexists(directory) and not (there and all(is_partial(name) for name in os.listdir(directory))):
         raise UsageError(f"{directory} is there already", "name a directory that is not there, or an empty one")
     require_space(directory, artifact.bytes)
-    beside = partial_name(directory.absolute())
+    beside = partial_name(directory.absolute() / "artifact" if there else directory.absolute())
     try:
         with explained(beside):
             make_directory(beside.parent)
@@ -43,9 +54,12 @@ def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
             for folder in [path for path in beside.rglob("*") if path.is_dir()]:
                 sync_directory(folder)
             sync_directory(beside)
-            with suppress(FileNotFoundError):
-                directory.rmdir()  # empty, as was seen
-            move(beside, directory.absolute(), durable=True)
+            if there:
+                for path in sorted(beside.iterdir()):
+                    move(path, directory / path.name)
+                sync_directory(directory)
+            else:
+                move(beside, directory.absolute(), durable=True)
     finally:
         if beside.exists():
             remove_tree(beside)

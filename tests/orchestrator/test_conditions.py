@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -37,6 +38,10 @@ def decide(text: str, **metrics: Any) -> tuple[bool, str, str] | None:
         ("seconds < 1min", {"seconds": 75.5}, (False, "75.5 s", "1min")),
         ("seconds < 2m", {"seconds": 130.0}, (False, "130 s", "2m")),  # as `timeout: 2m` has it
         ("x > 2 + 3 * 4 - 6 / 2", {"x": 12}, (True, "12", "11")),
+        ("x != 0", {"x": math.nan}, (False, "nan, not a number", "0")),
+        ("x > 0", {"x": math.inf}, (False, "inf, not a number", "0")),
+        ("x * 1e308 * 10 > 0", {"x": 1.0}, (False, "a number out of range", "0")),
+        ("x <= 1TiB", {"x": math.nan}, (False, "nan, not a number", "1TiB")),
         ("x > -(2 - 3) * -1", {"x": 0}, (True, "0", "-1")),
         ("x > y", {"x": 2, "y": 1}, (True, "2", "1")),
         ("1GiB <= x", {"x": 2 * GIB}, (True, "1GiB", "2.0 GiB")),

@@ -22,6 +22,7 @@ BOX = Machine(
     "box", cpus=4, memory=64 * GIB, memory_available=60 * GIB, disk_free=10**12, gpus=(L4, replace(L4, index=1))
 )
 BARE = replace(BOX, gpus=())
+UNEQUAL = replace(BOX, gpus=(replace(L4, memory=16 * GIB), replace(L4, index=1)))
 
 
 @dataclass
@@ -57,6 +58,23 @@ ROWS = {
     "resources.gpu_memory": Row(
         {"resources": {"gpu_memory": "25GiB"}}, {"resources": {"gpu_memory": "24GiB"}},
         "asks for 25.0 GiB of GPU memory; no GPU here has it", "set resources.gpu_memory to 24GiB",
+    ),
+    "resources.gpu_memory of each": Row(
+        {"resources": {"gpu_memory": "17GiB", "gpus": 2}}, {"resources": {"gpu_memory": "16GiB", "gpus": 2}},
+        "asks for 17.0 GiB of GPU memory on each of 2 GPUs; 1 here with as much",
+        "set resources.gpu_memory to 16GiB", UNEQUAL,
+    ),
+    "resources.gpu_memory of the largest": Row(
+        {"resources": {"gpu_memory": "25GiB", "gpus": 1}}, {"resources": {"gpu_memory": "24GiB"}},
+        "asks for 25.0 GiB of GPU memory; no GPU here has it", "set resources.gpu_memory to 24GiB", UNEQUAL,
+    ),
+    "resources.gpu_memory without a GPU": Row(
+        {"resources": {"gpu_memory": "1GiB"}}, {"resources": {"gpu_memory": "1GiB", "gpus": 0}},
+        "asks for 1.0 GiB of GPU memory; box has no GPU", "leave out gpu_memory", BARE,
+    ),
+    "no GPU, and memory of it": Row(
+        {"resources": {"gpu_memory": "1GiB", "gpus": 1}}, {}, "asks for 1 GPU; box has 0",
+        "set resources.gpus to 0", BARE,
     ),
 }  # fmt: skip
 

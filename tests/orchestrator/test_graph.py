@@ -281,6 +281,32 @@ class TestMatrix:
         assert nodes["p@t=3"].inputs == {"model": ("q@scheme=nf4,t=3",)}
         assert nodes["r"].inputs == {"model": ("q@scheme=int8,t=1,2",)}
 
+    def test_a_value_with_a_comma_is_not_the_value_before_the_comma(self, tmp_path: Path) -> None:
+        text = """
+          q:
+            {uses: quantize, inputs: s, matrix: {gpus: ["0", "0,1"], b: [1, 2]},
+             with: {scheme: int8}, env: {GPUS: "${matrix.gpus}", B: "${matrix.b}"}}
+          one: {uses: place, inputs: "q@gpus=0,b=1"}
+          two: {uses: place, inputs: "q@gpus=0,1,b=1"}
+        """
+        loaded = after_source(tmp_path, text)
+        assert loaded.meant("q@gpus=0") == {"q@gpus=0,b=1", "q@gpus=0,b=2"}
+        assert loaded.meant("q@gpus=0,1") == {"q@gpus=0,1,b=1", "q@gpus=0,1,b=2"}
+        assert loaded.meant("q@b=1") == {"q@gpus=0,b=1", "q@gpus=0,1,b=1"}
+        assert loaded.meant("q@b=1,gpus=0,1") == {"q@gpus=0,1,b=1"}
+        assert loaded.nodes["one"].inputs == {"model": ("q@gpus=0,b=1",)}
+        assert loaded.nodes["two"].inputs == {"model": ("q@gpus=0,1,b=1",)}
+
+    def test_two_variants_of_one_name_are_refused(self, tmp_path: Path) -> None:
+        text = """
+          q:
+            {uses: quantize, inputs: s, matrix: {a: ["1", "1,b=2"], b: ["2", "2,b=2"]},
+             with: {scheme: int8}, env: {A: "${matrix.a}", B: "${matrix.b}"}}
+        """
+        with pytest.raises(ManifestError, match="two variants are called q@a=1,b=2,b=2") as refused:
+            after_source(tmp_path, text)
+        assert refused.value.problems[0].place.line == 6
+
     def test_conditions_mean_their_own_variant(self, tmp_path: Path) -> None:
         text = """
           q: {uses: quantize, inputs: s, matrix: {scheme: [int8, nf4]}, with: {scheme: "${matrix.scheme}"}}

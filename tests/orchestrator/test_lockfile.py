@@ -64,6 +64,9 @@ class Session:
     def pinned(self, node):
         return self.pins if node.name == "download" else Pinned({}, "")
 
+    def asked(self, node):
+        return {"revision": "main"}
+
     def change(self, node, **params):
         self.identities[node] = replace(self.identities[node], params={**self.identities[node].params, **params})
 
@@ -80,6 +83,12 @@ class Session:
             key=second.key(inputs), partial=second.partial, identity=second.as_json, tools={"bigpipe-ml": "0.1.0"},
         )  # fmt: skip
         return {"download": done, "shard@a=1.5": other}
+
+
+def enforce_outputs(session, records):
+    accept = lockfile.enforcing_outputs(session)
+    for node in session.nodes:
+        accept(node, records[node.name])
 
 
 @pytest.fixture
@@ -99,6 +108,8 @@ class TestWriting:
         assert path.read_text() == lockfile.HEADER + (
             "inputs:\n"
             "  download:\n"
+            "    asked:\n"
+            "      revision: main\n"
             "    kind: download\n"
             "    params:\n"
             "      include: null\n"
@@ -302,24 +313,24 @@ class TestOutputs:
         lockfile.write_lock(session)
         done = session.run()
         lockfile.record_outputs(session, done)
-        lockfile.enforce_outputs(session, done)
+        enforce_outputs(session, done)
         shard = done["shard@a=1.5"]
         done["shard@a=1.5"] = shard.model_copy(update={"digest": "sha256:" + "e" * 64})
         with pytest.raises(StageFailed, match="for the same inputs, packages and facts"):
-            lockfile.enforce_outputs(session, done)
+            enforce_outputs(session, done)
         other_torch = {**shard.identity, "packages": {"torch": "3.0"}}
         done["shard@a=1.5"] = done["shard@a=1.5"].model_copy(update={"identity": other_torch})
-        lockfile.enforce_outputs(session, done)
+        enforce_outputs(session, done)
         done["shard@a=1.5"] = shard.model_copy(update={"digest": "sha256:" + "e" * 64})
         session.nodes[1].kind.reproducible = False
-        lockfile.enforce_outputs(session, done)
+        enforce_outputs(session, done)
 
     def test_other_files_than_promised_are_an_error(self, session):
         files = {"w": PinnedFile(7, sha256="ab" * 32), "config.json": PinnedFile(2, git_blob="cd" * 20)}
         session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
         lockfile.write_lock(session)
         with pytest.raises(StageFailed, match="download brought other files") as error:
-            lockfile.enforce_outputs(session, session.run())
+            enforce_outputs(session, session.run())
         assert "files.w.sha256" in str(error.value)
         assert "files.config.json.git_blob" in str(error.value)
 
@@ -331,7 +342,7 @@ class TestOutputs:
         }
         session.pins = Pinned({"revision": COMMIT}, "asked", lambda: files)
         lockfile.write_lock(session)
-        lockfile.enforce_outputs(session, session.run())
+        enforce_outputs(session, session.run())
 
 
 def test_a_git_blob_is_what_git_says(tmp_path):

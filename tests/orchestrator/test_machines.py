@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -178,14 +179,16 @@ stages:
 """
 
 
-def machine(folder: Path, rank: int, do: str = "succeed", text: str = "") -> subprocess.Popen[str]:
+def machine(
+    folder: Path, rank: int, do: str = "succeed", text: str = "", options: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """`bigpipe run` on a machine of two that SLURM started, by its addresses on the loopback device."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.replace("DO", do).replace("TEXT", text or "''"))
     given = {**SLURM, "SLURM_NODEID": str(rank), "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
     path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
     return subprocess.Popen(
-        [sys.executable, "-m", "bigpipe", "run", str(recipe)], cwd=folder, text=True,
+        [sys.executable, "-m", "bigpipe", "run", str(recipe), *options], cwd=folder, text=True,
         env={**os.environ, **given, "PYTHONPATH": path, "BIGPIPE_HOME": str(folder / "store")},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -197,8 +200,11 @@ def ended(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
 
 
 def test_two_machines_make_one_run(tmp_path: Path) -> None:
-    statuses, said = ended([machine(tmp_path, rank) for rank in (1, 0)])
+    statuses, said = ended([machine(tmp_path, rank, options=("--json",)) for rank in (1, 0)])
     assert statuses == [0, 0], said
+    attended, drove = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    assert (attended["schema"], attended["status"], attended["exit_code"]) == ("bigpipe.run/1", "attended", 0)
+    assert drove["status"] == "succeeded"
     (merged,) = (tmp_path / "store" / "artifacts").glob("*/merged")
     assert merged.read_text() == "0/2 1/2"
     assert "machine 1 (127.0.0.2) waits for calls of machine 0 (127.0.0.1)" in said

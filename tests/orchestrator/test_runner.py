@@ -16,7 +16,7 @@ from support.workshop import statuses
 
 import bigpipe
 from bigpipe.errors import DoesNotFit, GateFailed, StageFailed, Transient, UsageError
-from bigpipe.orchestrator.contract import NodeStarted
+from bigpipe.orchestrator.contract import NodeRetried, NodeStarted
 from bigpipe.orchestrator.store.hashing import StatMemo
 
 CHAIN = """\
@@ -355,3 +355,11 @@ stages:
     assert (result.path("b") / "text").is_file()
     assert (result.path("a") / "text").is_file()
     assert {str(node.action) for node in bigpipe.plan(workshop.manifest).nodes.values()} == {"cached"}
+
+
+def test_a_node_that_is_tried_again_says_which_attempt_begins(workshop):
+    events = []
+    text = "version: 1\nname: r\nstages:\n  a: {uses: flaky, with: {times: 1}, retries: 2}\n"
+    assert workshop.run(text, progress=events.append).exit_code == 0
+    assert [event.attempt for event in events if isinstance(event, NodeRetried)] == [2]
+    assert "begins, from 2" in (Path(__file__).parents[2] / "docs" / "reference" / "answers.md").read_text()

@@ -155,3 +155,11 @@ def test_a_number_that_is_another_process_by_now_is_not_interrupted(workshop, tm
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_recipe_with_a_byte_order_mark_is_listed(tmp_path):
+    from bigpipe.webpage.looking import recipes
+
+    (tmp_path / "marked.yaml").write_text(RECIPE.format(name="m", model="model"), encoding="utf-8-sig")
+    (tmp_path / "other.yaml").write_text("x: \ufeffversion:\n", encoding="utf-8")
+    assert recipes(tmp_path) == ["marked.yaml"]

@@ -45,7 +45,9 @@ def test_every_answer_is_sealed(page, path):
     assert "access-control-allow-origin" not in headers
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.nip.io"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.nip.io", "["]
+)
 def test_a_name_that_someone_points_here_is_refused(page, host):
     assert page.get("/", Host=host).status == 421
 
@@ -65,7 +67,9 @@ def test_other_sites_may_send_nothing(page):
     assert page.get("/", **{**arrival, "Sec_Fetch_Dest": "iframe"}).status == 403
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://localhost", "http://["]
+)
 def test_a_form_of_another_origin_is_refused(page, origin):
     assert page.post("/", {"model": "model"}, Origin=origin).status == 403
     assert page.post("/", {"model": "model"}, Origin=f"http://{page.place}").status == 200
@@ -119,6 +123,8 @@ def test_where_others_reach_it_a_token_is_asked_for(tmp_path):
         shown = visit.get("/?model=model", Cookie=cookie)
         assert shown.status == 200
         assert token not in shown.text
+        other = 'prefs={"a":1}'  # of another program on this host: cookies know no ports
+        assert visit.get("/?model=model", Cookie=f"{other}; {cookie}").status == 200
         assert visit.get("/api/estimate?model=model", Authorization=f"Bearer {token}").status == 200
         assert visit.post("/", {"form_token": "x"}).status == 401
 
