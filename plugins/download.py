@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -177,9 +178,17 @@ def apart(params: DownloadParams) -> Sequence[str]:
     return [] if params.miniature else ["miniature"]
 
 
+def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
+    """The source of a class that the directory itself names."""
+    if params.path is None or params.architecture is not None:
+        return []
+    found: list[Path] = late("bigpipe.plugins.downloading:source_of_class")(params, base)
+    return found
+
+
 STAGE = Stage(
     kind="download",
-    version=3,
+    version=4,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},
@@ -187,7 +196,14 @@ STAGE = Stage(
     outputs=("adapter",),
     run=late("bigpipe.plugins.downloading:run"),
     forecast=late("bigpipe.plugins.downloading:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.downloading:check"), pin=pin, reads=reads, facts=facts, apart=apart),
+    planning=Planning(
+        check=late("bigpipe.plugins.downloading:check"),
+        pin=pin,
+        reads=reads,
+        facts=facts,
+        apart=apart,
+        leads_to=leads_to,
+    ),
     passing=Passing(streams=True),
     smoke=late("bigpipe.plugins.smoking:download"),
     secrets=("HF_TOKEN",),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ask_child,
         ask_matching,
         ask_names,
+        class_source,
         describe_architecture,
         read_request,
         request_key,

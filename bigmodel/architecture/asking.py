@@ -258,19 +258,27 @@ def request_key(request: Request) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def class_source(reference: str, base: Path | None) -> str:
+    """Return the sha256, in hex, of every Python file that may decide what the class `module:Class` is: of its package,
+    and of what that imports from beside it. base: the directory that is looked at first. Raise UsageError where there
+    is none."""
+    top = top_level(reference)
+    files = [file for _, file in code_files(top, base)]
+    if not files:
+        raise UsageError(
+            f"module {top!r} of {reference} is not in {f'{base} and ' if base else ''}sys.path", "install it"
+        )
+    return _digest(files)
+
+
 def _source_digest(request: Request) -> str | None:
-    """Of every Python file that may decide what is built: the custom class's package and what it imports from beside
-    it, or the repository's code."""
+    """Of every Python file that may decide what is built: the custom class's, or the repository's code."""
     if request.custom_class:
-        top = top_level(request.custom_class)
-        files = [file for _, file in code_files(top, request.base)]
-        if not files:
-            where = f"{request.base} and " if request.base else ""
-            raise UsageError(f"module {top!r} of {request.custom_class} is not in {where}sys.path", "install it")
-    elif request.code:
-        files = sorted(request.code.rglob("*.py"))
-    else:
-        return None
+        return class_source(request.custom_class, request.base)
+    return _digest(sorted(request.code.rglob("*.py"))) if request.code else None
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
