@@ -185,11 +185,11 @@ def run_here(folder: Path, source: Path, **params: Any) -> Any:
 
 
 def test_an_edit_redoes_only_the_files_it_concerns(tmp_path: Path, source: Path) -> None:
-    run_here(tmp_path, source, scheme="nf4")
+    run_here(tmp_path, source, scheme="int8")
     before = written(tmp_path / "parts")
-    run_here(tmp_path, source, scheme="nf4", bnb_4bit_compute_dtype="bfloat16")
+    run_here(tmp_path, source, scheme="int8", llm_int8_threshold=5.0)
     assert written(tmp_path / "parts") == before
-    run_here(tmp_path, source, scheme="nf4", skip_modules=["lm_head", "model.layers.1.mlp.down_proj"])
+    run_here(tmp_path, source, scheme="int8", skip_modules=["lm_head", "model.layers.1.mlp.down_proj"])
     after = written(tmp_path / "parts")
     assert before.items() < after.items()
     assert len(after) == len(before) + 1
