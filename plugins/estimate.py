@@ -195,9 +195,9 @@ STAGE = Stage(
     output="report",
     run=late("bigpipe.plugins.estimating:run"),
     forecast=late("bigpipe.plugins.estimating:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.estimating:check"), pin=pin, reads=reads),
+    planning=Planning(check=late("bigpipe.plugins.estimating:check"), pin=pin, reads=reads, heeds_code=True),
     runs_in="inline",
-    packages=("transformers",),
+    packages=("transformers", "diffusers", "timm"),  # without one, its models are told by their tensors' names alone
     secrets=("HF_TOKEN",),
     unmeasured=unmeasured,
     result_line=result_line,
