@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, ModelDescription, read_json
 from bigpipe.bigmodel.memo import answered
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import inherited
@@ -93,6 +93,13 @@ def describe_architecture(
     return known or Architecture.from_json(_answer(request, sources.memo))
 
 
+def architecture_of(described: ModelDescription, sources: Sources) -> Architecture:
+    """Return the architecture of a checkpoint: by the code that came with it, where that may run and is here, else by
+    its config. Errors as of `describe_architecture`."""
+    ran = described.path if sources.trust_remote_code else None
+    return describe_architecture(ran or dict(described.config or {}), custom=described.custom, sources=sources)
+
+
 def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:
     """Return stored name → parameter or buffer of the class that `config` names; several may become parts of one.
 
@@ -150,7 +157,7 @@ def read_request(
         return _custom_request(custom, sources)
     config = _with_plain_dtypes(source if isinstance(source, Mapping) else _read_config(Path(source)))
     refuse_counts(config, sources.trust.limits)
-    library = library_name or _library_of(config)
+    library = library_name or library_of(config)
     if library not in LIBRARIES:
         raise UsageError(f"library {library!r} is not known", f"use {listed(LIBRARIES, 'or')}")
     code = directory.resolve() if directory is not None and sources.trust_remote_code else None
@@ -196,8 +203,8 @@ def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:
     )
 
 
-def _library_of(config: Mapping[str, Any]) -> str:
-    """By the keys that each library writes into its config file."""
+def library_of(config: Mapping[str, Any]) -> str:
+    """Return transformers, diffusers or timm, by the keys that each library writes into its config file."""
     if "model_index" in config or "_class_name" in config or "_diffusers_version" in config:
         return "diffusers"
     if "model_type" not in config and "architectures" not in config and isinstance(config.get("architecture"), str):
