@@ -109,9 +109,9 @@ def _came_along(params: DownloadParams, base: Path) -> dict[str, Any] | None:
 def _custom(params: DownloadParams, context: CheckContext | StageContext) -> dict[str, Any] | None:
     """What `bigpipe_architecture.json` says, where the model's class is the user's own. With the digest of its source
     the artifact becomes another one when the class is edited, and so does all that is made with it."""
-    if params.architecture is not None:
-        told = params.architecture.model_dump(by_alias=True)
-    elif (told := _came_along(params, context.base)) is None or not context.trust.allows_module(told["class"]):
+    given = params.architecture
+    told = _came_along(params, context.base) if given is None else given.model_dump(by_alias=True)
+    if told is None or (given is None and not context.trust.allows_module(told["class"])):
         return None
     return {**told, "source": f"sha256:{class_source(told['class'], context.base)}"}
 
@@ -197,7 +197,8 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
 
 def _foreseen(params: DownloadParams, expected: Expected, context: ForecastContext) -> Pipeline:
     if params.path is not None:
-        return Pipeline(describe_pipeline(context.base / params.path / (params.subfolder or "")))
+        folder = context.base / params.path / (params.subfolder or "")
+        return Pipeline(describe_pipeline(folder, Choice(**params.choice()), expected.sizes))
     found = expected.description
     return Pipeline(found if isinstance(found, ModelDescription) else ModelDescription(config=None))
 

@@ -233,13 +233,15 @@ def _component(file: Path) -> str:
     return f"{file.parent.name}." if file.parent.name else ""
 
 
-def describe_pipeline(path: Path) -> ModelDescription:
-    """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights."""
+def describe_pipeline(path: Path, choice: Choice = ANY, among: Collection[str] | None = None) -> ModelDescription:
+    """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights.
+    choice: of which variant they are. among: the files that count, by relative path; None: all."""
     folders = [path, *(folder for folder in path.iterdir() if folder.is_dir() and not folder.is_symlink())]
     files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
-    names = [file.relative_to(path).as_posix() for file in files]
+    there = [file.relative_to(path).as_posix() for file in files]
+    names = there if among is None else [name for name in there if name in among]
     found = {}
-    weights = _weights(names, Choice(library="diffusers"))
+    weights = _weights(names, Choice(library="diffusers", variant=choice.variant))
     for name in weight_files(weights, indexes=False):
         with FileSource(path / name) as source:
             found[Path(name)] = read_contents(source, path / name, placed=False)
@@ -260,7 +262,7 @@ def _tensors_of_index(
     another shape or dtype would have to be made up for by another one."""
     if config is None or config.get("quantization_config"):
         return None
-    told = index.get("metadata") if weight_map is not index else None
+    told = index.get("metadata") if "weight_map" in index else None
     dtype, total = config.get("dtype") or config.get("torch_dtype"), (told or {}).get("total_size")
     architecture = known_architecture(config)
     if architecture is None or not isinstance(dtype, str) or not isinstance(total, int | float):
