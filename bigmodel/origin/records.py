@@ -81,10 +81,10 @@ def _of_steps(name: str, provenance: Provenance, quantize: Step) -> Record:
     if any(step.kind == "merge" for step in steps):
         cause = f"{name} was made with an adapter, whose merge is not recomputed"
         raise UsageError(cause, f"run its recipe again: {provenance.recipe!r} is in its provenance.json")
-    before = {step.node for step in led_to(quantize.node, steps)} or {step.node for step in steps}
     casts = [step for step in steps if step.kind == "shard" and step.params.get("dtype")]
+    before = [step for step in casts if steps.index(step) < steps.index(quantize)]
     others = [step for step in steps if step.kind not in (*RECOMPUTED, *UNTOUCHING)]
-    others += [step for step in casts if step.node not in before]
+    others += [step for step in casts if step not in before]
     notes = [
         f"step {step.node} ({step.kind}) is not recomputed: what it changed shows as differences" for step in others
     ]
@@ -95,7 +95,7 @@ def _of_steps(name: str, provenance: Provenance, quantize: Step) -> Record:
         source=_downloaded(download.params, download.metrics) if download else None,
         unsaid=MADE_UP if download and download.params.get("miniature") else UNSAID,
         choice=_choice(download.params if download else {}),
-        casts=tuple(step.params["dtype"] for step in casts if step.node in before),
+        casts=tuple(step.params["dtype"] for step in before),
         ours=True,
         notes=tuple(notes),
     )
