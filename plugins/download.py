@@ -34,6 +34,8 @@ from bigpipe.orchestrator.stage import (
     late,
 )
 
+OWN_CLASS = "bigpipe_architecture.json"
+"""As the library calls it, which is not imported to look for it."""
 REPOSITORY = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
@@ -181,6 +183,8 @@ def apart(params: DownloadParams) -> Sequence[str]:
 def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
     """The source of a class that the directory itself names."""
     if params.path is None or params.architecture is not None:
+        return []
+    if not (base / params.path / (params.subfolder or "") / OWN_CLASS).is_file():  # nothing is imported without one
         return []
     found: list[Path] = late("bigpipe.plugins.downloading:source_of_class")(params, base)
     return found

@@ -10,6 +10,9 @@ import pytest
 from support.models import tiny_tokenizer
 from support.workshop import statuses
 
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE
+from bigpipe.plugins.download import OWN_CLASS
+
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 
 RECIPE = """\
@@ -121,6 +124,7 @@ def test_all_that_is_made_with_a_class_is_made_again_when_it_is_edited(own, said
     assert statuses(result) == {"download": "succeeded", "look": "succeeded"}
     told = json.loads((result.path("download") / "bigpipe_architecture.json").read_text())
     assert (told["class"], told["source"][:7]) == ("gpt2_own:GPT", "sha256:")
+    assert OWN_CLASS == ARCHITECTURE_FILE
 
 
 def _config(gpt2_own):
