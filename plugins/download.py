@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -33,6 +34,8 @@ from bigpipe.orchestrator.stage import (
     late,
 )
 
+OWN_CLASS = "bigpipe_architecture.json"
+"""As the library calls it, which is not imported to look for it."""
 REPOSITORY = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
@@ -177,9 +180,19 @@ def apart(params: DownloadParams) -> Sequence[str]:
     return [] if params.miniature else ["miniature"]
 
 
+def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
+    """The source of a class that the directory itself names."""
+    if params.path is None or params.architecture is not None:
+        return []
+    if not (base / params.path / (params.subfolder or "") / OWN_CLASS).is_file():  # nothing is imported without one
+        return []
+    found: list[Path] = late("bigpipe.plugins.downloading:source_of_class")(params, base)
+    return found
+
+
 STAGE = Stage(
     kind="download",
-    version=3,
+    version=4,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},
@@ -194,6 +207,7 @@ STAGE = Stage(
         reads=reads,
         facts=facts,
         apart=apart,
+        leads_to=leads_to,
     ),
     passing=Passing(streams=True),
     smoke=late("bigpipe.plugins.smoking:download"),

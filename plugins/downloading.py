@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import describe_architecture, shrunk
+from bigpipe.bigmodel.architecture import class_source, describe_architecture, shrunk
 from bigpipe.bigmodel.checkpoint import (
     ARCHITECTURE_FILE,
+    MAX_CONFIG,
     AdapterDescription,
     ModelDescription,
     adapter_weights,
     describe_adapter,
     describe_if_single,
+    read_json,
 )
 from bigpipe.bigmodel.hub import (
     Brought,
@@ -30,8 +32,9 @@ from bigpipe.bigmodel.hub import (
     describe_pipeline,
 )
 from bigpipe.bigmodel.writing import SyntheticModel, Traffic, encode_config, planned_bytes, read_shape
-from bigpipe.errors import NotAuthorised, Transient
+from bigpipe.errors import BigpipeError, NotAuthorised, Transient
 from bigpipe.files import write_file
+from bigpipe.modules import code_files, is_reference, top_level
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, PinnedFile, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
 
@@ -44,6 +47,10 @@ if TYPE_CHECKING:
 
 PIPELINE = "model_index.json"
 """In the root of a folder of several models."""
+UNSEEN = (
+    f"the repository's {ARCHITECTURE_FILE} names a class, whose source enters no key: write `architecture`, and what "
+    "is made with it is made again when it is edited"
+)
 
 
 def listing(params: DownloadParams, context: CheckContext, commit: str) -> dict[str, PinnedFile]:
@@ -55,7 +62,7 @@ def listing(params: DownloadParams, context: CheckContext, commit: str) -> dict[
     files = {
         file.path: PinnedFile(file.size, file.sha256, None if file.sha256 else file.blob_id or None) for file in chosen
     }
-    own = _own(params).items()
+    own = _own(params, context).items()
     return files | {name: PinnedFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in own}
 
 
@@ -79,14 +86,39 @@ def _source(params: DownloadParams, context: CheckContext | StageContext, pins: 
     return HubSource(params.repo or "", revision, choice, hub, params.subfolder)
 
 
-def _custom(params: DownloadParams) -> dict[str, Any] | None:
-    """What `bigpipe_architecture.json` says, where the model's class is the user's own."""
-    return params.architecture.model_dump(by_alias=True) if params.architecture else None
+def source_of_class(params: DownloadParams, base: Path) -> list[Path]:
+    """Return the Python files of the class that a directory's own `bigpipe_architecture.json` names; [] without one."""
+    with suppress(BigpipeError):  # which the check tells
+        if told := _came_along(params, base):
+            return [file for _, file in code_files(top_level(told["class"]), base)]
+    return []
 
 
-def _own(params: DownloadParams) -> dict[str, bytes]:
-    """Files of the artifact that come from the params."""
-    custom = _custom(params)
+def _came_along(params: DownloadParams, base: Path) -> dict[str, Any] | None:
+    """What `bigpipe_architecture.json` says that lies in the directory and is taken, where it names a class."""
+    if params.path is None or params.miniature:
+        return None
+    source = DirectorySource(base / params.path, Choice(**params.choice()), params.subfolder)
+    file = source.folder / ARCHITECTURE_FILE
+    if not file.is_file() or ARCHITECTURE_FILE not in {each.path for each in source.chosen()}:
+        return None
+    told = read_json(file, source.folder, MAX_CONFIG)
+    return told if is_reference(str(told.get("class"))) else None
+
+
+def _custom(params: DownloadParams, context: CheckContext | StageContext) -> dict[str, Any] | None:
+    """What `bigpipe_architecture.json` says, where the model's class is the user's own. With the digest of its source
+    the artifact becomes another one when the class is edited, and so does all that is made with it."""
+    given = params.architecture
+    told = _came_along(params, context.base) if given is None else given.model_dump(by_alias=True)
+    if told is None or (given is None and not context.trust.allows_module(told["class"])):
+        return None
+    return {**told, "source": f"sha256:{class_source(told['class'], context.base)}"}
+
+
+def _own(params: DownloadParams, context: CheckContext | StageContext) -> dict[str, bytes]:
+    """Files of the artifact that come from the params, and from what they lead to."""
+    custom = _custom(params, context)
     return {ARCHITECTURE_FILE: encode_config(custom)} if custom else {}
 
 
@@ -96,8 +128,8 @@ def forecast(params: DownloadParams, context: ForecastContext) -> Forecast:
     except (Transient, NotAuthorised) as error:
         found = Forecast(vram={}, unknown=(f"size of {params.repo}: {error.cause}",), summary="size not known")
     described = (_describe(context.artifact) if context.artifact else None) or found.output
-    if isinstance(described, ModelDescription) and params.architecture is not None:
-        described = replace(described, custom=_custom(params))
+    if isinstance(described, ModelDescription) and (custom := _custom(params, context)) is not None:
+        described = replace(described, custom=custom)
     return replace(found, output=described)
 
 
@@ -144,7 +176,7 @@ def _describe(artifact: Path) -> ModelDescription | AdapterDescription | Pipelin
 
 def _forecast_source(params: DownloadParams, context: ForecastContext) -> Forecast:
     expected = _source(params, context, context.pins).expect()
-    own = {name: len(content) for name, content in _own(params).items()}
+    own = {name: len(content) for name, content in _own(params, context).items()}
     sizes = {**expected.sizes, **own}
     total, copied = sum(sizes.values()), expected.cache is None
     metrics = {"bytes": total, "files": len(sizes), "commit": expected.commit}
@@ -165,7 +197,8 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
 
 def _foreseen(params: DownloadParams, expected: Expected, context: ForecastContext) -> Pipeline:
     if params.path is not None:
-        return Pipeline(describe_pipeline(context.base / params.path / (params.subfolder or "")))
+        folder = context.base / params.path / (params.subfolder or "")
+        return Pipeline(describe_pipeline(folder, Choice(**params.choice()), expected.sizes))
     found = expected.description
     return Pipeline(found if isinstance(found, ModelDescription) else ModelDescription(config=None))
 
@@ -188,12 +221,12 @@ def _synthetic(params: DownloadParams, context: CheckContext | StageContext) -> 
     assert params.synthetic is not None  # noqa: S101  the caller looked
     config, library = read_shape(params.synthetic.config, context.base), params.library_name
     sources = sources_of(context)
-    architecture = describe_architecture(config, library_name=library, custom=_custom(params), sources=sources)
+    architecture = describe_architecture(config, library_name=library, custom=_custom(params, context), sources=sources)
     return SyntheticModel(config, architecture, **params.synthetic.model_dump(exclude={"config"}))
 
 
 def run(params: DownloadParams, context: StageContext) -> StageResult:
-    own = {name: write_file(context.out / name, content) for name, content in _own(params).items()}
+    own = {name: write_file(context.out / name, content) for name, content in _own(params, context).items()}
 
     def report(done: int, total: int, task: str = "write") -> None:
         context.progress(done, total, task=task)
@@ -208,6 +241,8 @@ def run(params: DownloadParams, context: StageContext) -> StageResult:
     else:
         watch = Watch(report=report, outlet=context.outlet, log=context.log)
         brought = _source(params, context, context.pins).bring(context.out, watch, skip=own)
+    if params.repo is not None and ARCHITECTURE_FILE in brought.files:
+        context.log(UNSEEN)
     files = {**brought.files, **own}
     size, commit = sum(size for _, size in files.values()), brought.commit
     metrics = DownloadMetrics(bytes=size, files=len(files), fetched_bytes=brought.fetched_bytes, commit=commit)

@@ -196,10 +196,14 @@ STAGE = Stage(
     run=late("bigpipe.plugins.estimating:run"),
     forecast=late("bigpipe.plugins.estimating:forecast"),
     planning=Planning(
-        check=late("bigpipe.plugins.estimating:check"), pin=pin, pin_asks=("repo", "revision"), reads=reads
+        check=late("bigpipe.plugins.estimating:check"),
+        pin=pin,
+        pin_asks=("repo", "revision"),
+        reads=reads,
+        heeds_code=True,
     ),
     runs_in="inline",
-    packages=("transformers",),
+    packages=("transformers", "diffusers", "timm"),  # without one, its models are told by their tensors' names alone
     secrets=("HF_TOKEN",),
     unmeasured=unmeasured,
     result_line=result_line,

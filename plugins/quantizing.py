@@ -48,7 +48,12 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     with about("inputs.model"):
         refuse_quantized(described)
     settings = _settings(params, context.machine)
-    outlined, quantized = understand(described, settings, sources=sources_of(context))
+    try:
+        outlined, quantized = understand(described, settings, sources=sources_of(context))
+    except UsageError:
+        if not (context.trust.remote_code and (described.config or {}).get("auto_map")):
+            raise
+        return _unsized("its trusted code is asked once it is here")
     before, after = described.nbytes or 0, outlined.nbytes
     metrics: dict[str, Any] = {"quantized": len(outlined.quantized), "skipped": len(outlined.skipped)}
     low, high = outlined.interval(settings)

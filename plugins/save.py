@@ -80,7 +80,7 @@ class SaveMetrics(Metrics):
 
 STAGE = Stage(
     kind="save",
-    version=3,
+    version=4,
     params=SaveParams,
     metrics=SaveMetrics,
     inputs={

@@ -96,8 +96,7 @@ def require_class(model: ModelDescription) -> None:
 def agreed(model: ModelDescription, sources: Sources) -> Agreement:
     """How a checkpoint fits the class that will be loaded. Raise InvalidCheckpoint where it does not, and UsageError
     where that class is not known, or its code may not run."""
-    from bigpipe.bigmodel.architecture import describe_architecture
+    from bigpipe.bigmodel.architecture import architecture_of
     from bigpipe.bigmodel.formats import agree
 
-    source = model.path if model.path is not None and sources.trust_remote_code else dict(model.config or {})
-    return agree(model, describe_architecture(source, custom=model.custom, sources=sources), sources.memo)
+    return agree(model, architecture_of(model, sources), sources.memo)

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.models import tiny_tokenizer
+from support.workshop import statuses
+
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE
+from bigpipe.plugins.download import OWN_CLASS
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 
@@ -51,6 +55,20 @@ stages:
 """
 
 
+OWN = "architecture: {class: gpt2_own:GPT, config: {model_type: gpt-nano, vocab_size: 512, block_size: 64}}"
+LOOKED_AT = """\
+version: 1
+name: looked-at
+trust: {modules: [gpt2_own]}
+stages:
+  download: {uses: download, with: {path: checkpoint, WITH}}
+  look:
+    uses: command
+    inputs: {model: download}
+    with: {argv: [cp, "${input.model}/bigpipe_architecture.json", "${out}"], produces: report}
+"""
+
+
 @pytest.fixture
 def own(workshop, monkeypatch):
     import torch
@@ -90,6 +108,23 @@ def test_through_every_kind_and_loaded_again(own):
     tokens = torch.tensor([[3, 5, 7]])
     with torch.inference_mode():
         assert torch.equal(loaded(tokens), own.model(tokens))
+
+
+@pytest.mark.parametrize("said", ["by the recipe", "by the directory"])
+def test_all_that_is_made_with_a_class_is_made_again_when_it_is_edited(own, said):
+    text = LOOKED_AT.replace("WITH", OWN if said == "by the recipe" else "variant: null")
+    if said == "by the directory":
+        told = {"class": "gpt2_own:GPT", "config": {"model_type": "gpt-nano", "vocab_size": 512, "block_size": 64}}
+        (own.folder / "checkpoint/bigpipe_architecture.json").write_text(json.dumps(told))
+    assert statuses(own.run(text)) == {"download": "succeeded", "look": "succeeded"}
+    assert statuses(own.run(text)) == {"download": "cached", "look": "cached"}
+    with (own.folder / "gpt2_own.py").open("a") as file:
+        file.write("\nBUG = None\n")
+    result = own.run(text)
+    assert statuses(result) == {"download": "succeeded", "look": "succeeded"}
+    told = json.loads((result.path("download") / "bigpipe_architecture.json").read_text())
+    assert (told["class"], told["source"][:7]) == ("gpt2_own:GPT", "sha256:")
+    assert OWN_CLASS == ARCHITECTURE_FILE
 
 
 def _config(gpt2_own):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,11 @@ ids = torch.arange(3, 40)[None]
 with torch.inference_mode():
     plain, packed = (bigpipe.load(path, dtype="float32")(ids).logits for path in sys.argv[1:])
 print(((plain - packed).norm() / plain.norm()).item())
+"""
+
+QUANTIZE = """
+import sys, pathlib, bigpipe
+bigpipe.quantize_checkpoint(*sys.argv[1:3], scheme="int8-tensor", parts=pathlib.Path(sys.argv[3]))
 """
 
 
@@ -96,6 +102,23 @@ def test_what_was_saved_computes_as_the_model_did(nodes: dict[str, Any], site: P
     done = command("-c", COMPARE, str(MODEL), str(site / "saved"), path=(site,))
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout) < 0.05
+
+
+def test_what_another_version_of_it_finished_is_not_taken(tmp_path: Path, site: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(site, changed, symlinks=True, ignore=shutil.ignore_patterns("store", "other", "saved"))
+    [code], [information] = changed.glob("*.py"), changed.glob("*.dist-info")
+    code.write_text(code.read_text().replace("127 / measured", "63 / measured"))
+    metadata = (information / "METADATA").read_text()
+    (information / "METADATA").write_text(metadata.replace("Version: 0.1.0", "Version: 0.2.0"))
+    for folder, name in ((site, "first"), (changed, "second"), (changed, "alone")):
+        parts = "alone" if name == "alone" else "shared"
+        done = command("-c", QUANTIZE, str(MODEL), str(tmp_path / name), str(tmp_path / parts), path=(folder,))
+        assert done.returncode == 0, done.stderr
+    first, second, alone = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second", "alone")
+    )
+    assert first != second == alone
 
 
 def test_it_is_not_quantized_again(nodes: dict[str, Any], site: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_architecture, untied_checkpoint
+from bigpipe.bigmodel.architecture import architecture_of, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import (
     DECODED,
     Adapter,
@@ -76,7 +76,7 @@ class Merge:
             raise UsageError("no adapter is given", "give one, as peft saved it", field="inputs.adapter")
         weights = require_weights(self.weights, len(adapters), self.combination)
         _require_mergeable(described, self.dtype)
-        architecture = _architecture(described, sources)
+        architecture = architecture_of(described, sources)
         bounds = [bind(adapter, described, architecture, sources.memo) for adapter in adapters]
         found = (
             bounds[0] if len(adapters) == 1 and self.weights is None else combined(bounds, weights, self.combination)
@@ -119,13 +119,6 @@ def _refuse_packed(described: ModelDescription, bounds: Iterable[Bound]) -> None
         if bound.apart or ("float" not in dtype and not isinstance(bound.change, LowRank)):
             cause = f"{bound.target}: only pairs of matrices are merged into a quantized model"
             raise UsageError(cause, "merge into the weights before they were quantized, and quantize then")
-
-
-def _architecture(described: ModelDescription, sources: Sources) -> Architecture:
-    source = (
-        described.path if described.path is not None and sources.trust_remote_code else dict(described.config or {})
-    )
-    return describe_architecture(source, custom=described.custom, sources=sources)
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:

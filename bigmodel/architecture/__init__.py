@@ -15,10 +15,13 @@ if TYPE_CHECKING:
         LIBRARIES,
         Matching,
         Request,
+        architecture_of,
         ask_child,
         ask_matching,
         ask_names,
+        class_source,
         describe_architecture,
+        library_of,
         read_request,
         request_key,
     )

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, ModelDescription, read_json
 from bigpipe.bigmodel.memo import answered
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import inherited
@@ -93,6 +93,13 @@ def describe_architecture(
     return known or Architecture.from_json(_answer(request, sources.memo))
 
 
+def architecture_of(described: ModelDescription, sources: Sources) -> Architecture:
+    """Return the architecture of a checkpoint: by the code that came with it, where that may run and is here, else by
+    its config. Errors as of `describe_architecture`."""
+    ran = described.path if sources.trust_remote_code else None
+    return describe_architecture(ran or dict(described.config or {}), custom=described.custom, sources=sources)
+
+
 def ask_names(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> dict[str, str]:
     """Return stored name → parameter or buffer of the class that `config` names; several may become parts of one.
 
@@ -150,7 +157,7 @@ def read_request(
         return _custom_request(custom, sources)
     config = _with_plain_dtypes(source if isinstance(source, Mapping) else _read_config(Path(source)))
     refuse_counts(config, sources.trust.limits)
-    library = library_name or _library_of(config)
+    library = library_name or library_of(config)
     if library not in LIBRARIES:
         raise UsageError(f"library {library!r} is not known", f"use {listed(LIBRARIES, 'or')}")
     code = directory.resolve() if directory is not None and sources.trust_remote_code else None
@@ -196,8 +203,8 @@ def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:
     )
 
 
-def _library_of(config: Mapping[str, Any]) -> str:
-    """By the keys that each library writes into its config file."""
+def library_of(config: Mapping[str, Any]) -> str:
+    """Return transformers, diffusers or timm, by the keys that each library writes into its config file."""
     if "model_index" in config or "_class_name" in config or "_diffusers_version" in config:
         return "diffusers"
     if "model_type" not in config and "architectures" not in config and isinstance(config.get("architecture"), str):
@@ -258,19 +265,27 @@ def request_key(request: Request) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def class_source(reference: str, base: Path | None) -> str:
+    """Return the sha256, in hex, of every Python file that may decide what the class `module:Class` is: of its package,
+    and of what that imports from beside it. base: the directory that is looked at first. Raise UsageError where there
+    is none."""
+    top = top_level(reference)
+    files = [file for _, file in code_files(top, base)]
+    if not files:
+        raise UsageError(
+            f"module {top!r} of {reference} is not in {f'{base} and ' if base else ''}sys.path", "install it"
+        )
+    return _digest(files)
+
+
 def _source_digest(request: Request) -> str | None:
-    """Of every Python file that may decide what is built: the custom class's package and what it imports from beside
-    it, or the repository's code."""
+    """Of every Python file that may decide what is built: the custom class's, or the repository's code."""
     if request.custom_class:
-        top = top_level(request.custom_class)
-        files = [file for _, file in code_files(top, request.base)]
-        if not files:
-            where = f"{request.base} and " if request.base else ""
-            raise UsageError(f"module {top!r} of {request.custom_class} is not in {where}sys.path", "install it")
-    elif request.code:
-        files = sorted(request.code.rglob("*.py"))
-    else:
-        return None
+        return class_source(request.custom_class, request.base)
+    return _digest(sorted(request.code.rglob("*.py"))) if request.code else None
+
+
+def _digest(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())

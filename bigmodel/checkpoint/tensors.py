@@ -164,8 +164,9 @@ class TensorInfo:
         return replace(self, shape=one, offset=self.offset + index * tensor_nbytes(self.dtype, self.shape[1:]))
 
     def runs(self, size: int) -> Iterator[tuple[int, int]]:
-        """Give (start, stop) of its outermost dimension, of at most `size` bytes each but at least one entry."""
-        entries = self.shape[0] if self.nbytes else 0
+        """Give (start, stop) of its outermost dimension, of at most `size` bytes each but at least one entry. A single
+        number, of shape (), is one entry."""
+        entries = math.prod(self.shape[:1]) if self.nbytes else 0
         step = max(1, size * entries // max(1, self.nbytes))
         yield from ((start, min(start + step, entries)) for start in range(0, entries, step))
 

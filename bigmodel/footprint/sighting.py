@@ -190,6 +190,12 @@ def _look_locally(path: Path, choice: Choice, subfolder: str | None = None) -> S
     if subfolder:
         source.require_subfolder()
         path = source.folder
+    if path.is_dir() and library in (None, "diffusers") and (path / "model_index.json").is_file():
+        request, description = read_request(path, library_name="diffusers"), describe_pipeline(path, choice)
+        return Sighting(
+            name=str(path), description=description, source="headers" if description.tensors else "config",
+            library="diffusers", components=dict(request.config),
+        )  # fmt: skip
     if choice.variant:
         among = [file.path for file in source.chosen()]
         return Sighting(name=str(path), description=describe_checkpoint(path, among=among), library=library)
@@ -197,12 +203,6 @@ def _look_locally(path: Path, choice: Choice, subfolder: str | None = None) -> S
     missing = _missing_weights(path)
     if missing is None:
         return Sighting(name=str(path), description=describe_checkpoint(path), library=library)
-    if path.is_dir() and (path / "model_index.json").is_file():
-        request, description = read_request(path, library_name="diffusers"), describe_pipeline(path)
-        return Sighting(
-            name=str(path), description=description, source="headers" if description.tensors else "config",
-            library="diffusers", components=dict(request.config),
-        )  # fmt: skip
     file = path / "config.json" if path.is_dir() else path
     custom = directory / ARCHITECTURE_FILE
     gguf = path.is_dir() and any(path.glob("*.gguf"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import BUFFERS, COMPILED, Architecture, Matching, ask_matching
-from bigpipe.bigmodel.checkpoint import tensor_nbytes
+from bigpipe.bigmodel.checkpoint import CASTABLE, tensor_nbytes
 from bigpipe.errors import InvalidCheckpoint, first_few
 
 from .decoding import OF_ACTIVATIONS
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 WRAPPERS = {f"{COMPILED}.": "torch.compile", "module.": "DataParallel or DistributedDataParallel"}
 """What the names of weights begin with → what was around the model that they were saved from."""
 CURE = "check that config.json belongs to these weights"
+SAVE = "fetch the model again, or save it anew"
 HARMLESS = re.compile(rf"\.({OF_ACTIVATIONS}|(cos|sin)_cached)$|{BUFFERS.pattern}")
 """Scales of activations and of caches, and buffers that a class makes itself."""
 FURTHER = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
@@ -240,20 +241,40 @@ def _check_packed(
         module = architecture.by_name.get(own or "")
         if module is None or not module.linear:
             continue
-        parts = {part.suffix: part for part in weight.packing.stored(matrix_shape(module), "float16")}
+        packing = weight.packing.as_stored(weight.parts)
+        parts = {part.suffix: part for part in packing.stored(matrix_shape(module), "float16")}
         if "weight" in weight.parts and not _holds_codes(*weight.parts["weight"], wanted := parts["weight"]):
-            (rows, columns), shape = matrix_shape(module), weight.parts["weight"][1]
+            (rows, columns), (dtype, shape) = matrix_shape(module), weight.parts["weight"]
             raise InvalidCheckpoint(
-                f"{where}{name}.weight is {list(shape)}, and {own} of {architecture.class_name}, {rows} × {columns},"
-                f" would be {list(wanted.shape)}{_field((), (rows, columns), architecture.config)}",
+                f"{where}{name}.weight is {list(shape)} of {dtype}, and {own} of {architecture.class_name},"
+                f" {rows} × {columns}, would be {list(wanted.shape)} of {wanted.dtype}"
+                f"{_field((), (rows, columns), architecture.config)}",
                 CURE,
             )
+        for part in (part for part in parts.values() if part.loaded is None):
+            if (why := _lacks(part, weight.parts.get(part.suffix), packing.by_rows)) is not None:
+                raise InvalidCheckpoint(
+                    f"{where}{name}.{part.suffix} {why}, without which its codes are no numbers", SAVE
+                )
 
 
 def _holds_codes(dtype: str, shape: tuple[int, ...], wanted: StoredTensor) -> bool:
     """A column of bytes may be stored as one of wider numbers (`bnb_4bit_quant_storage`): what counts are its bytes."""
     as_column = wanted.shape[1:] == shape[1:] == (1,) and tensor_nbytes(dtype, shape) == wanted.nbytes
-    return shape == wanted.shape or as_column
+    return (dtype, shape) == (wanted.dtype, wanted.shape) or as_column
+
+
+def _lacks(wanted: StoredTensor, found: tuple[str, tuple[int, ...]] | None, by_rows: bool) -> str | None:
+    """Why what is stored beside codes is not what they are multiplied with; None where it is. by_rows: there is one for
+    each row; of blocks, nobody knows here how long they are."""
+    if found is None:
+        return "is not stored"
+    dtype, shape = found
+    if wanted.suffix != "weight" and dtype not in (CASTABLE if wanted.dtype in CASTABLE else (wanted.dtype,)):
+        return f"is {dtype}, not {wanted.dtype}"
+    if by_rows and math.prod(shape) != math.prod(wanted.shape):
+        return f"is {list(shape)}, not {list(wanted.shape)}"
+    return None
 
 
 def _untied(architecture: Architecture, matching: Matching, shared: Mapping[str, str]) -> Agreement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -91,6 +91,10 @@ class Packing(Protocol):
 
         measured: what `measure` gave; None: not known yet, and sizes are right within `spread`.
         """
+
+    def as_stored(self, parts: Collection[str]) -> Packing:
+        """Return it with the options that a weight of which these parts are stored was packed with. parts: suffixes."""
+        return self
 
     def spread(self) -> tuple[int, int]:
         """Return by how many bytes a stored matrix may be smaller and larger than predicted."""

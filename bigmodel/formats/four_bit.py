@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 COMPUTES = frozenset({"float16", "half", "bfloat16", "float32", "float", "float64", "double"})
 STATE = "weight.quant_state.bitsandbytes__"
+NESTED = frozenset({"weight.nested_absmax", "weight.nested_quant_map"})
+"""Stored beside a double-quantized weight alone."""
 TYPICAL_OFFSET = 0.12345678901234568
 """Stands in for the mean absmax of a weight that was not read yet: as text it has 17 to 20 characters mostly."""
 FEWEST_DIGITS, MOST_DIGITS = 3, 22
@@ -45,8 +47,7 @@ class FourBit(Packing):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        tables = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-        return "weight", *(f"weight.{name}" for name in tables), STATE + self.quant_type
+        return "weight", "weight.absmax", "weight.quant_map", *sorted(NESTED), STATE + self.quant_type
 
     @property
     def computes_in(self) -> str:
@@ -58,6 +59,9 @@ class FourBit(Packing):
 
     def stored(self, shape: Shape, dtype: str, measured: Any = None) -> tuple[StoredTensor, ...]:
         return _stored(self, shape, dtype, measured)
+
+    def as_stored(self, parts: Collection[str]) -> FourBit:
+        return replace(self, bnb_4bit_use_double_quant=not NESTED.isdisjoint(parts))
 
     def spread(self) -> tuple[int, int]:
         typical = len(repr(TYPICAL_OFFSET))

@@ -5,7 +5,6 @@ Where somebody waits for them (see `bigpipe.passing`), weight files are announce
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from bigpipe.bigmodel.checkpoint import (
     describe_if_single,
     is_index,
     no_weights,
+    parse_object,
 )
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError, first_few
 from bigpipe.files import copy_file, free_space, link, make_folders
@@ -160,7 +160,7 @@ class HubSource:
         watch.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
         for misfit in _misfits(missing_bytes(repository, chosen.values()), self.hub):
             raise misfit.error()
-        bringing = _Bringing(out, watch, chosen)
+        bringing = _Bringing(out, watch, chosen, _indexes(chosen, self.choice, repository.library))
 
         def arrived(name: str, file: Fetched) -> None:
             make_folders((out / name).parent)
@@ -239,7 +239,7 @@ class DirectorySource:
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Copy files into `out`. Otherwise as `HubSource.bring`."""
         sizes = {file.path: file.size for file in self.chosen() if file.path not in skip}
-        bringing, done = _Bringing(out, watch, sizes), 0
+        bringing, done = _Bringing(out, watch, sizes, _indexes(sizes, self.choice)), 0
 
         def report(size: int) -> None:
             nonlocal done
@@ -258,10 +258,11 @@ class DirectorySource:
 class _Bringing:
     """Files on their way into a directory: the others before the weights that pass on one by one."""
 
-    def __init__(self, out: Path, watch: Watch, names: Collection[str]) -> None:
+    def __init__(self, out: Path, watch: Watch, names: Collection[str], indexes: Collection[str]) -> None:
         self.out = out
         self.watch = watch
         self.names = names
+        self.indexes = indexes
         self.passing = may_pass(names) if watch.outlet.waited_for else []
         self.side = [name for name in names if name not in self.passing]
         self._files: dict[str, tuple[str, int]] = {}
@@ -281,10 +282,17 @@ class _Bringing:
             self.watch.outlet.finished(name, sha256, size)
 
     def done(self, commit: str | None = None, fetched_bytes: int = 0) -> Brought:
-        for name in self.names:
-            if is_index(name):
-                check_index(self.names, name, json.loads((self.out / name).read_bytes()))
+        for name in self.indexes:
+            check_index(self.names, name, parse_object((self.out / name).read_bytes(), name))
         return Brought({name: self._files[name] for name in self.names}, commit, fetched_bytes)
+
+
+def _indexes(names: Collection[str], choice: Choice, hint: str | None = None) -> list[str]:
+    """Of files to take, the indexes by which weights are read: another format's may lie beside them without its
+    shards."""
+    if not any(map(is_index, names)):
+        return []
+    return [name for name in weight_files(Choice(library=choice.library).weights(names, hint)) if is_index(name)]
 
 
 Source = HubSource | DirectorySource

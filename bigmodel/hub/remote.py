@@ -201,12 +201,10 @@ def _tensors(
     files, weight_map = weight_files(weights, indexes=False), {}
     if "" in weights and (name := weights[""].index) is not None:
         index = _json(repository, name, MAX_INDEX)
-        check_index([file.path for file in repository.files], name, index)
-        weight_map = (index or {})["weight_map"]
+        weight_map = check_index([file.path for file in repository.files], name, index)
         files = sorted(set(weight_map.values()))
-        tensors = (
-            _tensors_of_index(index or {}, config) if need == "sizes" and _format(weights) == "safetensors" else None
-        )
+        told = need == "sizes" and _format(weights) == "safetensors"
+        tensors = _tensors_of_index(index or {}, weight_map, config) if told else None
         if tensors is not None and _counts(repository) == _elements(tensors):  # else nobody has seen the dtypes
             return tensors, {}, "index"
     contents = _headers(repository, [file for file in repository.files if file.path in files], weight_map)
@@ -235,13 +233,15 @@ def _component(file: Path) -> str:
     return f"{file.parent.name}." if file.parent.name else ""
 
 
-def describe_pipeline(path: Path) -> ModelDescription:
-    """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights."""
+def describe_pipeline(path: Path, choice: Choice = ANY, among: Collection[str] | None = None) -> ModelDescription:
+    """Return the tensors of a pipeline's directory, named as `describe_repository` names them; none without weights.
+    choice: of which variant they are. among: the files that count, by relative path; None: all."""
     folders = [path, *(folder for folder in path.iterdir() if folder.is_dir() and not folder.is_symlink())]
     files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
-    names = [file.relative_to(path).as_posix() for file in files]
+    there = [file.relative_to(path).as_posix() for file in files]
+    names = there if among is None else [name for name in there if name in among]
     found = {}
-    weights = _weights(names, Choice(library="diffusers"))
+    weights = _weights(names, Choice(library="diffusers", variant=choice.variant))
     for name in weight_files(weights, indexes=False):
         with FileSource(path / name) as source:
             found[Path(name)] = read_contents(source, path / name, placed=False)
@@ -254,13 +254,16 @@ def _format(weights: Mapping[str, WeightSet]) -> FileFormat | None:
     return next((file_format_of(Path(found.files[0])) for found in weights.values() if found.files), None)
 
 
-def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tensors | None:
+def _tensors_of_index(
+    index: Mapping[str, Any], weight_map: Mapping[str, str], config: Mapping[str, Any] | None
+) -> Tensors | None:
     """Names, dtypes and shapes, where the index and a config of a known family agree about all of them; else None.
     They agree where the names are the same and `total_size` is the sum of bytes in the config's dtype: a tensor of
     another shape or dtype would have to be made up for by another one."""
     if config is None or config.get("quantization_config"):
         return None
-    dtype, total = config.get("dtype") or config.get("torch_dtype"), (index.get("metadata") or {}).get("total_size")
+    told = index.get("metadata") if "weight_map" in index else None
+    dtype, total = config.get("dtype") or config.get("torch_dtype"), (told or {}).get("total_size")
     architecture = known_architecture(config)
     if architecture is None or not isinstance(dtype, str) or not isinstance(total, int | float):
         return None
@@ -270,9 +273,9 @@ def _tensors_of_index(index: Mapping[str, Any], config: Mapping[str, Any] | None
         size = sum(tensor_nbytes(dtype, shape) for _, shape in expected.values())
     except KeyError:
         return None
-    if set(index["weight_map"]) != set(expected) or size != total:
+    if set(weight_map) != set(expected) or size != total:
         return None
-    return {name: expected[name] for name in index["weight_map"]}
+    return {name: expected[name] for name in weight_map}
 
 
 DESCRIBED, FOUND = ("config", "format", "tied", "custom"), ("library", "source", "components")

@@ -123,10 +123,11 @@ def detect(names: Iterable[str], config: dict[str, Any] | None = None, hint: str
     return "transformers"
 
 
-def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
-    """Raise InvalidCheckpoint unless every shard that an index names is among the files."""
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+def check_index(names: Iterable[str], index_name: str, index: Any) -> dict[str, str]:
+    """Return tensor → shard of an index, which is transformers' or accelerate's bare one. Raise InvalidCheckpoint
+    unless every shard that it names is among the files."""
+    weight_map = index.get("weight_map", index) if isinstance(index, dict) else None
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(at, str) for at in weight_map.values()):
         raise InvalidCheckpoint(f"{index_name} has no weight_map", "fetch the model again, or from another revision")
     folder = Name(index_name).parent
     below = {Name(name).name if Name(name).parent == folder else name for name in names}
@@ -136,6 +137,7 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> None:
             "the upload may be unfinished: choose another revision, widen include, or, offline, run once with a network"
         )
         raise InvalidCheckpoint(f"{index_name} names {first_few(missing)}, which is not there", cure)
+    return dict(weight_map)
 
 
 def _folders(names: list[str], library: Library) -> dict[str, list[str]]:

@@ -23,12 +23,14 @@ class Expected:
     config: Mapping[str, Any] | None = None
     """What config.json must hold to the byte, where bigpipe wrote it."""
     notes: tuple[str, ...] = ()
+    custom: Mapping[str, Any] | None = None
+    """As `config`, of `bigpipe_architecture.json`."""
 
 
 def expect_ours(source: ModelDescription, settings: Settings, sources: Sources) -> Expected:
     """Return what `quantize` makes of a source. Raise as `understand`."""
     outlined, quantized = understand(source, settings, sources=sources)
-    return Expected(outlined.parts, quantized.config, outlined.notes)
+    return Expected(outlined.parts, quantized.config, outlined.notes, quantized.custom)
 
 
 def expect_of_others(

@@ -11,8 +11,9 @@ from bigpipe.bigmodel.publishing import Stored
 from bigpipe.errors import UsageError
 from bigpipe.files import explained, hash_file
 
-OF_GIT = (".git", ".gitattributes", ".github", ".gitignore")
-"""At the top of a clone: no part of the model, as OpenSSF's model signing has it."""
+NO_PART = (".git", ".gitattributes", ".github", ".gitignore", ".cache")
+"""At the top of a clone, which OpenSSF's model signing leaves out too, and of what `hf download --local-dir` brought:
+no part of the model."""
 
 
 def files_of(directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Stored]:
@@ -40,8 +41,8 @@ def require_directory(directory: Path) -> None:
 
 
 def paths_below(directory: Path) -> list[Path]:
-    """Return files and directories of a model in order, without what belongs to a clone."""
-    return [path for path in sorted(directory.rglob("*")) if path.relative_to(directory).parts[0] not in OF_GIT]
+    """Return files and directories of a model in order, without what belongs to a clone or a download."""
+    return [path for path in sorted(directory.rglob("*")) if path.relative_to(directory).parts[0] not in NO_PART]
 
 
 def root_digest(files: Mapping[str, Stored]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.formats import BUILT_IN, format_of, plain_dtype
 from bigpipe.bigmodel.hub import COMMIT, Choice
-from bigpipe.bigmodel.publishing import Provenance, read_card, read_provenance
+from bigpipe.bigmodel.publishing import Provenance, Step, led_to, read_card, read_provenance
 from bigpipe.bigmodel.quantization import Settings
 from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.names import listed
@@ -19,6 +19,8 @@ from bigpipe.names import listed
 ADDRESS = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[^@\s]+))?")
 """`owner/name`, perhaps at a revision."""
 CURE = "name what it was made from: --source OWNER/NAME@COMMIT, or a directory"
+UNSAID = "its recipe took no repository, and where its directory or weights came from is not on record"
+MADE_UP = "its recipe took a miniature, with weights that were made up"
 RECOMPUTED = ("download", "shard", "quantize")
 UNTOUCHING = ("estimate", "evaluate", "distributed-infer", "dispatch", "finetune", "save")
 """Kinds that change no weights of the model that they are given."""
@@ -47,8 +49,10 @@ class Record:
     """None: not said."""
     unsaid: str = ""
     """Why not, in words."""
-    cast: str | None = None
-    """The dtype of all weights before they were quantized, where a step wrote them anew."""
+    choice: Choice = field(default_factory=Choice)
+    """Which files of a directory it was made from."""
+    casts: tuple[str, ...] = ()
+    """The dtypes that all weights had one after the other before they were quantized, where steps wrote them anew."""
     ours: bool = False
     """bigpipe published it: names, config and side files are then known to the byte, too."""
     notes: tuple[str, ...] = ()
@@ -65,29 +69,33 @@ def read_record(name: str, folder: Path, described: ModelDescription) -> Record:
     published = read_provenance(folder)
     try:
         if published is not None and (step := published.provenance.last("quantize")) is not None:
-            return _of_steps(name, published.provenance, step.params)
+            return _of_steps(name, published.provenance, step)
         return _of_config(folder, described, found.name)
     except (TypeError, ValueError) as error:  # of values that whoever published it wrote
         cause = f"{name}: what it says of how it was made cannot be read: {error}"
         raise InvalidCheckpoint(cause, "take it as it was published") from None
 
 
-def _of_steps(name: str, provenance: Provenance, params: Mapping[str, Any]) -> Record:
-    steps = [step for step in provenance.steps if not step.left]
+def _of_steps(name: str, provenance: Provenance, quantize: Step) -> Record:
+    steps = [step for step in led_to(provenance.model, provenance.steps) or provenance.steps if not step.left]
     if any(step.kind == "merge" for step in steps):
         cause = f"{name} was made with an adapter, whose merge is not recomputed"
         raise UsageError(cause, f"run its recipe again: {provenance.recipe!r} is in its provenance.json")
+    casts = [step for step in steps if step.kind == "shard" and step.params.get("dtype")]
+    before = [step for step in casts if steps.index(step) < steps.index(quantize)]
     others = [step for step in steps if step.kind not in (*RECOMPUTED, *UNTOUCHING)]
+    others += [step for step in casts if step not in before]
     notes = [
         f"step {step.node} ({step.kind}) is not recomputed: what it changed shows as differences" for step in others
     ]
     download = provenance.last("download")
     known = {each.name for each in fields(Settings) if each.init}
     return Record(
-        settings=Settings(**{key: value for key, value in params.items() if key in known}),
+        settings=Settings(**{key: value for key, value in quantize.params.items() if key in known}),
         source=_downloaded(download.params, download.metrics) if download else None,
-        unsaid="its recipe took no repository, and where its directory or weights came from is not on record",
-        cast=provenance.param("shard", "dtype"),
+        unsaid=MADE_UP if download and download.params.get("miniature") else UNSAID,
+        choice=_choice(download.params if download else {}),
+        casts=tuple(step.params["dtype"] for step in before),
         ours=True,
         notes=tuple(notes),
     )
@@ -95,14 +103,16 @@ def _of_steps(name: str, provenance: Provenance, params: Mapping[str, Any]) -> R
 
 def _downloaded(params: Mapping[str, Any], metrics: Mapping[str, Any]) -> Source | None:
     repo = params.get("repo")
-    if repo is None or not ADDRESS.fullmatch(repo):
+    if repo is None or not ADDRESS.fullmatch(repo) or params.get("miniature"):
         return None
+    commit, folder = commit_of(metrics.get("commit")), params.get("subfolder")
+    return Source(place=repo, commit=commit, choice=_choice(params), subfolder=folder)
+
+
+def _choice(params: Mapping[str, Any]) -> Choice:
+    """Which files a download took."""
     names = {"include": "include", "exclude": "exclude", "library": "library_name", "variant": "variant"}
-    choice = {ours: params[theirs] for ours, theirs in names.items() if params.get(theirs)}
-    return Source(
-        place=repo, commit=commit_of(metrics.get("commit")), choice=Choice(**choice),
-        subfolder=params.get("subfolder"),
-    )  # fmt: skip
+    return Choice(**{ours: params[theirs] for ours, theirs in names.items() if params.get(theirs)})
 
 
 def _of_config(folder: Path, described: ModelDescription, scheme: str) -> Record:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bigpipe.bigmodel.architecture import untied_checkpoint
-from bigpipe.bigmodel.checkpoint import Checkpoint, describe_opened, open_checkpoint
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import PLAIN, decode, decoded, format_of
-from bigpipe.bigmodel.hub import COMMIT, Hub, HubSource, Watch
+from bigpipe.bigmodel.hub import COMMIT, Choice, DirectorySource, Hub, HubSource, Watch
 from bigpipe.bigmodel.publishing import PROVENANCE
 from bigpipe.bigmodel.quantization import torch_threads
 from bigpipe.bigmodel.sources import Sources
@@ -74,6 +74,8 @@ def reproduce(
         record = read_record(there.name, there.folder, describe_opened(there.checkpoint))
         asked = _source(there.name, record, source)
         with _found(asked, sources, progress) as origin:
+            if asked.local:
+                origin = replace(origin, checkpoint=_as_taken(origin.checkpoint, asked.choice))
             return _reproduced(there, origin, record, asked, sources, progress)
 
 
@@ -96,7 +98,9 @@ def _source(name: str, record: Record, given: str | Path | None) -> Source:
         return record.source
     asked = _asked(given)
     recorded = record.source
-    if recorded is not None and not asked.local and recorded.place == asked.place:
+    if asked.local:
+        return replace(asked, choice=record.choice)
+    if recorded is not None and recorded.place == asked.place:
         return replace(recorded, commit=asked.commit or recorded.commit)
     return asked
 
@@ -113,13 +117,24 @@ def _found(asked: Source, sources: Sources, progress: ReportProgress) -> Iterato
         yield Found(asked.place, brought.commit, open_checkpoint(scratch))
 
 
+def _as_taken(checkpoint: Checkpoint, choice: Choice) -> Checkpoint:
+    """A directory's checkpoint with those side files that a download takes along; with all where they are not all that
+    it was told to take."""
+    try:
+        chosen = DirectorySource(checkpoint.path, choice).chosen()
+    except UsageError:
+        return checkpoint
+    taken = {checkpoint.folder / file.path for file in chosen}
+    return replace(checkpoint, extras=tuple(extra for extra in checkpoint.extras if extra in taken))
+
+
 def _reproduced(
     there: Found, origin: Found, record: Record, asked: Source, sources: Sources, progress: ReportProgress
 ) -> Reproduction:
     _refuse_quantized(origin)
     source = untied_checkpoint(decode(origin.checkpoint))
-    if record.cast not in (None, record.settings.dtype):  # else the second cast gives what both do
-        source = cast_while_read(source, record.cast)
+    for dtype in record.casts:
+        source = cast_while_read(source, dtype)
     settings = replace(record.settings, threads=torch_threads())
     described = describe_opened(source)
     try:
@@ -133,9 +148,11 @@ def _reproduced(
     comparison, summed = compare(
         there.checkpoint, source, expected.parts, settings, lambda done, total: progress(done, total, "recompute")
     )
-    files = [*_weight_files(comparison), *_side_files(comparison, there, origin, expected, record.ours)]
+    made = _made(there, expected)
+    carried = {extra.relative_to(origin.folder).as_posix(): extra for extra in origin.checkpoint.extras}
+    files = [*_weight_files(comparison), *_side_files(comparison, there, made, carried, record.ours)]
     if record.ours:
-        comparison.differences.extend(_absent(there, origin, expected))
+        comparison.differences.extend(_absent(there, [*made, *carried]))
     pinned = asked.commit is not None and COMMIT.fullmatch(asked.commit) is not None
     return Reproduction(
         published=there.name,
@@ -176,12 +193,24 @@ def _weight_files(comparison: Comparison) -> Iterator[ComparedFile]:
         )
 
 
+def _made(there: Found, expected: Expected) -> dict[str, bytes]:
+    """Files beside the weights that bigpipe writes anew, by name. What code a class had when it was downloaded does not
+    stand in its source, nor in a byte of the weights: that is taken as it was published."""
+    made = {}
+    if expected.config is not None:
+        made["config.json"] = encode_config(expected.config)
+    if expected.custom is not None:
+        custom, published = dict(expected.custom), describe_opened(there.checkpoint).custom or {}
+        custom.pop("source", None)
+        told = {"source": published["source"]} if "source" in published else {}
+        made[ARCHITECTURE_FILE] = encode_config({**custom, **told})
+    return made
+
+
 def _side_files(
-    comparison: Comparison, there: Found, origin: Found, expected: Expected, ours: bool
+    comparison: Comparison, there: Found, made: Mapping[str, bytes], carried: Mapping[str, Path], ours: bool
 ) -> Iterator[ComparedFile]:
     """Everything else. What bigpipe published is known to the byte, but for the card and what says how it was made."""
-    made = {"config.json": encode_config(expected.config)} if expected.config is not None else {}
-    carried = {extra.relative_to(origin.folder).as_posix(): extra for extra in origin.checkpoint.extras}
     for file in (path for path in paths_below(there.folder) if path.is_file()):
         name = file.relative_to(there.folder).as_posix()
         if file in comparison.published.files:
@@ -200,11 +229,9 @@ def _side_files(
         yield ComparedFile(name=name, became=became, bytes=size, equal_bytes=size if same else 0, note=note)
 
 
-def _absent(there: Found, origin: Found, expected: Expected) -> Iterator[Difference]:
+def _absent(there: Found, names: Iterable[str]) -> Iterator[Difference]:
     """Files that bigpipe would have published beside the weights, and that are not there."""
-    carried = [extra.relative_to(origin.folder).as_posix() for extra in origin.checkpoint.extras]
-    made = ["config.json"] if expected.config is not None else []
-    for name in dict.fromkeys([*made, *carried]):
+    for name in dict.fromkeys(names):
         if name not in (CARD, PROVENANCE) and not (there.folder / name).is_file():
             yield Difference("", name, "missing", "the source gives it, and it is not there")
 

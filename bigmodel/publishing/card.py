@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from bigpipe import plainyaml
-from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE
+from bigpipe.bigmodel.architecture import library_of
+from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
 from bigpipe.bigmodel.formats import named, packing_of
+from bigpipe.errors import InvalidCheckpoint
 from bigpipe.files import read_file
 from bigpipe.redaction import redact
 from bigpipe.sizes import format_size
@@ -76,11 +78,9 @@ Made by bigpipe {{ version }} from the recipe `{{ recipe_name }}`
 {{ fence }}
 """
 
-LOADING = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{where}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{where}")"""
+CONFIGS = ("model_index.json", "config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""One of these lies beside a model that AutoTokenizer loads."""
 
 
 def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         commit=download and download.metrics.get("commit"),
         scheme=scheme,
         method=scheme and named(scheme).method,
-        loading=LOADING.format(where=name) if _by_transformers(model) else "",
+        loading=_loading(model, name),
         measured=[[_cell(text) for text in row] for step in provenance.steps for row in _measured(step)],
         left=[(_cell(step.node), _cell(step.left)) for step in provenance.steps if step.left],
         version=version(),
@@ -149,14 +149,46 @@ def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any, extra
         "base_model": base,
         "base_model_relation": "quantized" if base and scheme else None,
         **_license(model / "README.md", extra),
-        "library_name": "transformers" if _by_transformers(model) else None,
+        "library_name": _library(model),
         "pipeline_tag": task if TASKS.fullmatch(str(task)) else None,
         "tags": ["bigpipe", *([f"{packing_of(scheme).bits}-bit", named(scheme).method] if scheme else [])],
     }
 
 
-def _by_transformers(model: Path) -> bool:
-    return (model / "config.json").is_file() and not (model / ARCHITECTURE_FILE).exists()
+def _config(model: Path) -> dict[str, Any]:
+    """The config of a model that a library's own classes load; empty where there is none, or it cannot be read."""
+    file = next((file for name in CONFIGS if (file := model / name).is_file()), None)
+    if file is None or (model / ARCHITECTURE_FILE).exists():
+        return {}
+    try:
+        return read_json(file, model, MAX_CONFIG)
+    except InvalidCheckpoint:
+        return {}
+
+
+def _library(model: Path) -> str | None:
+    """As the Hub calls it: transformers, diffusers or timm; None where the files do not tell."""
+    config = _config(model)
+    library = library_of(config)
+    return library if library != "transformers" or not {"model_type", "architectures"}.isdisjoint(config) else None
+
+
+def _loading(model: Path, where: str) -> str:
+    """How transformers loads it: as the class that was saved, and by that of `auto_map` which means it where it came
+    with its own code; with its tokenizer, if there is one. Empty for what another library loads."""
+    config = _config(model)
+    saved = config.get("architectures")
+    name = str(saved[0]) if isinstance(saved, list) and len(saved) == 1 else "AutoModel"
+    mapped = config.get("auto_map")
+    for auto, target in mapped.items() if isinstance(mapped, Mapping) else ():
+        name = str(auto) if str(auto).startswith("AutoModel") and str(target).endswith(f".{name}") else name
+    if _library(model) != "transformers" or not name.isidentifier():
+        return ""
+    tokenizer = any((model / file).exists() for file in TOKENIZERS)
+    lines = [f"from transformers import {', '.join(['AutoTokenizer'] * tokenizer + [name])}", ""]
+    lines += [f'model = {name}.from_pretrained("{where}", device_map="auto")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{where}")'] * tokenizer
+    return "\n".join(lines)
 
 
 def _measured(step: Step) -> list[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, ask_names, describe_architecture, untied
+from bigpipe.bigmodel.architecture import Architecture, ModuleSpec, architecture_of, ask_names, untied
 from bigpipe.bigmodel.checkpoint import ModelDescription, Tensors, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.formats import (
     PLAIN,
@@ -351,7 +351,7 @@ def understand(
     sources: Sources = Sources(),
 ) -> tuple[Outline, ModelDescription]:
     """Return the outline of a quantization, and the checkpoint that comes of it, sizes as of `Outline.nbytes`.
-    architecture: what the model is; None: asked of `describe_architecture`, which takes `sources`. The tensors of
+    architecture: what the model is; None: asked of `architecture_of`, which takes `sources`. The tensors of
     `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
     left, described = left_out(described), untied(decoded(described))
@@ -362,7 +362,7 @@ def understand(
         )
     config, told = described.config or {}, architecture is not None
     if architecture is None:
-        architecture = describe_architecture(config, custom=described.custom, sources=sources)
+        architecture = architecture_of(described, sources)
     notes = (*left, *agree(described, architecture, sources.memo, ask=not told).notes)
     plain = described.custom is None and described.config is not None and architecture.library == "transformers"
     names = partial(ask_names, config, memo=sources.memo) if plain else None

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, itemsize, read_header
+from bigpipe.bigmodel.formats import version_of
 from bigpipe.bigmodel.writing import (
     Files,
     Finished,
@@ -183,6 +184,10 @@ def write_quantized(
 
 def _key(checkpoint: Checkpoint, source: Path, group: Sequence[Converted | Kept], settings: Settings) -> str:
     facts: dict[str, Any] = {"version": VERSION, "scheme": settings.scheme, "dtype": settings.dtype}
+    if (bound := settings.packing.computes_in) is not None:
+        facts["computes_in"] = bound  # what it has no room for is refused
+    if (offered := version_of(settings.scheme)) is not None:
+        facts["format"], facts["packing"] = offered, repr(settings.packing)
     if settings.packing.measures:
         facts["threads"] = settings.threads
     outputs = [[(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs] for part in group]

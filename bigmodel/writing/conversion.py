@@ -19,6 +19,7 @@ from bigpipe.bigmodel.checkpoint import (
     CHUNK,
     SAFETENSORS_NAMES,
     Checkpoint,
+    Decoder,
     FileFormat,
     Made,
     ModelDescription,
@@ -232,32 +233,37 @@ def cast(source: memoryview, stored: str, wanted: str, target: memoryview, *, bo
 
 @dataclass(frozen=True, slots=True)
 class _Cast:
-    """Decodes entries of `elements` numbers each."""
+    """Decodes entries of `elements` numbers each, which `before` gives where they are decoded themselves."""
 
     stored: str
     wanted: str
     elements: int
     bounded: bool
+    before: Decoder | None
 
     def ranges(self, start: int, stop: int) -> Sequence[tuple[int, int]]:
+        if self.before is not None:
+            return self.before.ranges(start, stop)
         entry = self.elements * itemsize(self.stored)
         return [(start * entry, (stop - start) * entry)]
 
     def decode(self, start: int, stop: int, parts: Sequence[memoryview]) -> memoryview:
         target = memoryview(bytearray((stop - start) * self.elements * itemsize(self.wanted)))
-        return cast(parts[0], self.stored, self.wanted, target, bounded=self.bounded)
+        numbers = parts[0] if self.before is None else self.before.decode(start, stop, parts)
+        return cast(numbers, self.stored, self.wanted, target, bounded=self.bounded)
 
 
 def cast_while_read(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Return a checkpoint whose numbers are cast as they are read, as `convert` would have written them. Tensors
-    that are decoded as they are read keep the dtype that they are decoded to. Nothing is held or written for it."""
+    """Return a checkpoint whose numbers are cast as they are read, as `convert` would have written them; once more
+    where they are cast or decoded already. Nothing is held or written for it."""
 
     def seen(tensor: TensorInfo) -> TensorInfo:
-        if not is_cast(tensor.dtype, dtype) or not tensor.shape or tensor.made is not None:
+        if not is_cast(tensor.dtype, dtype):
             return tensor
+        before = tensor.made.decoder if tensor.made is not None else None
         bounded = not BUFFERS.search(tensor.name)
-        decoder = _Cast(tensor.dtype, dtype, math.prod(tensor.shape[1:]), bounded)
-        return TensorInfo(tensor.name, dtype, tensor.shape, tensor.file, -1, made=Made((tensor,), decoder))
+        decoder = _Cast(tensor.dtype, dtype, math.prod(tensor.shape[1:]), bounded, before)
+        return TensorInfo(tensor.name, dtype, tensor.shape, tensor.file, -1, made=Made(tensor.stored, decoder))
 
     config = checkpoint.config and config_with_dtype(checkpoint.config, dtype)
     tensors = {name: seen(tensor) for name, tensor in checkpoint.tensors.items()}

@@ -234,6 +234,8 @@ class Planning(Generic[P]):
     leads_to: Callable[[P, Path], Sequence[Path]] | None = None
     """Files that the content of the params names, sounds of rows, by the manifest's directory: their content enters the
     key too. Raises UsageError for one that is not there."""
+    heeds_code: bool = False
+    """The result is another one where code that came with a model may run: what the recipe trusts so enters the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

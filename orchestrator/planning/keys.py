@@ -120,15 +120,18 @@ def identity(
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) or recorded.get(name) or planned_version(name) for name in kind.packages},
-        facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, ranks)},
+        facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, trust, ranks)},
     )
 
 
-def _facts_of(node: Node, base: Path, memo: StatMemo, ranks: int | None) -> dict[str, Json]:
-    """What the contract itself asks a kind for: files that its content leads to, and the number of ranks."""
+def _facts_of(node: Node, base: Path, memo: StatMemo, trust: Trust, ranks: int | None) -> dict[str, Json]:
+    """What the contract itself asks a kind for: files that its content leads to, code that may run, and the number of
+    ranks."""
     found: dict[str, Json] = {}
     if node.kind.planning.leads_to is not None and (paths := node.kind.planning.leads_to(node.params, base)):
         found["files"] = digest_of("files", [memo.sha256(path) for path in paths])
+    if node.kind.planning.heeds_code and trust.remote_code:
+        found["remote_code"] = sorted(trust.remote_code)
     if node.kind.ranks.counted:
         found["ranks"] = node.launch.num_processes if ranks is None else ranks
     return found

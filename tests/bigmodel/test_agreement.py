@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,39 @@ def test_every_kind_that_needs_shapes_says_so_at_plan(tmp_path: Path, stage: Sta
 def test_an_estimate_says_that_config_and_weights_disagree(tmp_path: Path) -> None:
     made = estimate(checkpoint(tmp_path / "model", vocab_size=270), dtypes=["float32"])
     assert any("vocab_size 270" in note for note in made.notes)
+
+
+def _without(name: str) -> Change:
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def _as(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda tensors: {**tensors, name: change(tensors[name])}
+
+
+PROJECTION = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(("options", "change", "told"), [
+    ({"scheme": "nf4"}, _without(f"{PROJECTION}.weight.absmax"), "weight.absmax is not stored"),
+    ({"scheme": "nf4"}, _without(f"{PROJECTION}.weight.quant_map"), "weight.quant_map is not stored"),
+    ({"scheme": "nf4", "bnb_4bit_use_double_quant": True}, _without(f"{PROJECTION}.weight.nested_absmax"),
+     "weight.nested_absmax is not stored"),
+    ({"scheme": "fp4"}, _as(f"{PROJECTION}.weight.absmax", torch.Tensor.byte),
+     "weight.absmax is uint8, not float32"),
+    ({"scheme": "int8"}, _without(f"{PROJECTION}.weight"), "weight is not stored"),
+    ({"scheme": "int8"}, _as(f"{PROJECTION}.weight", torch.Tensor.half), "of float16.* of int8"),
+    ({"scheme": "int8"}, _as(f"{PROJECTION}.SCB", lambda scales: scales[:-1].clone()), r"SCB is \[\d+\], not"),
+])  # fmt: skip
+def test_packed_weights_without_what_belongs_to_them_are_refused(
+    options: dict[str, Any], change: Change, told: str, tmp_path: Path
+) -> None:
+    quantize_checkpoint(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "packed", **options)
+    assert agreed(tmp_path / "packed").notes == ()
+    file = tmp_path / "packed/model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    with pytest.raises(InvalidCheckpoint, match=f"{PROJECTION}.*{told}"):
+        agreed(tmp_path / "packed")
 
 
 def test_packed_weights_of_another_width_are_refused(tmp_path: Path) -> None:

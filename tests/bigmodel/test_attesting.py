@@ -81,6 +81,16 @@ def test_openssf_reads_the_signature_and_finds_a_changed_byte(saved: Path, keys:
     assert by_their_tool(saved, signature, public).returncode != 0
 
 
+def test_what_a_client_notes_beside_its_download_is_no_part_of_the_model(saved: Path) -> None:
+    noted = saved / ".cache/huggingface/download/config.json.metadata"
+    noted.parent.mkdir(parents=True)
+    noted.write_text("a commit, a digest, a time")
+    assert bigpipe.check_directory(saved).error is None
+    (saved / "more").mkdir()
+    (saved / "more" / ".cache").write_text("what lies elsewhere counts")
+    assert bigpipe.check_directory(saved).error is not None
+
+
 def test_what_openssf_signed_is_read_here(saved: Path, tmp_path: Path) -> None:
     private, public = make_keys(tmp_path)
     out = tmp_path / "theirs"

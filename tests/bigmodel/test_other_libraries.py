@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.contexts import forecast_context
 from support.hub import LoopbackHub
 from support.shells import nbytes, shell
 
 from bigpipe.bigmodel.footprint import Estimate, estimate
+from bigpipe.plugins.download import STAGE, DownloadParams
 
 Entry = tuple[str, str, tuple[int, ...]]
 UNET: dict[str, Any] = {
@@ -95,6 +97,26 @@ def test_a_pipeline_from_headers_alone(server: LoopbackHub, tmp_path: Path) -> N
         assert found["float16"].weights.bytes == sizes["unet"] + sizes["vae"] // 2
         assert set(found.architecture.modules[0].children) == set(sizes)
         assert "unet " in found.render()
+
+
+@pytest.mark.usefixtures("without_diffusers")
+@pytest.mark.parametrize("singles", [0, 1, 2])
+def test_a_directory_with_single_files_of_it_in_the_root_is_the_pipeline(tmp_path: Path, singles: int) -> None:
+    """As stable-diffusion-3.5-large and FLUX.1-dev are published; and of a part that has a variant, that one counts."""
+    folder = tmp_path / "pipeline"
+    pipeline(folder, COMPONENTS)
+    for name in ("sd3_large.safetensors", "sd3_small.safetensors")[:singles]:
+        shell(folder / name, RESNET)
+    half = [(name, "float16", shape) for name, _, shape in COMPONENTS["vae"]]
+    shell(folder / "vae/diffusion_pytorch_model.fp16.safetensors", half)
+    unet = nbytes(COMPONENTS["unet"])
+    for variant, vae in ((None, COMPONENTS["vae"]), ("fp16", half)):
+        found = estimate(folder, dtypes=["float16"], variant=variant, memo=tmp_path / "memo")
+        assert found.checkpoint is not None
+        assert found.checkpoint["components"] == {"unet": unet, "vae": nbytes(vae)}
+        params = DownloadParams.model_validate({"path": str(folder), "variant": variant})
+        planned = STAGE.forecast(params, forecast_context(tmp_path)).output
+        assert planned.description.nbytes == unet + nbytes(vae)
 
 
 def test_a_pipeline_from_its_classes(server: LoopbackHub, tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def test_a_quantization_in_bfloat16_has_room(tmp_path: Path, scheme: str, double
     assert bigpipe.load(tmp_path / scheme)(torch.arange(8)[None]).logits.isfinite().all()
 
 
+def test_finished_files_of_another_dtype_to_compute_in_are_not_taken(tmp_path: Path) -> None:
+    model, parts = checkpoint(tmp_path / "model", UP, LARGE), tmp_path / "parts"
+    options: dict[str, Any] = {"scheme": "nf4", "dtype": "bfloat16", "parts": parts}
+    bigpipe.quantize_checkpoint(model, tmp_path / "wide", bnb_4bit_compute_dtype="bfloat16", **options)
+    with pytest.raises(InvalidCheckpoint, match=f"'{UP}': {BEYOND}"):
+        bigpipe.quantize_checkpoint(model, tmp_path / "half", **options)
+
+
 def test_int8_goes_through_float16_whatever_the_rest_becomes(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", UP, LARGE)
     with pytest.raises(InvalidCheckpoint, match=f"'{UP}': {BEYOND}"):

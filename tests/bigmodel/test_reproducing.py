@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bigpipe.bigmodel.architecture import read_request
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import stored_offset
+from bigpipe.bigmodel.publishing import Provenance, Step
 from bigpipe.bigmodel.quantization import (
     Converted,
     Settings,
@@ -270,6 +271,16 @@ def test_a_repository_whose_card_names_its_source(
     assert named.pinned
 
 
+LINEAR = """\
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.one = torch.nn.Linear(width, width, bias=False)
+        self.two = torch.nn.Linear(width, width, bias=False)
+"""
 RECIPE = """\
 version: 1
 name: round-trip
@@ -320,11 +331,71 @@ def test_what_bigpipe_published_says_itself_where_it_comes_from(hub: LoopbackHub
         bigpipe.reproduce(saved)
     merge = {**told["steps"][0], "kind": "merge", "node": "merge"}
     (saved / "provenance.json").write_text(json.dumps(told | {"steps": [*told["steps"], merge]}))
+    assert bigpipe.reproduce(saved).equal, "another model was merged"
+    merged = [{**step, "kind": "merge"} if step["node"] == "shard" else step for step in told["steps"]]
+    (saved / "provenance.json").write_text(json.dumps(told | {"steps": merged}))
     with pytest.raises(UsageError, match="made with an adapter"):
+        bigpipe.reproduce(saved)
+    small = [
+        {**step, "params": {**step["params"], "miniature": True}} if step["kind"] == "download" else step
+        for step in told["steps"]
+    ]
+    (saved / "provenance.json").write_text(json.dumps(told | {"steps": small}))
+    with pytest.raises(UsageError, match="its recipe took a miniature"):
         bigpipe.reproduce(saved)
     (saved / "provenance.json").unlink()
     by_card = bigpipe.reproduce(saved)
     assert (by_card.source_commit, by_card.pinned) == (first, True), "our card has the commit too"
+
+
+def _say(published: Path, casts: Sequence[str | None], **quantize: Any) -> None:
+    """Write the `provenance.json` of a model that came from a directory over these shards."""
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("download", {"path": "somewhere"}), *(("shard", {"dtype": dtype}) for dtype in casts), ("quantize", quantize),
+    ]  # fmt: skip
+    steps = [
+        Step(f"{kind}{at}", kind, "", None, params, {}, inputs={"model": [f"{given[at - 1][0]}{at - 1}"]} if at else {})
+        for at, (kind, params) in enumerate(given)
+    ]
+    told = Provenance(recipe="by hand", node="save", model=steps[-1].node, steps=tuple(steps))
+    (published / "provenance.json").write_text(told.json({}))
+
+
+@pytest.mark.parametrize("casts", [("float16",), ("bfloat16", None), ("bfloat16", "float16")], ids=str)
+def test_all_casts_are_repeated_and_what_no_download_takes_is_not_missed(
+    casts: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    """Of float32, with a weight that stays so: each cast leaves its mark on it."""
+    source = last = make_checkpoint(tmp_path / "source", "llama", dtype="float32", **WIDE["llama"])
+    for number, dtype in enumerate(casts):
+        bigpipe.save_checkpoint(last, tmp_path / f"shard{number}", dtype=dtype)
+        last = tmp_path / f"shard{number}"
+    asked: dict[str, Any] = {"scheme": "int8", "dtype": "float16", "keep_in_fp32_modules": ["down_proj"]}
+    bigpipe.quantize_checkpoint(last, tmp_path / "published", **asked)
+    _say(tmp_path / "published", casts, **asked)
+    for name in ("train.log", "loss.png"):
+        (source / name).write_text("of the training")
+    found = bigpipe.reproduce(tmp_path / "published", source)
+    assert found.equal, found.render()
+
+
+def test_a_class_of_ones_own_is_as_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ownlinear.py").write_text(LINEAR)
+    monkeypatch.syspath_prepend(tmp_path)
+    source, own = tmp_path / "source", {"class": "ownlinear:Net", "config": {"width": 64}}
+    source.mkdir()
+    save_file({"one.weight": torch.randn(64, 64), "two.weight": torch.randn(64, 64)}, source / "model.safetensors")
+    trusted: dict[str, Any] = {"trust": ["ownlinear"], "base": tmp_path}
+    described = {**own, "source": "sha256:of the download"}
+    bigpipe.quantize_checkpoint(source, tmp_path / "published", scheme="int8", architecture=described, **trusted)
+    (source / "bigpipe_architecture.json").write_text(json.dumps(own))
+    _say(tmp_path / "published", (), scheme="int8")
+    found = bigpipe.reproduce(tmp_path / "published", source, **trusted)
+    assert found.equal, found.render()
+    file = tmp_path / "published/bigpipe_architecture.json"
+    file.write_text(file.read_text().replace("ownlinear:Net", "other:Net"))
+    changed = bigpipe.reproduce(tmp_path / "published", source, **trusted)
+    assert [each.file for each in changed.differences] == ["bigpipe_architecture.json"]
 
 
 def _large(folder: Path) -> Path:

@@ -96,6 +96,7 @@ def test_an_index_must_find_its_shards() -> None:
         check_index(names[:1], "model.safetensors.index.json", index)
     with pytest.raises(InvalidCheckpoint, match="no weight_map"):
         check_index(names, "model.safetensors.index.json", {"weight_map": 3})
+    assert check_index(names, "model.safetensors.index.json", index["weight_map"]) == index["weight_map"]
     check_index([f"unet/{name}" for name in names], "unet/model.safetensors.index.json", index)
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from support.contexts import MACHINE, Recorder, check_context, forecast_context, stage_context
 from support.hub import LoopbackHub
 
+from bigpipe.bigmodel.architecture import class_source
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.errors import DoesNotFit, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
 from bigpipe.orchestrator.planning.keys import content_params
@@ -252,7 +253,7 @@ def test_a_class_of_ones_own_travels_inside_the_artifact(tmp_path: Path) -> None
     STAGE.planning.check(given, check_context(tmp_path, trust=Trust(modules=("mingpt",))))
     result = STAGE.run(given, stage_context(tmp_path))
     written = json.loads((tmp_path / "out" / "bigpipe_architecture.json").read_bytes())
-    assert written == architecture
+    assert written == {**architecture, "source": f"sha256:{class_source('mingpt:GPT', tmp_path / 'base')}"}
     assert (
         result.files["bigpipe_architecture.json"][1] == (tmp_path / "out" / "bigpipe_architecture.json").stat().st_size
     )
@@ -263,6 +264,8 @@ def test_a_repositorys_own_class_file_is_replaced_not_written_through(
     server: LoopbackHub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     server.create("org/custom", {**FILES, "bigpipe_architecture.json": b'{"class": "evil:Class"}'})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "mingpt.py").write_text("class GPT: ...\n")
     download(tmp_path, environment, {"repo": "org/custom"})
     cached = next((tmp_path / "hf").rglob("snapshots/*/bigpipe_architecture.json"))
     assert (tmp_path / "out" / "bigpipe_architecture.json").samefile(cached)

@@ -74,6 +74,28 @@ def assert_planned(planned: ModelDescription | None, out: Path) -> None:
     assert planned.config == found.config
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_of_several_indexes_only_that_of_the_weights_counts(bring: Any, source: str, tmp_path: Path) -> None:
+    """`*.json` takes the index of another format, and whatever else is called index.json."""
+    folder = make_checkpoint(tmp_path / "both", "llama", max_shard_size="60KB")
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    other = {"metadata": {}, "weight_map": {f"w{at}": f"pytorch_model-0000{at}-of-00002.bin" for at in (1, 2)}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(other))
+    (folder / "index.json").write_text('{"pages": 3}')
+    there, planned, out = bring(source, folder, include=["*.safetensors", "*.json"])
+    assert {*shards, "pytorch_model.bin.index.json", "index.json"} < set(there)
+    assert_planned(planned, out)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_index_may_be_accelerates_bare_one(bring: Any, source: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "bare", "llama", max_shard_size="60KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text())["weight_map"]))
+    _, planned, out = bring(source, folder)
+    assert_planned(planned, out)
+
+
 def variants(folder: Path) -> Path:
     """Plain in one file, fp16 in shards, bf16 in one file; a copy of it all below `text_model`."""
     make_checkpoint(folder, "llama")

@@ -26,6 +26,7 @@ from support.tinygpt import GPT
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
+from bigpipe.bigmodel.quantization import Settings, understand
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import SyntheticModel
 from bigpipe.errors import UsageError
@@ -167,6 +168,45 @@ def test_unknown_inputs_are_said_to_be_unknown(tmp_path: Path, source: Path) -> 
     assert "no config" in STAGE.forecast(params, context).unknown[0]
 
 
+OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "ownquantized"
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.one = torch.nn.Linear(64, 64, bias=False)
+        self.two = torch.nn.Linear(64, 64, bias=False)
+        self.post_init()
+"""
+
+
+def test_trusted_code_that_came_with_a_model_says_what_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"one.weight": torch.randn(64, 64), "two.weight": torch.randn(64, 64)}, model / "model.safetensors")
+    mapped = {"AutoConfig": "own_quantized.OwnConfig", "AutoModel": "own_quantized.OwnModel"}
+    (model / "config.json").write_text(json.dumps({"model_type": "ownquantized", "auto_map": mapped}))
+    (model / "own_quantized.py").write_text(OWN_CODE)
+    described, settings = describe_checkpoint(model), Settings(scheme="int8", skip_modules=["two"])
+    outlined, _ = understand(described, settings, sources=Sources(trust_remote_code=True))
+    assert (outlined.quantized, outlined.skipped) == (("one",), ("two",))
+    wired = {"model": (Forecast(output=replace(described, path=None)),)}
+    planned = forecast_context(tmp_path, inputs=wired, trust=Trust(remote_code=("org/model@0123",)))
+    found = STAGE.forecast(QuantizeParams(scheme="int8"), planned)
+    assert "its trusted code is asked once it is here" in found.unknown[0]
+
+
 def test_threads_are_a_fact_of_double_quantization_alone() -> None:
     assert STAGE.planning.facts is not None
     assert STAGE.planning.facts(QuantizeParams(scheme="nf4"), MACHINE) == {}
@@ -185,11 +225,11 @@ def run_here(folder: Path, source: Path, **params: Any) -> Any:
 
 
 def test_an_edit_redoes_only_the_files_it_concerns(tmp_path: Path, source: Path) -> None:
-    run_here(tmp_path, source, scheme="nf4")
+    run_here(tmp_path, source, scheme="int8")
     before = written(tmp_path / "parts")
-    run_here(tmp_path, source, scheme="nf4", bnb_4bit_compute_dtype="bfloat16")
+    run_here(tmp_path, source, scheme="int8", llm_int8_threshold=5.0)
     assert written(tmp_path / "parts") == before
-    run_here(tmp_path, source, scheme="nf4", skip_modules=["lm_head", "model.layers.1.mlp.down_proj"])
+    run_here(tmp_path, source, scheme="int8", skip_modules=["lm_head", "model.layers.1.mlp.down_proj"])
     after = written(tmp_path / "parts")
     assert before.items() < after.items()
     assert len(after) == len(before) + 1

@@ -165,7 +165,34 @@ def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Pat
     assert "| quantize | bytes | 12.1 GiB |" in card
     assert "| generate | tokens_per_second | 7.25 |" in card
     assert "| estimate |" not in card
-    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "AutoModel.from_pretrained" in card
+
+
+@pytest.mark.parametrize(("config", "library", "loaded_as"), [
+    ({"architecture": "resnet50", "num_classes": 1000}, "timm", None),
+    ({"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0"}, "diffusers", None),
+    ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "transformers",
+     "T5ForConditionalGeneration"),
+    ({"model_type": "bert"}, "transformers", "AutoModel"),
+    ({"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "o.C", "AutoModelForCTC": "o.Own"}},
+     "transformers", "AutoModelForCTC"),
+    ({"hidden_size": 3}, None, None), (None, None, None),
+])  # fmt: skip
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_card_says_how_the_model_that_is_saved_is_loaded(
+    tmp_path: Path, config: dict[str, Any] | None, library: str | None, loaded_as: str | None, tokenizer: bool
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    if tokenizer:
+        (tmp_path / "tokenizer.json").write_text("{}")
+    card = card_of(tmp_path, Provenance(), "org/name", {})
+    assert front_matter(card).get("library_name") == library
+    if loaded_as is None:
+        assert "from_pretrained" not in card
+        return
+    assert f'model = {loaded_as}.from_pretrained("org/name", device_map="auto")' in card
+    assert ("AutoTokenizer.from_pretrained" in card) == tokenizer
 
 
 def card_with(root: Path, provenance: Provenance, **extra: Any) -> dict[str, Any]:
