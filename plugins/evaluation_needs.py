@@ -61,12 +61,12 @@ def _vram(params: EvaluateParams, sides: Sides, ctx: ForecastContext) -> Counter
         if not gpus:
             continue
         architecture, dtype = agreed(model, sources_of(ctx)).architecture, computed_in(model, where, ctx, params.dtype)
-        work, stored = workload(params, sides[0][0], ctx), format_of(model)
+        work, stored = workload(params, [model for model, _ in sides], ctx), format_of(model)
         more = beyond_headroom(where, architecture, dtype, work, stored, caching=False)
         found.update({gpu: size + more.get(gpu, 0) for gpu, size in gpus.items()})
     if found:
         first = agreed(sides[0][0], sources_of(ctx)).architecture
-        found[min(found)] += comparing(first, workload(params, sides[0][0], ctx), len(sides))
+        found[min(found)] += comparing(first, workload(params, [model for model, _ in sides], ctx), len(sides))
     return found
 
 
