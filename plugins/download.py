@@ -6,6 +6,7 @@ directory is copied, because it may change; synthetic weights are streamed to di
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -184,7 +185,7 @@ def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
     """The source of a class that the directory itself names."""
     if params.path is None or params.architecture is not None:
         return []
-    if not (base / params.path / (params.subfolder or "") / OWN_CLASS).is_file():  # nothing is imported without one
+    if not os.path.isfile(base / params.path / (params.subfolder or "") / OWN_CLASS):  # nothing is imported without one
         return []
     found: list[Path] = late("bigpipe.plugins.downloading:source_of_class")(params, base)
     return found

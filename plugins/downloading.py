@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -100,7 +101,7 @@ def _came_along(params: DownloadParams, base: Path) -> dict[str, Any] | None:
         return None
     source = DirectorySource(base / params.path, Choice(**params.choice()), params.subfolder)
     file = source.folder / ARCHITECTURE_FILE
-    if not file.is_file() or ARCHITECTURE_FILE not in {each.path for each in source.chosen()}:
+    if not os.path.isfile(file) or ARCHITECTURE_FILE not in {each.path for each in source.chosen()}:
         return None
     told = read_json(file, source.folder, MAX_CONFIG)
     return told if is_reference(str(told.get("class"))) else None
