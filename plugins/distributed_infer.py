@@ -261,7 +261,9 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 prepare=late("bigpipe.plugins.pipelines:prepare"),
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
-            planning=Planning(check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts),
+            planning=Planning(
+                check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts, smaller=STAGE.planning.smaller
+            ),
             packages=(*STAGE.packages, "diffusers"),
             settled=None,
         )
@@ -274,7 +276,7 @@ def _settled(params: InferParams) -> Stage[InferParams]:
         forecast=late("bigpipe.plugins.serving:forecast"),
         runs_in="process",
         ranks=Ranks(),
-        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart),
+        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart, smaller=()),
         packages=engine.packages,
         asks=not engine.takes_model,
         settled=None,
@@ -309,6 +311,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.inferring:check"),
         facts=dtype_facts,
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
+        smaller=("batch_size", "batch_tokens", "micro_batches", "max_new_tokens", "dtype"),
     ),
     settled=_settled,
     choices=(
