@@ -130,7 +130,8 @@ def _workload(params: InferParams, batching: Batching) -> Workload:
         ((rows, longest + new) for rows, longest in batching.shapes), key=lambda each: (math.prod(each), each)
     )
     if not new:
-        return Workload(batch_size=count, sequence_length=length, all_logits=True)
+        headless = task is not None and task.headless
+        return Workload(batch_size=count, sequence_length=length, all_logits=not headless, headless=headless)
     return Workload(batch_size=count * texts, sequence_length=length, output_length=new)
 
 

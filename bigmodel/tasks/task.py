@@ -111,6 +111,7 @@ class Task:
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
     own_length: does it make as many tokens as it needs, whatever that number is?
     heeds_length: does it heed `TaskOptions.max_new_tokens` though nobody knows whether it makes tokens?
+    headless: does it run the body of a model alone, of an encoder-decoder the encoder, and make no logits?
     columns: fields that each row must have besides its prompt.
     named_columns: those of the `arguments` that name such a field, where they are given, and what it holds: one text,
       or one or several of them (`texts`).
@@ -135,6 +136,7 @@ class Task:
     makes_tokens: bool = False
     own_length: bool = False
     heeds_length: bool = False
+    headless: bool = False
     columns: tuple[str, ...] = ()
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes

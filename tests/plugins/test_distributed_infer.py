@@ -533,6 +533,20 @@ def test_a_larger_batch_and_longer_prompts_need_more_memory(tmp_path: Path, mode
     assert found[0] < found[1] < found[2] < found[3] == found[4], "a model of 128 positions takes no more"
 
 
+@pytest.mark.parametrize("architecture", ["bert", "opt", "t5"])
+def test_features_take_no_memory_for_logits(tmp_path: Path, architecture: str) -> None:
+    """As fill-mask, or scoring, would make them of the same model."""
+    found = {}
+    for vocabulary in (264, 100_000):
+        folder = make_checkpoint(tmp_path / str(vocabulary), architecture, vocab_size=vocabulary)
+        model, ctx = describe_checkpoint(folder), replace(HERE, gpus=())
+        inputs = {"model": (Forecast(output=model),)}
+        given = forecast_context(tmp_path, inputs=inputs, machine=ctx)
+        asked = InferParams(task="feature-extraction", prompts=["x" * 100] * 64, batch_size=64)
+        found[vocabulary] = STAGE.forecast(asked, given).ram
+    assert found[264] == found[100_000]
+
+
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
     ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
