@@ -177,6 +177,11 @@ class Task:
             settle(self.name, self.arguments, arguments)
         self.check_arguments(arguments)
 
+    def settled(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the arguments, and what the task takes where they leave one out. Raise ValidationError for those that
+        it does not take."""
+        return self.arguments.model_validate(arguments).model_dump() if self.arguments else arguments
+
     def length(self, arguments: Mapping[str, Any], row: Row) -> int:
         """Return the most tokens that a row may have, one at least."""
         return max(1, self.length_of(row, arguments))

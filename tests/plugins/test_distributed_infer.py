@@ -539,6 +539,11 @@ def test_features_take_no_memory_for_logits(tmp_path: Path, architecture: str) -
     found = {}
     for vocabulary in (264, 100_000):
         folder = make_checkpoint(tmp_path / str(vocabulary), architecture, vocab_size=vocabulary)
+def forecast_of(folder: Path, root: Path, **fields: Any) -> Forecast:
+    inputs = {"model": (Forecast(output=describe_checkpoint(folder)),)}
+    return STAGE.forecast(params(**fields), forecast_context(root, inputs=inputs, machine=MACHINE))
+
+
         model, ctx = describe_checkpoint(folder), replace(HERE, gpus=())
         inputs = {"model": (Forecast(output=model),)}
         given = forecast_context(tmp_path, inputs=inputs, machine=ctx)
@@ -553,6 +558,48 @@ def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
     assert STAGE.forecast(params(batch_size=2), ctx).summary == "5 prompts in 3 batches over 2 ranks"
     found = STAGE.forecast(params(batch_size=2, split="static"), ctx)
     assert found.summary == "5 prompts in 3 batches over 2 ranks (3 + 2)"
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("value", ["4", [4], {}, 4.5, None])
+def test_a_number_of_sequences_that_is_none_is_left_to_who_refuses_it(
+    tmp_path: Path, model: Path, name: str, value: Any
+) -> None:
+    plain, wrong = (
+        forecast_of(model, tmp_path, batch_size=4, generation=given, max_new_tokens=64) for given in ({}, {name: value})
+    )
+    assert wrong.ram == plain.ram
+    several = forecast_of(model, tmp_path, batch_size=4, generation={name: 4}, max_new_tokens=64)
+    assert (several.ram or 0) > (plain.ram or 0)
+
+
+def test_beams_that_the_models_own_file_asks_for_take_memory_too(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "bart")
+    given = {"task": "text2text-generation", "batch_size": 5, "max_new_tokens": 100}
+    asked = {**given, "generation": {"num_beams": 4}}
+    wanted, plain = forecast_of(folder, tmp_path, **asked).ram, forecast_of(folder, tmp_path, **given).ram
+    own = folder / "generation_config.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "num_beams": 4}))
+    assert forecast_of(folder, tmp_path, **given).ram == wanted != plain
+    said = {**given, "generation": {"num_beams": 1}}
+    assert forecast_of(folder, tmp_path, **said).ram == plain, "who asks for another number is heard"
+
+
+def test_a_plan_refuses_a_number_of_beams_that_is_a_text(workshop: Workshop, model: Path) -> None:
+    workshop.manifest.write_text(f"""\
+version: 1
+name: beams
+params: {{beams: "4"}}
+stages:
+  download: {{uses: download, with: {{path: '{model}'}}}}
+  infer:
+    uses: distributed-infer
+    inputs: download
+    with: {{task: text-generation, prompts: [a], generation: {{num_beams: "${{params.beams}}"}}}}
+""")
+    planned = workshop.command("plan", str(workshop.manifest))
+    assert planned.returncode == 2, planned.stderr
+    assert "generation.num_beams takes int" in planned.stderr
+
+
     assert found.metrics == {"prompts": 5, "micro_batches": 1, "compute_dtype": "float32"}
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
