@@ -154,7 +154,7 @@ def test_memory_is_cured_by_a_field_that_was_tried(workshop: Any) -> None:
 def test_a_field_under_which_a_forecast_knows_less_is_no_cure(workshop: Any) -> None:
     """`forgets` comes first, and with it no RAM is foreseen."""
     recipe = RECIPE.replace("RAM", "65GiB").replace("CPUS", "4")
-    workshop.manifest.write_text(recipe.replace("text: hello", "forgets: ram"))
+    workshop.manifest.write_text(recipe.replace("text: hello", "forgets: all"))
     assert cures(workshop, BARE) == []
     workshop.manifest.write_text(recipe)
     assert cures(workshop, BARE)[0].startswith("set needs_ram to ")

@@ -34,8 +34,8 @@ class WriteParams(Params):
     text: str = "hello"
     source: File | None = None
     lines: Annotated[str | tuple[str, ...], FileOrLiteral] = ()
-    forgets: Literal["nothing", "ram"] = "nothing"
-    """ram: its forecast does not know what it needs of it."""
+    forgets: Literal["nothing", "all"] = "nothing"
+    """all: its forecast knows neither what RAM it needs nor what it will measure."""
     needs_ram: Size = 1000
     misfit: bool = False
     stamp: bool = False
@@ -61,8 +61,8 @@ def write(params: WriteParams, context: StageContext) -> StageResult:
 
 def write_forecast(params: WriteParams, context: ForecastContext) -> Forecast:
     misfits = (Misfit("there is no GPU 7", "-p device=cpu"),) if params.misfit else ()
-    known = {} if params.source else {"characters": len(params.text)}
-    unknown = ("RAM",) if params.forgets == "ram" else ()
+    unknown = ("RAM",) if params.forgets == "all" else ()
+    known = {} if params.source or unknown else {"characters": len(params.text)}
     ram = None if unknown else params.needs_ram
     return Forecast(write_bytes=len(params.text), ram=ram, unknown=unknown, metrics=known, misfits=misfits)
 
