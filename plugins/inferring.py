@@ -178,6 +178,7 @@ def _with_limit(
     work = Work(
         rows=metrics.prompts,
         read=metrics.prompt_tokens,
+        told=metrics.tokens,
         made=metrics.tokens if params.task in TASKS and find_task(params.task, Sources()).makes_tokens else 0,
         batch_size=params.batch_size,
         together=metrics.micro_batches,

@@ -35,6 +35,8 @@ class Work:
     """Tokens of all rows; 0: their prompts were read before."""
     made: int = 0
     """Tokens of all rows; 0: they are only read."""
+    told: int = 0
+    """Tokens that its speed is told in, such as those scored; 0: those made, or read where none are made."""
     batch_size: int = 1
     together: int = 1
     """Batches that one pass over the streamed weights serves."""
@@ -73,8 +75,8 @@ class Limit:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return how many tokens are made, or read where none are made, at the most."""
-        return (self.work.made or self.work.read) / self.seconds
+        """Return how many tokens are made, or read where none are made, or scored, at the most."""
+        return (self.work.told or self.work.made or self.work.read) / self.seconds
 
     def describe(self) -> str:
         times = {"moving": self.bandwidth, "multiplying": self.compute, "memory": self.memory}

@@ -64,7 +64,7 @@ class Answer:
     """A JSON object. It becomes the row's line of results, after its index and prompt. A value of it may be a
     `ResultFile`, or a list with such."""
     tokens: int = 0
-    """Tokens made, or read where none are made."""
+    """Tokens made; of scoring those scored; read, where a task does neither. Speeds are told in these."""
     read: int = 0
     """Tokens of the prompt, as far as the task tells."""
 

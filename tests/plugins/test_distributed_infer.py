@@ -188,14 +188,18 @@ def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
     assert results(placed) == results(plain)
 
 
-@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction", "scoring"])
 def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: Path, task: str) -> None:
     makes, figures = task == "text-generation", Speeds(disk=1e5, ram=1e12)
     ctx = context(tmp_path, model, machine=HERE, memo=knowing(tmp_path, GOOD_HALVES, figures))
     ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
     made = {"max_new_tokens": 5} if makes else {}
-    metrics = infer(InferParams(task=task, prompts=PROMPTS, micro_batches=2, **made), ctx)
+    prompts = [{"prompt": text, "continuation": "."} for text in PROMPTS] if task == "scoring" else PROMPTS
+    metrics = infer(InferParams(task=task, prompts=prompts, micro_batches=2, **made), ctx)
     assert metrics.prompt_tokens > 5
+    assert (metrics.tokens == metrics.prompt_tokens) == (task == "feature-extraction"), (
+        "limits are of what speeds count"
+    )
     assert metrics.bound_by == "bandwidth"
     streamed = read_placement(tmp_path).streamed_bytes_per_token
     passes = 3 * (metrics.tokens / 5 if makes else 1)
@@ -533,17 +537,17 @@ def test_a_larger_batch_and_longer_prompts_need_more_memory(tmp_path: Path, mode
     assert found[0] < found[1] < found[2] < found[3] == found[4], "a model of 128 positions takes no more"
 
 
+def forecast_of(folder: Path, root: Path, **fields: Any) -> Forecast:
+    inputs = {"model": (Forecast(output=describe_checkpoint(folder)),)}
+    return STAGE.forecast(params(**fields), forecast_context(root, inputs=inputs, machine=MACHINE))
+
+
 @pytest.mark.parametrize("architecture", ["bert", "opt", "t5"])
 def test_features_take_no_memory_for_logits(tmp_path: Path, architecture: str) -> None:
     """As fill-mask, or scoring, would make them of the same model."""
     found = {}
     for vocabulary in (264, 100_000):
         folder = make_checkpoint(tmp_path / str(vocabulary), architecture, vocab_size=vocabulary)
-def forecast_of(folder: Path, root: Path, **fields: Any) -> Forecast:
-    inputs = {"model": (Forecast(output=describe_checkpoint(folder)),)}
-    return STAGE.forecast(params(**fields), forecast_context(root, inputs=inputs, machine=MACHINE))
-
-
         model, ctx = describe_checkpoint(folder), replace(HERE, gpus=())
         inputs = {"model": (Forecast(output=model),)}
         given = forecast_context(tmp_path, inputs=inputs, machine=ctx)
@@ -552,12 +556,6 @@ def forecast_of(folder: Path, root: Path, **fields: Any) -> Forecast:
     assert found[264] == found[100_000]
 
 
-def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
-    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
-    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
-    assert STAGE.forecast(params(batch_size=2), ctx).summary == "5 prompts in 3 batches over 2 ranks"
-    found = STAGE.forecast(params(batch_size=2, split="static"), ctx)
-    assert found.summary == "5 prompts in 3 batches over 2 ranks (3 + 2)"
 @pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
 @pytest.mark.parametrize("value", ["4", [4], {}, 4.5, None])
 def test_a_number_of_sequences_that_is_none_is_left_to_who_refuses_it(
@@ -600,6 +598,12 @@ stages:
     assert "generation.num_beams takes int" in planned.stderr
 
 
+def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:
+    inputs = {"model": (Forecast(output=describe_checkpoint(model)),)}
+    ctx = forecast_context(tmp_path, inputs=inputs, machine=MACHINE, launch=Launch(num_processes=2))
+    assert STAGE.forecast(params(batch_size=2), ctx).summary == "5 prompts in 3 batches over 2 ranks"
+    found = STAGE.forecast(params(batch_size=2, split="static"), ctx)
+    assert found.summary == "5 prompts in 3 batches over 2 ranks (3 + 2)"
     assert found.metrics == {"prompts": 5, "micro_batches": 1, "compute_dtype": "float32"}
     assert found.ram is not None
     assert found.ram > 2 * 2 * (model / "model.safetensors").stat().st_size
