@@ -10,6 +10,7 @@ from .texts import text_config
 
 ENCODER = re.compile(r"(?:\w+\.){0,2}(?:\w+_)?encoder\.")
 """Of an encoder-decoder: T5's `encoder.`, BART's `model.encoder.`."""
+SHARED = re.compile(r"(?:\w+\.)?shared\.")
 TOWER = re.compile(
     r"(?:\w+\.){0,2}(?:vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|qformer)\."
 )
@@ -30,7 +31,10 @@ def reads_alone(config: Mapping[str, Any]) -> Callable[[str], bool]:
 
 def repeats(config: Mapping[str, Any], name: str) -> int:
     """Return how often a forward runs the module of a tensor, or of that name. ALBERT's layers are few, each of which
-    runs several times (arXiv 1909.11942). config: complete."""
+    runs several times (arXiv 1909.11942); the table that both halves of an encoder-decoder share is run by the names
+    that it has in them. config: complete."""
+    if encodes(config) and SHARED.match(f"{name}."):
+        return 0
     if config.get("model_type") != "albert" or ".albert_layer_groups." not in f".{name}.":
         return 1
     return max(1, int(config["num_hidden_layers"]) // int(config["num_hidden_groups"]))

@@ -203,6 +203,8 @@ def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: P
     assert metrics.bound_by == "bandwidth"
     streamed = read_placement(tmp_path).streamed_bytes_per_token
     passes = 3 * (metrics.tokens / 5 if makes else 1)
+    if task == "feature-extraction":
+        streamed -= 264 * 32 * 2  # of the head, which it does not run
     assert metrics.limit_tokens_per_second == pytest.approx(metrics.tokens / (passes * streamed / 1e5), rel=0.01)
     assert metrics.limit_tokens_per_second
     reached = metrics.tokens_per_second / metrics.limit_tokens_per_second
