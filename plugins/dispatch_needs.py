@@ -8,6 +8,7 @@ from typing import Any
 
 from bigpipe.bigmodel.adapters import Attachment
 from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.execution import cast_bytes
 from bigpipe.bigmodel.footprint import capped_length
 from bigpipe.bigmodel.formats import Agreement, computable
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, find_misfits, place_model
@@ -18,7 +19,7 @@ from bigpipe.sizes import format_size
 
 from .dispatch import DispatchParams
 from .library import about, sources_of
-from .placed import computed_in, read_placement
+from .placed import computed_in, memory_here, read_placement
 from .ranked import CUDA_BASE
 from .wired import agreed, attached, require_class, single_model
 
@@ -55,7 +56,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         compute_dtype=computed_in(model, placement, ctx),
         sequence_length=capped_length(agreement.architecture, params.sequence_length),
         write_bytes=4096 + 64 * len(placement.device_map),
-        ram=None if params.verify == "none" else _ram(placement, beside),
+        ram=None if params.verify == "none" else _ram(placement, beside) + _cast(params, model, placement, ctx),
         vram={device: need.total for device, need in placement.needs.items() if isinstance(device, int)},
         unknown=unknown,
         misfits=find_misfits(request, placement, ctx.machine, attempt),
@@ -88,6 +89,14 @@ def placing_of(
 def _ram(placement: Placement, beside: Attachment | None) -> int:
     """Of the process that loads it and lets it compute once."""
     return PROCESS + (CUDA_BASE if placement.gpus else 0) + _passing(placement) + _resident(placement, beside)
+
+
+def _cast(params: DispatchParams, model: ModelDescription, placement: Placement, ctx: ForecastContext) -> int:
+    """Bytes of RAM that weights fill which are held in another dtype than they are stored in, where the CPU computes
+    and a dtype is asked for. Others are windows into their files."""
+    if params.dtype is None or placement.gpus:
+        return 0
+    return min(cast_bytes(model, params.dtype), placement.weights.get("cpu", 0), memory_here(placement, ctx).cast)
 
 
 def _passing(placement: Placement) -> int:

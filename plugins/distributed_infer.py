@@ -223,7 +223,7 @@ class InferMetrics(Metrics):
     errors: int = 0
     """Prompts whose result is an error."""
     tokens: int = 0
-    """Made; read, where the task makes none."""
+    """Made; of scoring those scored; read, where a task does neither."""
     micro_batches: int = 1
     """Batches of a rank that were under way together."""
     tokens_per_second: float = 0.0
@@ -239,7 +239,8 @@ class InferMetrics(Metrics):
     bound_by: str = ""
     """Where layers are streamed: what bounds the speed, `bandwidth`, `compute` or `memory`."""
     limit_tokens_per_second: float | None = None
-    """Where layers are streamed: the most that this machine's bandwidths and products allow, all ranks together."""
+    """Where layers are streamed: the most that this machine's bandwidths and products allow, all ranks together, of the
+    tokens that `tokens` counts."""
     share_of_limit: float | None = None
     """Reached. More than 1 where files came from the page cache."""
     peak: dict[str, Bytes] = Field(default_factory=dict)
@@ -261,7 +262,9 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 prepare=late("bigpipe.plugins.pipelines:prepare"),
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
-            planning=Planning(check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts),
+            planning=Planning(
+                check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts, smaller=STAGE.planning.smaller
+            ),
             packages=(*STAGE.packages, "diffusers"),
             settled=None,
         )
@@ -274,7 +277,7 @@ def _settled(params: InferParams) -> Stage[InferParams]:
         forecast=late("bigpipe.plugins.serving:forecast"),
         runs_in="process",
         ranks=Ranks(),
-        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart),
+        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart, smaller=()),
         packages=engine.packages,
         asks=not engine.takes_model,
         settled=None,
@@ -309,6 +312,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.inferring:check"),
         facts=dtype_facts,
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
+        smaller=("batch_size", "batch_tokens", "micro_batches", "max_new_tokens", "dtype"),
     ),
     settled=_settled,
     choices=(

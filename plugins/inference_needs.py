@@ -15,7 +15,17 @@ from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.inference import Batching, assign
 from bigpipe.bigmodel.placement import Device, Placement, Together, batches_together, beyond_headroom
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, Prompts, Requests, Row, find_task, request_reader, require_pyarrow
+from bigpipe.bigmodel.tasks import (
+    TASKS,
+    Prompts,
+    Requests,
+    Row,
+    find_task,
+    own_arguments,
+    request_reader,
+    require_pyarrow,
+    sequences_of,
+)
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 from bigpipe.sizes import counted
@@ -104,7 +114,7 @@ def _at_work(
     if model is None or model.tensors is None or params.task not in TASKS:
         return 0
     dtype = computed_in(model, placement or alone(ctx.machine), ctx, params.dtype)
-    found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, batching))
+    found = Budget(agreed(model, sources_of(ctx)).architecture, dtype, _workload(params, batching, model))
     return found.cpu.bytes - found.counts.loaded
 
 
@@ -116,12 +126,12 @@ def _beyond(
     if placement is None or model is None or model.tensors is None or params.task not in TASKS:
         return {}
     architecture, dtype = agreed(model, sources_of(ctx)).architecture, computed_in(model, placement, ctx, params.dtype)
-    return beyond_headroom(placement, architecture, dtype, _workload(params, batching), format_of(model))
+    return beyond_headroom(placement, architecture, dtype, _workload(params, batching, model), format_of(model))
 
 
-def _workload(params: InferParams, batching: Batching) -> Workload:
-    """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows."""
-    texts = max(params.generation.get("num_beams") or 1, params.generation.get("num_return_sequences") or 1)
+def _workload(params: InferParams, batching: Batching, model: ModelDescription) -> Workload:
+    """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows, also those that
+    the model's own file asks for."""
     task = find_task(params.task, Sources()) if params.task in TASKS else None
     new = LONGEST if task is not None and task.own_length else params.max_new_tokens
     if task is not None and not task.makes_tokens:
@@ -130,8 +140,11 @@ def _workload(params: InferParams, batching: Batching) -> Workload:
         ((rows, longest + new) for rows, longest in batching.shapes), key=lambda each: (math.prod(each), each)
     )
     if not new:
-        return Workload(batch_size=count, sequence_length=length, all_logits=True)
-    return Workload(batch_size=count * texts, sequence_length=length, output_length=new)
+        headless = task is not None and task.headless
+        return Workload(batch_size=count, sequence_length=length, all_logits=not headless, headless=headless)
+    own = own_arguments(model)[0] if task is not None else None
+    asked = task.settled(params.generation) if task is not None else params.generation
+    return Workload(batch_size=count * sequences_of(asked, own), sequence_length=length, output_length=new)
 
 
 def batching_of(params: InferParams, rows: Iterable[Row]) -> Batching:
@@ -175,7 +188,7 @@ def together_of(
     found = batches_together(
         placement,
         agreed(model, sources_of(ctx)).architecture,
-        _workload(params, batching),
+        _workload(params, batching, model),
         computed_in(model, placement, ctx, params.dtype),
         ctx.machine,
         asked=params.micro_batches,

@@ -175,10 +175,13 @@ def _with_limit(
     """Where layers are streamed and the task tells what it read."""
     if not placement.streamed_bytes_per_token or not metrics.prompt_tokens:
         return metrics
+    task = find_task(params.task, Sources()) if params.task in TASKS else None
     work = Work(
         rows=metrics.prompts,
         read=metrics.prompt_tokens,
-        made=metrics.tokens if params.task in TASKS and find_task(params.task, Sources()).makes_tokens else 0,
+        told=metrics.tokens,
+        made=metrics.tokens if task is not None and task.makes_tokens else 0,
+        headless=task is not None and task.headless,
         batch_size=params.batch_size,
         together=metrics.micro_batches,
     )

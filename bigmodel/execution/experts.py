@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from bigpipe.bigmodel.architecture import CHOSEN, experts_per_token, visited_share
+from bigpipe.bigmodel.architecture import CHOSEN, experts_per_token, repeats, visited_share
 from bigpipe.bigmodel.checkpoint import MappedFiles
 
 from .slots import Slot, WeightGroup
@@ -235,12 +235,14 @@ def moved_by_a_token(model: Any, groups: Iterable[WeightGroup], experts: ExpertW
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     chosen = experts_per_token({name: getattr(text, name, None) for name in CHOSEN})
     always, among, size = 0, Counter[int](), 0
+    names = {module: name for name, module in model.named_modules()}
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
     for group in groups:
         if count := group.experts or group.among:
             among[count] += group.moved()
             size += _nbytes(group) if group.experts else 0
         else:
-            always += group.moved()
+            always += group.moved() * repeats(told, names.get(group.module, ""))
     kept = min(1.0, experts.most_used.room / max(size, 1))
     return always + int((1 - kept) * sum(n * visited_share(count, chosen) for count, n in among.items()))
 

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     import torch
 
 
+INPUTS = (TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What a forward raises that misses an input, or gets one that it is not made for."""
+
+
 def forward_once(model: torch.nn.Module) -> str | None:
-    """Run the model over a few tokens or one empty image or sound. Return None, or why its inputs are not known. Raise
-    StageFailed where the forward reaches for a weight that is placed elsewhere."""
+    """Run the model over a few tokens or one empty image or sound. Return None, or why its inputs are not known: it
+    takes several, or others. Raise StageFailed where the forward reaches for a weight that is placed elsewhere,
+    RuntimeError where a model of transformers does not run where it was placed."""
     import torch
 
     inputs = _inputs(model)
@@ -23,10 +28,11 @@ def forward_once(model: torch.nn.Module) -> str | None:
     try:
         with torch.inference_mode(), _only_attached_weights(type(model).__name__):
             model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        if hasattr(model, "main_input_name"):
+    except (RuntimeError, *INPUTS) as error:
+        if isinstance(error, RuntimeError) and hasattr(model, "main_input_name"):
             raise
-        return f"{type(model).__name__} does not take a batch of tokens: {error}"
+        given = f"{' and '.join(inputs)} alone" if isinstance(inputs, dict) else "a batch of tokens"
+        return f"{type(model).__name__} does not take {given}: {error}"
     return None
 
 
@@ -70,9 +76,9 @@ def _inputs(model: Any) -> dict[str, torch.Tensor] | torch.Tensor | None:
 
 
 def _empty_shape(name: str, config: Any) -> tuple[int, ...] | None:
-    """Of one image or sound, as the argument of that name takes it."""
+    """Of one image or sound, as the argument of that name takes it. What sees may have a config of its own."""
     if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
+        vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
         side = getattr(vision, "image_size", None) or 224
         return (1, getattr(vision, "num_channels", 3), *(side if isinstance(side, list | tuple) else (side, side)))
     if name == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):

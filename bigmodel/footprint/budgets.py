@@ -58,6 +58,8 @@ class Workload:
     gradient_checkpointing: bool = False
     all_logits: bool = False
     """A plain forward, whose logits are those of every token; else a generation, which asks for the last one's."""
+    headless: bool = False
+    """A plain forward of the body alone, an encoder-decoder's encoder: it makes no logits."""
     kv_dtype: str | None = None
     """Of cached keys and values; None: the dtype that the model computes in."""
     output_length: int | None = None
@@ -129,7 +131,9 @@ class Budget:
     @cached_property
     def cache(self) -> Cache:
         work = self.workload
-        return cache_of(self.architecture, work.batch_size, self.length, self.cached, work.output_length)
+        return cache_of(
+            self.architecture, work.batch_size, self.length, self.cached, work.output_length, headless=work.headless
+        )
 
     @property
     def adapters(self) -> int:
@@ -225,7 +229,7 @@ class Budget:
             return Term(size, "bound", 0, 2 * size, "a fifth of the weights; nothing is known of its forward")
         found = activations.prefill(
             self.shape, self.workload.batch_size, self.length, self.itemsize,
-            image=_image(self.architecture), all_logits=self.workload.all_logits,
+            image=_image(self.architecture), all_logits=self.workload.all_logits, headless=self.workload.headless,
         )  # fmt: skip
         unpacked, words = self.unpacked
         size = found.bytes + self.cache.prefill_extra + unpacked
@@ -263,7 +267,7 @@ class Budget:
         """The peak of anonymous memory on a CPU, weights included, above what the process holds without a model."""
         found = beside_weights(
             self.architecture, self.shape, self.workload.batch_size, self.length, self.itemsize,
-            image=_image(self.architecture), all_logits=self.workload.all_logits,
+            image=_image(self.architecture), all_logits=self.workload.all_logits, headless=self.workload.headless,
             output_length=self.workload.output_length, cache_itemsize=self.cached,
         )  # fmt: skip
         other = found.bytes + self.unpacked[0]

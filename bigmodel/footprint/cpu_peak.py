@@ -67,6 +67,7 @@ def beside_weights(
     *,
     image: tuple[int, int] | None = None,
     all_logits: bool = False,
+    headless: bool = False,
     output_length: int | None = None,
     cache_itemsize: int,
 ) -> CpuPeak:
@@ -75,8 +76,9 @@ def beside_weights(
     output_length: tokens that an encoder-decoder makes while it generates; None: as many as it reads.
     """
     config = text_config(architecture.config)
-    found = prefill(shape, batch_size, length, itemsize, image=image, all_logits=all_logits)
-    cache = cache_of(architecture, batch_size, length, cache_itemsize)
+    found = prefill(shape, batch_size, length, itemsize, image=image, all_logits=all_logits, headless=headless)
+    plain = all_logits or headless
+    cache = cache_of(architecture, batch_size, length, cache_itemsize, headless=headless)
     attention = _attention(config, shape, batch_size, length, itemsize)
     masks = batch_size * length**2 * itemsize if shape.scores and len(set(config.get("layer_types") or ())) > 1 else 0
     formula, size = found.formula, found.bytes
@@ -85,7 +87,7 @@ def beside_weights(
     size += masks  # one for each kind of layer
     if image is not None:
         size += batch_size * 3 * image[0] ** 2 * itemsize
-    if config.get("is_encoder_decoder") and not all_logits:
+    if config.get("is_encoder_decoder") and not plain:
         # The encoder is done before the first key is cached
         cache = cache_of(architecture, batch_size, length, cache_itemsize, output_length)
         heard = config.get("max_source_positions") if config.get("num_mel_bins") else None
@@ -94,9 +96,9 @@ def beside_weights(
         formula, held = "the encoder's largest phase, or the cache", 0
     else:
         held = cache.bytes + cache.prefill_extra
-        if not all_logits and (holes := _holes(config, cache.bytes)):
+        if not plain and (holes := _holes(config, cache.bytes)):
             formula, held = f"{formula} + a quarter of the cache as holes", held + holes
-    scratch = _scratch(shape, itemsize, all_logits or not shape.last_logits)
+    scratch = _scratch(shape, itemsize, not headless and (all_logits or not shape.last_logits))
     if itemsize == 2 and shape.experts:
         scratch += PRODUCT * _products(architecture, shape.experts, batch_size * length)
     return CpuPeak(held + size + scratch, scratch, formula, found.known and cache.exact)

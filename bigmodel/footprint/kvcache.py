@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.architecture import Architecture, encodes, text_config
 
 Config = Mapping[str, Any]
 
@@ -40,10 +40,17 @@ NOTHING = Cache(0, 0, True, "none")
 
 
 def cache_of(
-    architecture: Architecture, batch_size: int, length: int, itemsize: int, output_length: int | None = None
+    architecture: Architecture,
+    batch_size: int,
+    length: int,
+    itemsize: int,
+    output_length: int | None = None,
+    *,
+    headless: bool = False,
 ) -> Cache:
-    """What a model caches: as observed of its class, else by the formulas of `kv_cache`, whose arguments these are."""
-    if not architecture.generates:
+    """What a model caches: as observed of its class, else by the formulas of `kv_cache`, whose arguments these are.
+    headless: its body runs alone; an encoder caches nothing."""
+    if not architecture.generates or (headless and encodes(architecture.config)):
         return NOTHING
     if architecture.cache is None:
         return kv_cache(architecture.config, batch_size, length, itemsize, output_length)
@@ -66,7 +73,7 @@ def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output
     self attention.
     """
     text = text_config(config)
-    if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
+    if encodes(config):
         return _encoder_decoder(text, batch_size, length, itemsize, length if output_length is None else output_length)
     kinds = layer_kinds(text)
     per_token = token_elements(text) * itemsize * batch_size

@@ -3,18 +3,19 @@
     t ≥ max(bytes moved / bandwidth, 2 · active weights · tokens / FLOP/s, bytes of weights read / memory bandwidth)
 
 since reading ahead, multiplying and fetching from memory go on beside each other. A pass over the streamed weights
-serves all batches that are together; every batch fetches each weight from memory. Attention is left out, and beams
-count once: what is given is a bound, and nothing is faster but a disk whose files are still in the page cache.
+serves all batches that are together; every batch fetches each weight from memory. What reads alone, an encoder or a
+tower, runs once for a prompt. Attention is left out, and beams count once: what is given is a bound, and nothing is
+faster but a disk whose files are still in the page cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.architecture import Architecture, encodes, reads_alone, text_config
 from bigpipe.bigmodel.checkpoint import ModelDescription, itemsize
 from bigpipe.machine import Machine
 
@@ -35,6 +36,10 @@ class Work:
     """Tokens of all rows; 0: their prompts were read before."""
     made: int = 0
     """Tokens of all rows; 0: they are only read."""
+    told: int = 0
+    """Tokens that its speed is told in, such as those scored; 0: those made, or read where none are made."""
+    headless: bool = False
+    """Only the body of the model runs, of an encoder-decoder the encoder."""
     batch_size: int = 1
     together: int = 1
     """Batches that one pass over the streamed weights serves."""
@@ -73,8 +78,8 @@ class Limit:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return how many tokens are made, or read where none are made, at the most."""
-        return (self.work.made or self.work.read) / self.seconds
+        """Return how many tokens are made, or read where none are made, or scored, at the most."""
+        return (self.work.told or self.work.made or self.work.read) / self.seconds
 
     def describe(self) -> str:
         times = {"moving": self.bandwidth, "multiplying": self.compute, "memory": self.memory}
@@ -104,14 +109,17 @@ def limit_of(
     """Return the limit at given speeds. stored: bytes by the model's own names; stored_as: dtype of those without;
     dtype: what is computed in."""
     everywhere = replace(placement, device_map={"": "disk"})
-    moved, whole = (streamed(architecture, where, stored_as, stored) for where in (placement, everywhere))
+    (moved, again), (whole, whole_again) = (
+        [streamed(architecture, where, stored_as, stored, runs) for runs in _runs(architecture, work)]
+        for where in (placement, everywhere)
+    )
     main, batch = main_of(placement.device_map.values()), work.batch_size
     away = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
     pace = sum(size / speeds.path(home, main) for home, size in away.items()) / max(sum(away.values()), 1)
     passes, rows = math.ceil(work.batches / work.together), batch * work.together
     first = max(rows, rows * work.read // work.rows)
-    bytes_moved = passes * (moved.by(first) + (work.steps - 1) * moved.by(rows))
-    fetched = work.batches * work.steps * (whole.by(batch) - batch * whole.row)
+    bytes_moved = passes * (moved.by(first) + (work.steps - 1) * again.by(rows))
+    fetched = work.batches * (whole.beside_tables(batch) + (work.steps - 1) * whole_again.beside_tables(batch))
     return Limit(
         work,
         bandwidth=bytes_moved * pace,
@@ -123,16 +131,46 @@ def limit_of(
 def _multiplying(
     architecture: Architecture, everywhere: Placement, dtype: str, work: Work, products: Products
 ) -> float:
-    """Seconds of one core: 2·n·k·m for a product with a weight. Of a prompt the last token alone meets the head."""
+    """Seconds of one core: 2·n·k·m for a product with a weight. Of a prompt the last token alone meets the head; it
+    meets an encoder where there is one, and its answer the decoder. Towers, which pictures meet, are left out."""
     if dtype not in products.rates:
         return 0.0
-    found = streamed(architecture, everywhere, dtype, {})
-    token = found.always + sum(size * (found.chosen or count) / count for count, size in found.experts.items())
-    head = _head(architecture)
-    body, ends = token / itemsize(dtype) - head, max(work.made, work.rows)
-    alone = ends - (work.rows if work.read else 0)
-    reading = body * work.read / products.rate(dtype, max(ROWS))
+    of_prompts, head = _of_prompts(architecture, work), _head(architecture)
+
+    def looked_up(name: str) -> bool:
+        return architecture.by_name[name.rpartition(".")[0]].class_name.endswith("Embedding")
+
+    def weights(runs: Callable[[str], bool]) -> float:
+        found = streamed(architecture, everywhere, dtype, {}, lambda name: runs(name) and not looked_up(name))
+        token = found.always + sum(size * (found.chosen or count) / count for count, size in found.experts.items())
+        return token / itemsize(dtype)
+
+    encoder = weights(of_prompts) if encodes(architecture.config) else 0
+    body = weights(lambda name: not of_prompts(name)) - head
+    ends = 0 if work.headless else max(work.made, work.rows)
+    alone = ends - (work.rows if ends and work.read and not encoder else 0)
+    reading = (encoder or body) * work.read / products.rate(dtype, max(ROWS))
     return 2 * (reading + (body * alone + head * ends) / products.rate(dtype, work.batch_size))
+
+
+def _of_prompts(architecture: Architecture, work: Work) -> Callable[[str], bool]:
+    """What tells of a tensor's name whether tokens that are made do not meet it. Nothing of a model that makes none."""
+    return reads_alone(architecture.config) if architecture.generates or work.headless else lambda name: False
+
+
+def _runs(architecture: Architecture, work: Work) -> tuple[Callable[[str], bool], Callable[[str], bool]]:
+    """What tells of a tensor's name whether the first forward of a batch runs it, and whether each further one does."""
+    of_prompts, head = _of_prompts(architecture, work), f"{architecture.output_embedding}."
+
+    def again(name: str) -> bool:
+        return not of_prompts(name)
+
+    def body(name: str) -> bool:
+        return of_prompts(name) if encodes(architecture.config) else not name.startswith(head)
+
+    if work.headless:
+        return body, body
+    return (lambda name: True) if work.read else again, again
 
 
 def _head(architecture: Architecture) -> int:

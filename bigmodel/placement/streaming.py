@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bigpipe.bigmodel.architecture import Architecture, expert_tensors, experts_per_token, visited_share
+from bigpipe.bigmodel.architecture import Architecture, expert_tensors, experts_per_token, repeats, visited_share
 from bigpipe.bigmodel.checkpoint import tensor_nbytes
 
 from .devices import is_computing, main_of
@@ -33,16 +33,25 @@ class Streamed:
         moved = sum(size * visited_share(count, self.chosen, tokens) for count, size in self.experts.items())
         return self.always + tokens * self.row + int(moved * (1 - kept))
 
+    def beside_tables(self, tokens: int) -> int:
+        """Return what such a forward is expected to move of all but embeddings."""
+        return self.by(tokens) - tokens * self.row
+
     def share(self, tokens: int) -> float:
         """Return the share of it all, tables apart, that a forward over so many tokens is expected to move."""
         whole = self.always + sum(self.experts.values())
-        return (self.by(tokens) - tokens * self.row) / max(whole, 1)
+        return self.beside_tables(tokens) / max(whole, 1)
 
 
-def streamed(architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int]) -> Streamed:
-    """Return what a placement streams: tied weights at each use, an embedding by rows unless it is part of a block.
+def streamed(
+    architecture: Architecture, placement: Placement, dtype: str, stored: Mapping[str, int],
+    runs: Callable[[str], bool] = lambda name: True,
+) -> Streamed:  # fmt: skip
+    """Return what a placement streams: tied weights at each use, an embedding by rows unless it is part of a block,
+    layers as often as a forward runs them.
 
-    dtype: of tensors that are stored under other names than the model's. stored: bytes by the model's own names.
+    dtype: of tensors that are stored under other names than the model's. stored: bytes by the model's own names. runs:
+    does the forward run what holds the tensor of that name?
     """
     main, classes = main_of(placement.device_map.values()), placement.no_split_module_classes
     whole = INDIVISIBLE | frozenset(architecture.no_split if classes is None else classes)
@@ -52,10 +61,12 @@ def streamed(architecture: Architecture, placement: Placement, dtype: str, store
     for module in architecture.modules:
         table = module.class_name == "Embedding" and not module.name.startswith(blocks)
         for tensor in module.tensors:
-            if not tensor.persistent or is_computing(placement.device_of(tensor.name), main):
+            away = not is_computing(placement.device_of(tensor.name), main)
+            if not (tensor.persistent and away and runs(tensor.name)):
                 continue
             known = stored.get(architecture.aliases.get(tensor.name, tensor.name))
             size = known or tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)
+            size *= repeats(architecture.config, tensor.name)
             if table:
                 row += size // tensor.shape[0]
             elif count := experts.get(tensor.name):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .arguments import sequences_of
     from .diffusing import computing_dtype, load_pipeline
     from .processing import load_processor, require_library, require_processor
     from .promptfiles import READERS, Wording, read_rows, require_pyarrow
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .rows import Prompts, Row, named_files, read_prompts, require_writable, template_parts
     from .sounds import read_sound, sound_seconds
     from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments
+    from .text_generation import own_arguments
     from .tokenizing import (
         ANSWERED,
         OTHER_TOKENIZER,

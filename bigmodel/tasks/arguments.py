@@ -177,6 +177,14 @@ def refuse_sequences(settings: Mapping[str, Any], limits: Limits) -> None:
             raise limits.exceeded("sequences", f"generation: {name} is {str(count)[:80]}")
 
 
+def sequences_of(arguments: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> int:
+    """Return how many sequences a prompt becomes: its beams, or the texts that are asked for. own: what the model's
+    file says, which holds where an argument is left out. A value that is no number counts as one: it is refused where
+    values are checked."""
+    settings = {**(own or {}), **{name: value for name, value in arguments.items() if value is not None}}
+    return max([1, *(count for name in SEQUENCES if type(count := settings.get(name)) is int)])
+
+
 def wrong_value(
     arguments: Mapping[str, Any], own: Mapping[str, Any] | None, model: Mapping[str, Any] | None = None
 ) -> str | None:

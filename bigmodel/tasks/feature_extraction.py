@@ -120,5 +120,5 @@ def _reads_more(architecture: Architecture) -> bool:
 
 TASK = Task(
     name="feature-extraction", bind=_bind, arguments=FeatureExtraction, check_model=_check_model,
-    row_check=require_template, side_by_side=True,
+    row_check=require_template, headless=True, side_by_side=True,
 )  # fmt: skip

@@ -64,7 +64,7 @@ class Answer:
     """A JSON object. It becomes the row's line of results, after its index and prompt. A value of it may be a
     `ResultFile`, or a list with such."""
     tokens: int = 0
-    """Tokens made, or read where none are made."""
+    """Tokens made; of scoring those scored; read, where a task does neither. Speeds are told in these."""
     read: int = 0
     """Tokens of the prompt, as far as the task tells."""
 
@@ -111,6 +111,7 @@ class Task:
     makes_tokens: does it make tokens, `TaskOptions.max_new_tokens` of them at the most?
     own_length: does it make as many tokens as it needs, whatever that number is?
     heeds_length: does it heed `TaskOptions.max_new_tokens` though nobody knows whether it makes tokens?
+    headless: does it run the body of a model alone, of an encoder-decoder the encoder, and make no logits?
     columns: fields that each row must have besides its prompt.
     named_columns: those of the `arguments` that name such a field, where they are given, and what it holds: one text,
       or one or several of them (`texts`).
@@ -135,6 +136,7 @@ class Task:
     makes_tokens: bool = False
     own_length: bool = False
     heeds_length: bool = False
+    headless: bool = False
     columns: tuple[str, ...] = ()
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
@@ -174,6 +176,11 @@ class Task:
         if self.arguments is not None:
             settle(self.name, self.arguments, arguments)
         self.check_arguments(arguments)
+
+    def settled(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the arguments, and what the task takes where they leave one out. Raise ValidationError for those that
+        it does not take."""
+        return self.arguments.model_validate(arguments).model_dump() if self.arguments else arguments
 
     def length(self, arguments: Mapping[str, Any], row: Row) -> int:
         """Return the most tokens that a row may have, one at least."""

@@ -67,12 +67,13 @@ def check_generation(model: ModelDescription, arguments: Mapping[str, Any], sour
         cure = "take a model that does, the task feature-extraction, or `module:function`"
         raise UsageError(cause, cure, field="task")
     config = architecture.config if architecture else None
-    own, file = _own_arguments(model)
+    own, file = own_arguments(model)
     check_values(arguments, own, sources, config, file)
 
 
-def _own_arguments(model: ModelDescription) -> tuple[Mapping[str, Any] | None, str]:
-    """What the model's own file says, and its name; None where it is not here yet."""
+def own_arguments(model: ModelDescription) -> tuple[Mapping[str, Any] | None, str]:
+    """Return what the model's own file says to `generate`, and the file's name; None where it is not here yet. Raise
+    InvalidCheckpoint for a file that is none."""
     from bigpipe.bigmodel.checkpoint import MAX_CONFIG, read_json
 
     if model.path is not None and (model.path / GENERATION_CONFIG).is_file():

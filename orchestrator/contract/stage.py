@@ -234,6 +234,9 @@ class Planning(Generic[P]):
     leads_to: Callable[[P, Path], Sequence[Path]] | None = None
     """Files that the content of the params names, sounds of rows, by the manifest's directory: their content enters the
     key too. Raises UsageError for one that is not there."""
+    smaller: tuple[str, ...] | None = None
+    """Params that say how much is done at a time, or in how few bytes, what changes least first: which of them a plan
+    tries, in this order, where the memory is not there. None: all, in the order of the params."""
     heeds_code: bool = False
     """The result is another one where code that came with a model may run: what the recipe trusts so enters the key."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .plan import Plan, PlannedNode, machine_line, make_plan, plan_rows, plan_text, totals
     from .schedule import Do, Step, may_follow, passes_on, step
     from .session import Session, lock_path, node_folder, open_session
-    from .sharing import Fetch, shares
+    from .sharing import Fetch, find_claim, shares
     from .smoke import Smoke, smaller
     from .states import GOOD, SETTLED, NodeState, States, judge_gates
     from .suggestion import with_parameters

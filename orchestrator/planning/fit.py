@@ -66,7 +66,8 @@ def _too_few(session: Session, state: NodeState) -> Iterator[Misfit]:
 
 
 def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
-    """The change of one field of the node's own under which its forecast fits; each is forecast anew."""
+    """The change of one field of the node's own under which its forecast fits: of those that its kind names, each
+    forecast anew. A forecast that knows less does not fit better."""
     node, machine, context = state.node, rehearsal.session.machine_of(state.node), rehearsal.contexts[state.name]
 
     def holds(name: str, value: Any) -> bool:
@@ -75,11 +76,13 @@ def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
             forecast = node.kind.forecast(params, context)
         except (BigpipeError, ValueError):
             return False
-        return not forecast.misfits and not any(foreseen_misfits(machine, node.resources, forecast))
+        knows = set(forecast.unknown) <= set(state.forecast.unknown) and not forecast.misfits
+        return knows and not any(foreseen_misfits(machine, node.resources, forecast))
 
-    for name, field in type(node.params).model_fields.items():
-        written, value = field.alias or name, getattr(node.params, name)
-        if (found := another(field, value, partial(holds, written))) is not None:
+    fields, named = type(node.params).model_fields, node.kind.planning.smaller
+    for name in fields if named is None else named:
+        written, value = fields[name].alias or name, getattr(node.params, name)
+        if (found := another(fields[name], value, partial(holds, written))) is not None:
             return Cure({written: found})
     return "none of its fields alone makes it fit: plan for another --machine"
 

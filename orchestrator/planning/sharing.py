@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from bigpipe.orchestrator.recipe import Node
-from bigpipe.orchestrator.store import Claim, KeyRecord, Wrong, known_rate, lacking
+from bigpipe.orchestrator.store import Claim, KeyRecord, Remote, Wrong, known_rate, lacking
 from bigpipe.sizes import format_transfer
 
 from .session import Session
@@ -40,14 +40,7 @@ def look_there(
     remote = session.remote
     if remote is None or not shares(session, node):
         return None
-    if (claim := remote.find(key)) is None:
-        return None
-    try:
-        require_possible(node, claim)
-    except Wrong as error:
-        remote.refuse(key, f"the record of {node.name}: {error}")
-        return None
-    if node.cache and claim.files and not claim.kept:
+    if (claim := find_claim(remote, node, key)) is None:
         return None
     record = claim.recorded(asked(session, node, key, inputs))
     size = lacking(session.store.layout, record) if node.cache else 0
@@ -56,6 +49,19 @@ def look_there(
         return None
     rate = known_rate(session.store.layout, remote)
     return record, Fetch(size, size / rate if rate else None, node.cache)
+
+
+def find_claim(remote: Remote, node: Node, key: str) -> Claim | None:
+    """Return what the remote store has under a key. None where it has nothing, or what this node does not take: what
+    its kind cannot give, which is refused in a line, and a record without the files that the node keeps."""
+    if (claim := remote.find(key)) is None:
+        return None
+    try:
+        require_possible(node, claim)
+    except Wrong as error:
+        remote.refuse(key, f"the record of {node.name}: {error}")
+        return None
+    return None if node.cache and claim.files and not claim.kept else claim
 
 
 def require_possible(node: Node, claim: Claim) -> None:

@@ -24,7 +24,8 @@ Arguments = Mapping[str, str]
 def with_parameters(plan: Plan) -> Plan:
     """The plan, with a `-p` in front of each cure where the recipe has parameters for it and the plan with them passes.
     One misfit's change is tried alone, then the changes of all together. Where all fits but a gate fails that a
-    forecast decides, parameters of the stages it speaks of are tried: the largest smaller number, another choice."""
+    forecast decides, parameters of the stages it speaks of are tried: the largest smaller number, another choice,
+    under which a forecast decides it still."""
     if not plan.misfits:
         return _with_gate_cures(plan)
     changes = [_arguments(plan, plan.nodes[name].node, misfit.change) for name, misfit in plan.misfits]
@@ -37,12 +38,15 @@ def with_parameters(plan: Plan) -> Plan:
     return replace(plan, misfits=tuple(misfits))
 
 
-def _passes(plan: Plan, parameter: str, value: Any) -> bool:
-    return _accepted(plan, {parameter: str(value)})
+def _passes(plan: Plan, node: str, gate: int, parameter: str, value: Any) -> bool:
+    """gate: which of the node's."""
+    tried = _accepted(plan, {parameter: str(value)})
+    return tried is not None and node in tried.nodes and tried.nodes[node].gates[gate].verdict is not None
 
 
-def _accepted(plan: Plan, arguments: Arguments) -> bool:
-    """Would a plan with these arguments be accepted? The recipe is resolved again from the document as it was read."""
+def _accepted(plan: Plan, arguments: Arguments) -> Plan | None:
+    """Return the plan with these arguments; None where it is not accepted. The recipe is resolved again from the
+    document as it was read."""
     session = plan.session
     given = {**session.arguments, **arguments}
     try:
@@ -51,9 +55,10 @@ def _accepted(plan: Plan, arguments: Arguments) -> bool:
             session, recipe=recipe, arguments=given, given_machine=session.machine, _identities={}, _surroundings={},
             remote=None,
         )  # fmt: skip
-        return not make_plan(tried, preflight=False).errors()
+        found = make_plan(tried, preflight=False)
     except BigpipeError:
-        return False
+        return None
+    return None if found.errors() else found
 
 
 def _arguments(plan: Plan, node: Node, change: Mapping[str, Any]) -> dict[str, str]:
@@ -88,12 +93,13 @@ def _with_gate_cures(plan: Plan) -> Plan:
 
 
 def _with_cure(plan: Plan, planned: PlannedNode, gate: GateVerdict) -> GateVerdict:
+    at = planned.gates.index(gate)
     spoken_of = {name or planned.node.name for name, _ in gate.gate.references}
     for node in _upstream(plan, spoken_of):
         for name, field in node.kind.params.model_fields.items():
             if parameter := _parameter(node, name):
                 value = plan.session.recipe.params.get(parameter)
-                found = another(field, value, partial(_passes, plan, parameter))
+                found = another(field, value, partial(_passes, plan, planned.node.name, at, parameter))
                 if found is not None:
                     return replace(gate, cure=f"{as_parameters({parameter: str(found)})} passes; or change the gate")
     return gate

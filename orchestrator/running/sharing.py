@@ -17,7 +17,7 @@ from typing import Literal
 
 from bigpipe.errors import BigpipeError, DoesNotFit, Interrupted, StageFailed, Transient, UsageError, first_few
 from bigpipe.orchestrator.contract import Event, LogLine, Progress
-from bigpipe.orchestrator.planning import Action, Decision, Plan, PlannedNode, Session, shares
+from bigpipe.orchestrator.planning import Action, Decision, Plan, PlannedNode, Session, find_claim, shares
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import Away, Claim, KeyRecord, Remote, Wrong, note_rate
 
@@ -233,15 +233,15 @@ def size_of(record: KeyRecord) -> int:
 
 
 def there(session: Session, plan: Plan) -> dict[str, bool | None]:
-    """Return of each node whether the remote store has it; None: not known, or it is not shared. Raise UsageError where
-    none is named."""
+    """Return of each node whether the remote store has what a run would take; None: not known, or it is not shared.
+    Raise UsageError where none is named."""
     remote = require_remote(session)
 
     def has(item: PlannedNode) -> bool | None:
         key = item.decision.key
         if key is None or not shares(session, item.node):
             return None
-        found = item.action is Action.REMOTE or remote.find(key) is not None
+        found = item.action is Action.REMOTE or find_claim(remote, item.node, key) is not None
         return None if remote.away and not found else found  # it may have gone away when it was asked
 
     return {name: has(item) for name, item in plan.nodes.items()}

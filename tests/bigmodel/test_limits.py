@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.measured import GOOD_HALVES, HERE, knowing, rates
-from support.models import make_checkpoint
+from support.models import make_checkpoint, save_model
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.execution import load, loaded
 from bigpipe.bigmodel.placement import Limit, Speeds, Work, limit_here, limit_of, place
 from bigpipe.bigmodel.placement.products import Products
 
@@ -56,6 +59,61 @@ def test_each_token_is_two_operations_with_each_weight(llama: Path) -> None:
     assert found.compute == pytest.approx((2 * body * 80 / 4e6 + 2 * (body * 16 + head * 24) / 2e6) / 2)
     step = limit(llama, Work(rows=8, made=8, batch_size=8), FAST, slow)
     assert step.compute == pytest.approx(2 * 8 * (body + head) / 2e6 / 2)
+
+
+def albert(folder: Path) -> Path:
+    config = AlbertConfig(
+        vocab_size=264, embedding_size=16, hidden_size=32, num_hidden_layers=6, num_hidden_groups=2,
+        num_attention_heads=4, intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    return save_model(AlbertForMaskedLM(config).eval(), folder)
+
+
+def test_the_layers_of_albert_are_moved_as_often_as_they_run(tmp_path: Path) -> None:
+    placement = place(albert(tmp_path), device_map={"": "disk"})
+    state = loaded(model := load(tmp_path, placement))
+    with torch.inference_mode():
+        model(torch.full((1, 1), 5))
+    assert state.stream.bytes_read == placement.streamed_bytes_per_token == state.streamed
+    assert state.streamed > 2 * sum(group.moved() for group in state.stream._order)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart", "opt"])
+def test_a_limit_counts_what_reading_and_each_token_made_really_move(tmp_path: Path, architecture: str) -> None:
+    """Only the encoder of an encoder-decoder reads; only its decoder runs for each further token."""
+    folder = make_checkpoint(tmp_path, architecture)
+    placement, described = place(folder, device_map={"": "disk"}), describe_architecture(folder)
+    model = load(folder, placement)
+    stream, tokens = loaded(model).stream, torch.full((1, 1), 5)
+
+    def counted(work: Work) -> float:
+        slow = replace(FAST, disk=1e6)
+        return 1e6 * limit_of(placement, described, sizes(folder), "float32", "float32", work, slow, QUICK, 2).bandwidth
+
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    with torch.inference_mode():
+        body(tokens)
+        features, start = stream.bytes_read, stream.bytes_read
+        model.generate(tokens, max_new_tokens=9, min_new_tokens=9)
+    assert counted(Work(rows=1, read=1, headless=True)) == pytest.approx(features, rel=0.02)
+    assert counted(Work(rows=1, read=1, made=9)) == pytest.approx(stream.bytes_read - start, rel=0.02)
+
+
+def test_of_an_encoder_decoder_the_prompt_meets_the_encoder_and_its_answer_the_decoder(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "t5")
+    encoder, decoder = (
+        sum(size for name, size in sizes(folder).items() if name.startswith(part) and "bias" not in name) // 4
+        for part in ("encoder.", "decoder.")
+    )
+    head, slow = 264 * 32, Products(rates(dict.fromkeys(("float32",), (1e-3, 2e-3, 4e-3))))
+    placement = place(folder, device_map={"": "disk"})
+    given = placement, describe_architecture(folder), sizes(folder), "float32", "float32"
+    found = limit_of(*given, Work(rows=8, read=80, made=24, batch_size=8), FAST, slow, 2)
+    assert found.compute == pytest.approx((2 * encoder * 80 / 4e6 + 2 * (decoder + head) * 24 / 2e6) / 2)
+    read = limit_of(*given, Work(rows=8, read=80, batch_size=8, headless=True), FAST, slow, 2)
+    assert read.compute == pytest.approx(2 * encoder * 80 / 4e6 / 2)
+    step = limit_of(*given, Work(rows=8, made=8, batch_size=8), FAST, slow, 2)
+    assert step.compute == pytest.approx(2 * 8 * (decoder + head) / 2e6 / 2)
 
 
 def test_each_batch_reads_each_weight_from_memory(llama: Path) -> None:

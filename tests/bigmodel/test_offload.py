@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import forward, make_checkpoint, sample_inputs, tiny_model
-from transformers import LlamaForCausalLM
+from support.architectures import ALL
+from support.models import forward, make_checkpoint, sample_inputs, save_model, tiny_model
+from support.real import build
+from transformers import (
+    LlamaForCausalLM,
+    TrOCRConfig,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
 
 from bigpipe.bigmodel.checkpoint import MappedFiles, open_checkpoint
 from bigpipe.bigmodel.checkpoint.mapped import DROP
@@ -169,6 +177,35 @@ def test_a_model_that_takes_no_tokens_says_so(tmp_path: Path) -> None:
     reason = forward_once(load(file, {"": "disk"}, model=torch.nn.Linear(5, 5)))
     assert reason is not None
     assert reason.startswith("Linear does not take a batch of tokens")
+
+
+def test_a_model_that_takes_more_than_one_input_says_so(tmp_path: Path) -> None:
+    clip = build(ALL["clip"])
+    save_model(clip, tmp_path, tokenizer=False)
+    reason = forward_once(load(tmp_path, {"": "disk"}))
+    assert reason is not None
+    assert reason.startswith("CLIPModel does not take input_ids alone: ")
+
+
+def test_a_reader_of_pictures_gets_one_of_the_size_that_its_encoder_takes(tmp_path: Path) -> None:
+    sees = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    writes = TrOCRConfig(
+        vocab_size=50, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=16, cross_attention_hidden_size=16,
+    )  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(sees, writes)
+    save_model(VisionEncoderDecoderModel(config), tmp_path, tokenizer=False)
+    assert forward_once(load(tmp_path, {"": "disk"})) is None
+
+
+def test_what_fails_in_a_forward_whose_inputs_are_known_is_no_input(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "llama")
+    model = load(tmp_path, {"": "cpu"})
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        forward_once(model)
 
 
 def test_a_cut_file_is_an_error_with_its_bytes(tmp_path: Path) -> None:

@@ -151,6 +151,15 @@ def test_memory_is_cured_by_a_field_that_was_tried(workshop: Any) -> None:
     assert cures(workshop, BARE) == []
 
 
+def test_a_field_under_which_a_forecast_knows_less_is_no_cure(workshop: Any) -> None:
+    """`forgets` comes first, and with it no RAM is foreseen."""
+    recipe = RECIPE.replace("RAM", "65GiB").replace("CPUS", "4")
+    workshop.manifest.write_text(recipe.replace("text: hello", "forgets: all"))
+    assert cures(workshop, BARE) == []
+    workshop.manifest.write_text(recipe)
+    assert cures(workshop, BARE)[0].startswith("set needs_ram to ")
+
+
 def test_where_no_field_makes_it_fit_none_is_named(workshop: Any) -> None:
     workshop.manifest.write_text(RECIPE.replace("RAM", "65GiB").replace("CPUS", "4"))
     assert cures(workshop, replace(BARE, memory=0)) == [
@@ -218,3 +227,30 @@ def test_what_does_not_fit_points_at_the_field_that_says_so(field: str, tmp_path
     assert place is not None
     assert place.line == 9, place
     assert place.column > 7, "the value, not the stage"
+
+
+INFERRED = """\
+version: 1
+name: infers
+stages:
+  download: {{uses: download, with: {{path: {model}}}}}
+  infer:
+    uses: distributed-infer
+    inputs: download
+    with: {{task: text-generation, batch_size: {batch_size}, limit: 64, prompts: [{prompts}]{more}}}
+"""
+
+
+@pytest.mark.parametrize(("batch_size", "more", "memory", "cure"), [
+    (64, "", 545, "set batch_size to "), (64, ", max_new_tokens: 8", 532, "set batch_size to "),
+    (1, ", max_new_tokens: 250, generation: {num_beams: 64}", 545, "set max_new_tokens to "),
+])  # fmt: skip
+def test_an_inference_that_does_not_fit_is_cured_by_less_at_a_time_and_stays_the_task_it_is(
+    tmp_path: Path, batch_size: int, more: str, memory: int, cure: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    prompts = ", ".join(f"text {number} of many" for number in range(64))
+    recipe.write_text(INFERRED.format(model=MODEL, batch_size=batch_size, more=more, prompts=prompts))
+    small = replace(BARE, memory=memory * 2**20)
+    [error] = bigpipe.plan(recipe, machine=small, store=tmp_path / "store").errors()
+    assert error.cure.startswith(cure)

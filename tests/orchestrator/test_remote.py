@@ -602,6 +602,24 @@ class TestRuns:
         assert plan.errors() == []
         assert len(told.lines) == 1
 
+    @pytest.mark.parametrize(
+        "change",
+        [{}, {"kind": "join"}, {"artifact_type": "adapter"}, {"metrics": {"x": 1}}, {"kept": False}],
+        ids=["right", "kind", "type", "metrics", "without its files"],
+    )
+    def test_what_a_run_would_not_take_is_not_shared(self, workshop, ran_once, warmed, shared, change):
+        """Though it is here, so that no run asks for it."""
+        key = key_of(workshop, "a")
+        path = shared / "v1/keys" / f"{hex_of(key)}.json"
+        claim = read_claim(path.read_bytes(), key)
+        path.chmod(0o600)
+        path.write_bytes(Claim.model_validate({**claim.model_dump(), **change}).sealed())
+        told = Told()
+        plan = bigpipe.plan(workshop.manifest, ["a"], store=ran_once / "one", remote=str(shared), reporter=told)
+        assert plan.nodes["a"].action is Action.CACHED
+        assert commands.shared(plan) == {"a": not change}
+        assert len(told.lines) == (bool(change) and "kept" not in change)
+
     def test_what_is_away_or_cannot_be_written_costs_a_line(self, workshop, shared, tmp_path):
         away, closed = Told(), Told()
         recipe = HEAD + "  a: {uses: write}\n  b: {uses: join, inputs: {first: a}}\n"

@@ -113,6 +113,20 @@ def test_a_gate_that_another_choice_passes(workshop):
     assert "-p" not in hopeless.stderr
 
 
+def test_a_choice_under_which_a_gate_is_not_decided_passes_nothing(workshop):
+    recipe = """\
+version: 1
+name: forgets
+params: {forgets: nothing}
+stages:
+  a: {uses: write, with: {forgets: "${params.forgets}", text: hello}, gates: ["characters <= 3"]}
+"""
+    workshop.manifest.write_text(recipe)
+    [error] = bigpipe.plan(workshop.manifest).errors()
+    assert error.cure == "change the recipe so that the gate holds, or the gate"
+    assert bigpipe.plan(workshop.manifest, params={"forgets": "all"}).errors() == []
+
+
 RANKS = """\
 version: 1
 name: ranks

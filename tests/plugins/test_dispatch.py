@@ -125,6 +125,30 @@ MAPS: list[dict[str, Any]] = [
 ]
 
 
+def without_passing(found: Forecast) -> int:
+    assert found.ram is not None
+    return found.ram - 2 * max(found.output.streaming.values(), default=0)
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, {"": "cpu", "model.decoder.layers.0": "disk"}], ids=str)
+def test_weights_that_are_cast_to_be_held_are_in_the_memory(
+    models: dict[str, Path], memo: Path, device_map: dict[str, str]
+) -> None:
+    stored, same, cast = (
+        forecast(models["opt"], memo, device_map=device_map, dtype=dtype) for dtype in (None, "float16", "float32")
+    )
+    assert stored.ram is not None
+    assert same.ram == stored.ram, "these are windows into their file"
+    held = cast.metrics["predicted"]["cpu"]
+    assert without_passing(cast) == without_passing(stored) + held
+    assert held > 80_000
+    asked = {"device_map": device_map, "dtype": "float32"}
+    little = forecast(models["opt"], memo, replace(MACHINE, memory_available=100_000), **asked).ram
+    assert little is not None
+    assert stored.ram < little < stored.ram + 100_000, "what is over is cast at each use"
+    assert forecast(models["opt"], memo, verify="none", **asked).ram is None
+
+
 @pytest.mark.parametrize("fields", MAPS, ids=["cpu", "mixed", "disk", "cast", "detected"])
 @pytest.mark.parametrize("architecture", ["opt", "llama", "t5", "bert"])
 def test_gives_what_was_forecast(

@@ -188,17 +188,23 @@ def test_runs_through_a_placement(tmp_path: Path, model: Path) -> None:
     assert results(placed) == results(plain)
 
 
-@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction", "scoring"])
 def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: Path, task: str) -> None:
     makes, figures = task == "text-generation", Speeds(disk=1e5, ram=1e12)
     ctx = context(tmp_path, model, machine=HERE, memo=knowing(tmp_path, GOOD_HALVES, figures))
     ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
     made = {"max_new_tokens": 5} if makes else {}
-    metrics = infer(InferParams(task=task, prompts=PROMPTS, micro_batches=2, **made), ctx)
+    prompts = [{"prompt": text, "continuation": "."} for text in PROMPTS] if task == "scoring" else PROMPTS
+    metrics = infer(InferParams(task=task, prompts=prompts, micro_batches=2, **made), ctx)
     assert metrics.prompt_tokens > 5
+    assert (metrics.tokens == metrics.prompt_tokens) == (task == "feature-extraction"), (
+        "limits are of what speeds count"
+    )
     assert metrics.bound_by == "bandwidth"
     streamed = read_placement(tmp_path).streamed_bytes_per_token
     passes = 3 * (metrics.tokens / 5 if makes else 1)
+    if task == "feature-extraction":
+        streamed -= 264 * 32 * 2  # of the head, which it does not run
     assert metrics.limit_tokens_per_second == pytest.approx(metrics.tokens / (passes * streamed / 1e5), rel=0.01)
     assert metrics.limit_tokens_per_second
     reached = metrics.tokens_per_second / metrics.limit_tokens_per_second
@@ -531,6 +537,67 @@ def test_a_larger_batch_and_longer_prompts_need_more_memory(tmp_path: Path, mode
         found.append(STAGE.forecast(asked, ctx).ram)
     assert None not in found
     assert found[0] < found[1] < found[2] < found[3] == found[4], "a model of 128 positions takes no more"
+
+
+def forecast_of(folder: Path, root: Path, **fields: Any) -> Forecast:
+    inputs = {"model": (Forecast(output=describe_checkpoint(folder)),)}
+    return STAGE.forecast(params(**fields), forecast_context(root, inputs=inputs, machine=MACHINE))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "opt", "t5"])
+def test_features_take_no_memory_for_logits(tmp_path: Path, architecture: str) -> None:
+    """As fill-mask, or scoring, would make them of the same model."""
+    found = {}
+    for vocabulary in (264, 100_000):
+        folder = make_checkpoint(tmp_path / str(vocabulary), architecture, vocab_size=vocabulary)
+        model, ctx = describe_checkpoint(folder), replace(HERE, gpus=())
+        inputs = {"model": (Forecast(output=model),)}
+        given = forecast_context(tmp_path, inputs=inputs, machine=ctx)
+        asked = InferParams(task="feature-extraction", prompts=["x" * 100] * 64, batch_size=64)
+        found[vocabulary] = STAGE.forecast(asked, given).ram
+    assert found[264] == found[100_000]
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("value", ["4", [4], {}, 4.5, None])
+def test_a_number_of_sequences_that_is_none_is_left_to_who_refuses_it(
+    tmp_path: Path, model: Path, name: str, value: Any
+) -> None:
+    plain, wrong = (
+        forecast_of(model, tmp_path, batch_size=4, generation=given, max_new_tokens=64) for given in ({}, {name: value})
+    )
+    assert wrong.ram == plain.ram
+    several = forecast_of(model, tmp_path, batch_size=4, generation={name: 4}, max_new_tokens=64)
+    assert (several.ram or 0) > (plain.ram or 0)
+
+
+def test_beams_that_the_models_own_file_asks_for_take_memory_too(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "bart")
+    given = {"task": "text2text-generation", "batch_size": 5, "max_new_tokens": 100}
+    asked = {**given, "generation": {"num_beams": 4}}
+    wanted, plain = forecast_of(folder, tmp_path, **asked).ram, forecast_of(folder, tmp_path, **given).ram
+    own = folder / "generation_config.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "num_beams": 4}))
+    assert forecast_of(folder, tmp_path, **given).ram == wanted != plain
+    said = {**given, "generation": {"num_beams": 1}}
+    assert forecast_of(folder, tmp_path, **said).ram == plain, "who asks for another number is heard"
+
+
+def test_a_plan_refuses_a_number_of_beams_that_is_a_text(workshop: Workshop, model: Path) -> None:
+    workshop.manifest.write_text(f"""\
+version: 1
+name: beams
+params: {{beams: "4"}}
+stages:
+  download: {{uses: download, with: {{path: '{model}'}}}}
+  infer:
+    uses: distributed-infer
+    inputs: download
+    with: {{task: text-generation, prompts: [a], generation: {{num_beams: "${{params.beams}}"}}}}
+""")
+    planned = workshop.command("plan", str(workshop.manifest))
+    assert planned.returncode == 2, planned.stderr
+    assert "generation.num_beams takes int" in planned.stderr
 
 
 def test_forecasts_shares_memory_and_gpus(tmp_path: Path, model: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from bigpipe.orchestrator.stage import (
     File,
@@ -34,6 +34,8 @@ class WriteParams(Params):
     text: str = "hello"
     source: File | None = None
     lines: Annotated[str | tuple[str, ...], FileOrLiteral] = ()
+    forgets: Literal["nothing", "all"] = "nothing"
+    """all: its forecast knows neither what RAM it needs nor what it will measure."""
     needs_ram: Size = 1000
     misfit: bool = False
     stamp: bool = False
@@ -59,8 +61,10 @@ def write(params: WriteParams, context: StageContext) -> StageResult:
 
 def write_forecast(params: WriteParams, context: ForecastContext) -> Forecast:
     misfits = (Misfit("there is no GPU 7", "-p device=cpu"),) if params.misfit else ()
-    known = {} if params.source else {"characters": len(params.text)}
-    return Forecast(write_bytes=len(params.text), ram=params.needs_ram, metrics=known, misfits=misfits)
+    unknown = ("RAM",) if params.forgets == "all" else ()
+    known = {} if params.source or unknown else {"characters": len(params.text)}
+    ram = None if unknown else params.needs_ram
+    return Forecast(write_bytes=len(params.text), ram=ram, unknown=unknown, metrics=known, misfits=misfits)
 
 
 class JoinParams(Params):
