@@ -180,6 +180,20 @@ def test_a_directory_stands_for_the_files_in_it(tmp_path: Path) -> None:
         read_prompts("empty", "prompt", tmp_path)
 
 
+@pytest.mark.parametrize("given", ["prompts/*.jsonl", "prompts", "prompts/a.jsonl", "**/a.jsonl"])
+def test_globs_and_directories_start_at_a_recipe_whose_own_path_looks_like_a_pattern(
+    tmp_path: Path, given: str
+) -> None:
+    for name, text in (("exp[1]", "mine"), ("exp1", "somebody else's")):
+        (tmp_path / name / "prompts").mkdir(parents=True)
+        (tmp_path / name / "prompts" / "a.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    assert [row.prompt for row in read_prompts(given, "prompt", tmp_path / "exp[1]")] == ["mine"]
+    alone = tmp_path / "wh?t" / "*"
+    (alone / "prompts").mkdir(parents=True)
+    (alone / "prompts" / "a.jsonl").write_text('{"prompt": "starred"}\n')
+    assert [row.prompt for row in read_prompts(given, "prompt", alone)] == ["starred"]
+
+
 @pytest.mark.parametrize("payload", [{"text": "half \ud83d"}, {"text": float("nan")}, {"text": b"bytes"}])
 def test_an_answer_that_cannot_be_written_fails_its_row_alone(payload: dict[str, object]) -> None:
     def answer(rows: object) -> list[Answer]:
