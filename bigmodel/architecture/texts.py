@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
@@ -64,6 +64,41 @@ def position_limit(config: Config) -> int | None:
         return int(limit - padding - 1)
     scaling = text.get("rope_parameters") or text.get("rope_scaling")
     return _scaled(limit, scaling) if isinstance(scaling, Mapping) else limit
+
+
+def together_limit(config: Config) -> int | None:
+    """Return up to how many tokens the rotary positions of texts that are computed together are those of each alone;
+    None where they always are. config: complete.
+
+    Beyond, `dynamic` and `longrope` turn all texts of a batch by the frequencies of its longest one
+    (`dynamic_rope_update` of transformers' modeling_rope_utils.py).
+    """
+    return min((limit for part in _parts(config) for limit in _turning_points(part)), default=None)
+
+
+def _parts(config: Config) -> Iterator[Config]:
+    """A config and those nested in it."""
+    yield config
+    for nested in config.values():
+        if isinstance(nested, Mapping):
+            yield from _parts(nested)
+
+
+def _turning_points(config: Config) -> Iterator[int]:
+    """Of one part of a config: after how many tokens the frequencies of its layers become others."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return
+    most = config.get("max_position_embeddings")
+    for layer in (scaling, *(each for each in scaling.values() if isinstance(each, Mapping))):
+        kind = str(layer.get("rope_type", layer.get("type", "default")))
+        if kind == "longrope":
+            own, before = (part.get("original_max_position_embeddings") for part in (layer, config))
+            limit = own or before or most
+        else:
+            limit = most if "dynamic" in kind else None
+        if type(limit) is int:
+            yield limit
 
 
 def _scaled(limit: int, scaling: Config) -> int:

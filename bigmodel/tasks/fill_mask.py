@@ -11,7 +11,7 @@ from pydantic import Field
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .classifying import read_texts
+from .classifying import reader
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import OWN_FUNCTION, check_text_model, embedded, load_tokenizer, refuse_chats
@@ -30,15 +30,15 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked = FillMask.model_validate(options.arguments)
     if tokenizer.mask_token_id is None:
         raise UsageError(f"{type(tokenizer).__name__} has no mask token", OWN_FUNCTION)
+    read = reader(model, tokenizer, options.bounded)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
-        read = read_texts(model, tokenizer, [row.prompt for row in rows], options.bounded)
         return [
             Answer(
                 {"fills": _fills(tokenizer, list(tokens["input_ids"]), logits, asked.top_k)},
                 *[len(tokens["input_ids"])] * 2,
             )
-            for tokens, logits in zip(*read, strict=True)
+            for tokens, logits in zip(*read([row.prompt for row in rows]), strict=True)
         ]
 
     return answer
