@@ -28,7 +28,8 @@ def reader(model: Any, tokenizer: Any, bounded: Bounded, **asked: Any) -> Reader
             return torch.nn.utils.rnn.pad_sequence([logits_of([each])[0] for each in encoded], batch_first=True)
         begin()
         with torch.inference_mode():
-            logits: torch.Tensor = model(**pad(model, tokenizer, encoded, "right")).logits
+            found = model(**pad(model, tokenizer, encoded, "right"))
+        logits: torch.Tensor = found.logits if "logits" in found else found.prediction_logits
         return logits.float().cpu()
 
     def read(texts: Sequence[str | tuple[str, str]]) -> tuple[list[Encoded], torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,12 @@ from bigpipe.errors import UsageError
 from .classifying import reader
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .tokenizing import OWN_FUNCTION, check_text_model, embedded, load_tokenizer, refuse_chats
+from .tokenizing import OWN_FUNCTION, check_text_model, embedded, known_architecture, load_tokenizer, refuse_chats
 
 if TYPE_CHECKING:
     import torch
+
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
 
 class FillMask(Arguments):
@@ -64,7 +66,16 @@ def _fills(tokenizer: Any, tokens: list[int], logits: torch.Tensor, top_k: int) 
     return fills
 
 
+def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    check_text_model(model, arguments, sources)
+    architecture = known_architecture(model, sources)
+    pretraining = architecture is not None and architecture.class_name.endswith("ForPreTraining")
+    if architecture is not None and pretraining and architecture.output_embedding is None:
+        cause = f"{architecture.class_name} does no fill-mask: it predicts no tokens"
+        raise UsageError(cause, f"take a model of a class …ForMaskedLM; or {OWN_FUNCTION}", field="task")
+
+
 TASK = Task(
-    name="fill-mask", bind=_bind, arguments=FillMask, check_model=check_text_model, row_check=refuse_chats,
+    name="fill-mask", bind=_bind, arguments=FillMask, check_model=_check_model, row_check=refuse_chats,
     classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True,
 )  # fmt: skip
