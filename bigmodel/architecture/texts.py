@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
-POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
+POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_target_positions", "max_decoder_position_embeddings", "max_seq_len",
+)  # fmt: skip
 OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
                     "longformer", "mpnet", "ibert", "esm", "luke", "lilt", "markuplm", "xmod"})  # fmt: skip
 """Model types that number positions from behind the padding token's, so that the table has so many less for tokens."""
@@ -47,7 +49,8 @@ def looks_ahead(config: Config) -> str | None:
 
 
 def position_limit(config: Config) -> int | None:
-    """Return the most tokens that a complete config's positions are made for; None where there is no last one.
+    """Return the most tokens that a complete config's positions are made for, of an encoder-decoder those of what it
+    makes; None where there is no last one.
 
     Rotary positions that are scaled reach `factor` times as far as they did before: transformers computes them so for
     YaRN, linear, dynamic, longrope and llama3 (modeling_rope_utils.py), whatever max_position_embeddings says. Where
@@ -64,6 +67,18 @@ def position_limit(config: Config) -> int | None:
         return int(limit - padding - 1)
     scaling = text.get("rope_parameters") or text.get("rope_scaling")
     return _scaled(limit, scaling) if isinstance(scaling, Mapping) else limit
+
+
+def read_limit(config: Config) -> int | None:
+    """Return the most tokens that a complete config's positions are made for, of a text that is read; None where there
+    is no last one. An encoder-decoder's encoder may have positions of its own; all others have those of
+    `position_limit`."""
+    encoder, own = config.get("encoder"), config.get("max_encoder_position_embeddings")
+    if not config.get("is_encoder_decoder"):
+        return position_limit(config)
+    if isinstance(encoder, Mapping) and encoder:
+        return position_limit(encoder)
+    return own if type(own) is int else position_limit(config)
 
 
 def together_limit(config: Config) -> int | None:

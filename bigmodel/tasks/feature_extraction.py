@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import position_limit
+from bigpipe.bigmodel.architecture import read_limit
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
@@ -57,7 +57,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked = FeatureExtraction.model_validate(options.arguments)
     pooling, limit = _pooling(path, asked), None
     if asked.truncate:
-        known = (pooling.max_length, position_limit(model.config.to_dict()), tokenizer.model_max_length)
+        known = (pooling.max_length, read_limit(model.config.to_dict()), tokenizer.model_max_length)
         limit = min((most for most in known if most is not None and most < UNLIMITED), default=None)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     names = _inputs(body, tokenizer, options.bounded)
@@ -71,7 +71,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if pooling.max_length is not None and longest(encoded) > pooling.max_length:
             cause = f"{longest(encoded)} tokens are more than the {pooling.max_length} of its {LENGTHS}"
             raise ValueError(f"{cause}: shorten the text, or set truncate")
-        check_length(model, longest(encoded))
+        check_length(model, longest(encoded), encoded=True)
         lengths = [len(each["input_ids"]) for each in encoded]
         if len({*lengths}) > 1 and max(lengths) > most:
             return [answer([row])[0] for row in rows]

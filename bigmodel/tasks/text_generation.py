@@ -152,7 +152,7 @@ def generator(
         if goes_on:
             check_length(model, max(found.tokens), length)
         else:  # what is read and what is made have positions of their own
-            check_length(model, max(found.tokens))
+            check_length(model, max(found.tokens), encoded=True)
             check_length(model, 1, length)
         seeds = [(row.arguments or {}).get("seed", options.seed + row.index) for row in rows]
         begin()
