@@ -49,7 +49,10 @@ def afresh(model: Any) -> Callable[[], None]:
 def counts_padding(settings: Mapping[str, Any], goes_on: bool) -> bool:
     """Return whether arguments of `generate` make something of the padding of a batch. goes_on: does the model go on
     with its prompt, which then is padded on the left?"""
-    asked = {name: settings.get(name) for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size")}
-    counted = asked["min_length"] and not asked["min_new_tokens"]
+    counted = settings.get("min_length") and not settings.get("min_new_tokens")
+    forced = settings.get("forced_bos_token_id") is not None  # where there is one token so far
+    repeated = settings.get("no_repeat_ngram_size") == 1
+    mark = settings.get("watermarking_config")
+    width = mark.get("context_width") if isinstance(mark, Mapping) else getattr(mark, "context_width", 1)
     seen = settings.get("encoder_repetition_penalty") not in (None, 1) or settings.get("encoder_no_repeat_ngram_size")
-    return bool(seen or (goes_on and (counted or asked["no_repeat_ngram_size"] == 1)))
+    return bool(seen or (goes_on and (counted or forced or repeated or (width or 1) > 1)))

@@ -175,7 +175,16 @@ def test_a_model_that_changes_itself_for_short_texts_reads_long_ones_as_if_it_ha
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 @pytest.mark.parametrize("where", ["argument", "file"])
-@pytest.mark.parametrize("arguments", [{"min_length": 9}, {"no_repeat_ngram_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"min_length": 9},
+        {"no_repeat_ngram_size": 1},
+        {"forced_bos_token_id": 70},
+        {"watermarking_config": {"context_width": 4, "seeding_scheme": "selfhash", "bias": 20.0}},
+    ],
+    ids=str,
+)
 def test_arguments_that_count_what_stands_before_count_no_padding(
     tmp_path: Path, arguments: dict[str, Any], where: str
 ) -> None:

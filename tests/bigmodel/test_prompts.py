@@ -205,6 +205,22 @@ def test_an_answer_that_cannot_be_written_fails_its_row_alone(payload: dict[str,
     json.dumps(said[1].payload, ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize(
+    ("payload", "cause"),
+    [
+        ({"features": [0.5, float("nan")]}, "features[1] is nan"),
+        ({"text": "a", "scores": [{"logprob": -1.0}, {"logprob": float("-inf")}]}, "scores[1].logprob is -inf"),
+    ],
+)
+def test_a_number_that_is_none_is_named_with_what_to_do(payload: dict[str, object], cause: str) -> None:
+    rows = [Row(index, "p", {"prompt": "p"}) for index in range(2)]
+    said = answer_batch(lambda given: [Answer(payload if row.index else {}) for row in given], rows, str)
+    cure = "where the model overflows, as it may in float16, set dtype: float32"
+    assert [each.payload for each in said] == [
+        {}, {"error": f"ValueError: {cause}, which no result can hold: {cure}"}
+    ]  # fmt: skip
+
+
 def test_a_template_makes_prompts_of_fields(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,n\n"a, b",3\nc,4\n')
     rows = read_prompts("a.csv", "prompt", tmp_path, "Say {{it}} {n} times: {text}")
