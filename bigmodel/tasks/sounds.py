@@ -105,6 +105,8 @@ def _opened_wav(path: Path) -> Iterator[wave.Wave_read]:
             with wave.open(mapped) as sound:  # type: ignore[call-overload]
                 yield sound
         except wave.Error as error:
+            if not str(error).startswith("unknown"):
+                raise
             cause = f"Python reads .wav of whole numbers alone ({error})"
             raise ValueError(f"{cause}: pip install 'bigpipe-ml[sounds]'") from error
 
