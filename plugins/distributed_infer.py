@@ -290,7 +290,7 @@ def _apart(params: InferParams) -> Sequence[str]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=11,
+    version=12,
     params=InferParams,
     metrics=InferMetrics,
     inputs={

@@ -107,7 +107,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="evaluate",
-    version=2,
+    version=3,
     params=EvaluateParams,
     metrics=EvaluateMetrics,
     inputs={

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .shrinking import shrunk
     from .snapshot import known_architecture, missing_snapshot
     from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32
-    from .texts import looks_ahead, position_limit, text_config
+    from .texts import looks_ahead, position_limit, read_limit, text_config, together_limit
     from .ties import untied, untied_checkpoint
     from .wrapping import COMPILED, require_module
 

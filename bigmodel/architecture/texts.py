@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
-POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
+POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_target_positions", "max_decoder_position_embeddings", "max_seq_len",
+)  # fmt: skip
 OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text",
                     "longformer", "mpnet", "ibert", "esm", "luke", "lilt", "markuplm", "xmod"})  # fmt: skip
 """Model types that number positions from behind the padding token's, so that the table has so many less for tokens."""
@@ -47,7 +49,8 @@ def looks_ahead(config: Config) -> str | None:
 
 
 def position_limit(config: Config) -> int | None:
-    """Return the most tokens that a complete config's positions are made for; None where there is no last one.
+    """Return the most tokens that a complete config's positions are made for, of an encoder-decoder those of what it
+    makes; None where there is no last one.
 
     Rotary positions that are scaled reach `factor` times as far as they did before: transformers computes them so for
     YaRN, linear, dynamic, longrope and llama3 (modeling_rope_utils.py), whatever max_position_embeddings says. Where
@@ -64,6 +67,53 @@ def position_limit(config: Config) -> int | None:
         return int(limit - padding - 1)
     scaling = text.get("rope_parameters") or text.get("rope_scaling")
     return _scaled(limit, scaling) if isinstance(scaling, Mapping) else limit
+
+
+def read_limit(config: Config) -> int | None:
+    """Return the most tokens that a complete config's positions are made for, of a text that is read; None where there
+    is no last one. An encoder-decoder's encoder may have positions of its own; all others have those of
+    `position_limit`."""
+    encoder, own = config.get("encoder"), config.get("max_encoder_position_embeddings")
+    if not config.get("is_encoder_decoder"):
+        return position_limit(config)
+    if isinstance(encoder, Mapping) and encoder:
+        return position_limit(encoder)
+    return own if type(own) is int else position_limit(config)
+
+
+def together_limit(config: Config) -> int | None:
+    """Return up to how many tokens the rotary positions of texts that are computed together are those of each alone;
+    None where they always are. config: complete.
+
+    Beyond, `dynamic` and `longrope` turn all texts of a batch by the frequencies of its longest one
+    (`dynamic_rope_update` of transformers' modeling_rope_utils.py).
+    """
+    return min((limit for part in _parts(config) for limit in _turning_points(part)), default=None)
+
+
+def _parts(config: Config) -> Iterator[Config]:
+    """A config and those nested in it."""
+    yield config
+    for nested in config.values():
+        if isinstance(nested, Mapping):
+            yield from _parts(nested)
+
+
+def _turning_points(config: Config) -> Iterator[int]:
+    """Of one part of a config: after how many tokens the frequencies of its layers become others."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, Mapping):
+        return
+    most = config.get("max_position_embeddings")
+    for layer in (scaling, *(each for each in scaling.values() if isinstance(each, Mapping))):
+        kind = str(layer.get("rope_type", layer.get("type", "default")))
+        if kind == "longrope":
+            own, before = (part.get("original_max_position_embeddings") for part in (layer, config))
+            limit = own or before or most
+        else:
+            limit = most if "dynamic" in kind else None
+        if type(limit) is int:
+            yield limit
 
 
 def _scaled(limit: int, scaling: Config) -> int:

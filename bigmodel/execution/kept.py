@@ -1,8 +1,9 @@
 """What a batch leaves behind between two forwards beside what it passes to them, kept apart from what others leave.
 
 Some models keep states in their own modules (RecurrentGemma its recurrent states, Qwen2-VL its rope deltas, dynamic
-rotary embeddings the frequencies of the longest text so far), transformers hooks into modules where a forward first
-asks for hidden states, and notes that it did; and torch draws from generators that are everybody's.
+rotary embeddings the frequencies of the longest text so far), BigBird puts modules of full attention in the place of
+others at the first short text, transformers hooks into modules where a forward first asks for hidden states, and notes
+that it did; and torch draws from generators that are everybody's.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
 Resume = Callable[[], None]
 """Puts back what was suspended."""
+Change = tuple[dict[Any, Any], Any, Any, Any]
+"""Place, name, first value, value now."""
 ABSENT = object()
 
 
 class KeptStates:
-    """Attributes and buffers of a model's own modules, and the hooks of all, as they are now and as forwards replace
-    them. What is changed in place is not seen. Modules of torch itself keep nothing."""
+    """Attributes, buffers and inner modules of a model's own modules, and the hooks of all, as they are now and as
+    forwards replace them. What is changed in place is not seen. Modules of torch itself keep nothing."""
 
     def __init__(self, model: torch.nn.Module, streamed: Collection[tuple[torch.nn.Module, str]]) -> None:
         """streamed: module and attribute of buffers that come and go by themselves; those beside them count as such."""
@@ -29,16 +32,21 @@ class KeptStates:
         for module in model.modules():
             places += [module._forward_pre_hooks, module._forward_hooks]
             if not type(module).__module__.startswith("torch.nn."):
-                places.append(module.__dict__)
+                places += [module.__dict__, module._modules]
                 if not any((module, name) in streamed for name in module._buffers):
                     places.append(module._buffers)
         self._first = [(place, dict(place)) for place in places]
 
-    def suspend(self) -> Resume:
-        """Make all as it was at first, and return what makes it as it is now."""
+    def restore(self) -> list[Change]:
+        """Make all as it was at first, and return what was otherwise."""
         changed = [change for place, first in self._first for change in _changes(place, first)]
         for place, name, first, _ in changed:
             _put(place, name, first)
+        return changed
+
+    def suspend(self) -> Resume:
+        """Make all as it was at first, and return what makes it as it is now."""
+        changed = self.restore()
         drawn = _random_state()
 
         def resume() -> None:
@@ -49,8 +57,7 @@ class KeptStates:
         return resume
 
 
-def _changes(place: dict[Any, Any], first: dict[Any, Any]) -> list[tuple[dict[Any, Any], Any, Any, Any]]:
-    """Place, name, first value, value now."""
+def _changes(place: dict[Any, Any], first: dict[Any, Any]) -> list[Change]:
     if len(place) == len(first) and all(map(is_, place.values(), first.values())):
         return []
     pairs = ((name, first.get(name, ABSENT), place.get(name, ABSENT)) for name in {**first, **place})

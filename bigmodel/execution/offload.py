@@ -107,11 +107,22 @@ class WeightStream:
     def together(self, model: torch.nn.Module, work: Callable[[Item], None], items: Iterable[Item], count: int) -> None:
         """Do the work of each item, up to `count` of them side by side, each with forwards of the model: its groups are
         filled once for all. Each item finds the model's modules as they are now, and gives what it gives alone."""
-        streamed = {(slot.module, slot.attribute) for group in self._order for slot in group.slots}
         try:
-            self._lanes.run(work, items, count, KeptStates(model, streamed).suspend)
+            self._lanes.run(work, items, count, self._kept(model).suspend)
         finally:
             self._wanted.clear()
+
+    def afresh(self, model: torch.nn.Module) -> Callable[[], None]:
+        """Return what makes the model's modules as they are now, so that a text finds nothing of those before it."""
+        kept = self._kept(model)
+
+        def restore() -> None:
+            kept.restore()
+
+        return restore
+
+    def _kept(self, model: torch.nn.Module) -> KeptStates:
+        return KeptStates(model, {(slot.module, slot.attribute) for group in self._order for slot in group.slots})
 
     def _enter(self, group: WeightGroup, module: torch.nn.Module, arguments: Any) -> None:
         self._lanes.enter(group)

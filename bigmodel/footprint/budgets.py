@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from bigpipe.bigmodel.architecture import Architecture, position_limit, text_config
+from bigpipe.bigmodel.architecture import Architecture, read_limit, text_config
 from bigpipe.bigmodel.formats import converted_modules, matrix_shape
 from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
@@ -321,8 +321,8 @@ def kv_bytes(dtype: str) -> int:
 
 
 def capped_length(architecture: Architecture, length: int) -> int:
-    """The tokens of a sequence, at most what the model's positions allow."""
-    limit = position_limit(architecture.config)
+    """The tokens of a sequence that is read, at most what the model's positions allow."""
+    limit = read_limit(architecture.config)
     return length if limit is None else min(length, limit)
 
 

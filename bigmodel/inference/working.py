@@ -4,10 +4,11 @@ while that one is computed: a kill costs the chunk under way, a power cut the on
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def answer_batch(
     try:
         with _no_grad() if computes else nullcontext():
             answers = answerer(rows)
-        _as_json([without_files(answer.payload) for answer in answers]).encode()  # raises what no record can hold
+        _require_writable([without_files(answer.payload) for answer in answers])
         return answers
     except BigpipeError:
         raise
@@ -202,6 +203,30 @@ def answer_batch(
     if computes:
         _empty_caches()
     return [answer for part in parts for answer in answer_batch(answerer, part, log, warn, computes=computes)]
+
+
+def _require_writable(payloads: Sequence[Mapping[str, object]]) -> None:
+    """Raise ValueError, or TypeError, for an answer that no record can hold."""
+    try:
+        _as_json(payloads).encode()
+    except ValueError as error:
+        if not str(error).startswith("Out of range float"):
+            raise
+        found = next(filter(None, (_no_number(payload, "") for payload in payloads)))
+        cure = "where the model overflows, as it may in float16, set dtype: float32"
+        raise ValueError(f"{found}, which no result can hold: {cure}") from error
+
+
+def _no_number(value: object, place: str) -> str | None:
+    """What of an answer is infinite or no number: `features[3] is nan`; None where nothing is."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{place} is {value}"
+    if isinstance(value, Mapping):
+        within = ((f"{place}.{name}".lstrip("."), inner) for name, inner in value.items())
+    else:
+        several = value if isinstance(value, list | tuple) else ()
+        within = ((f"{place}[{number}]", inner) for number, inner in enumerate(several))
+    return next((said for where, inner in within if (said := _no_number(inner, where)) is not None), None)
 
 
 def _no_grad() -> AbstractContextManager[None]:

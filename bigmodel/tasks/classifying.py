@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from .together import needs_equal_lengths
+from .together import afresh, most_together
 from .tokenizing import Bounded, Encoded, check_length, encode_texts, longest, pad
 
 if TYPE_CHECKING:
     import torch
 
 Activation = Literal["sigmoid", "softmax", "none"]
+Reader = Callable[[Sequence[str | tuple[str, str]]], "tuple[list[Encoded], torch.Tensor]"]
+"""Gives each text, or pair of texts, as tokens, and their logits, float32 on the CPU, [texts, …], those of padding too.
+Raises ValueError for an empty text, and one that is longer than the model's positions."""
 
 
-def read_texts(
-    model: Any, tokenizer: Any, texts: Sequence[str | tuple[str, str]], bounded: Bounded, **asked: Any
-) -> tuple[list[Encoded], torch.Tensor]:
-    """Return each text as tokens, and their `logits`, float32 on the CPU, [texts, …], those of padding too. asked: what
-    the tokenizer is to give besides. Raise ValueError for an empty text, and one that is longer than the model's
-    positions."""
+def reader(model: Any, tokenizer: Any, bounded: Bounded, **asked: Any) -> Reader:
+    """Return what a loaded model says of texts. asked: what the tokenizer is to give besides."""
     import torch
 
-    encoded = encode_texts(tokenizer, texts, bounded, **asked)
-    check_length(model, longest(encoded))
-    if len({len(each["input_ids"]) for each in encoded}) > 1 and needs_equal_lengths(model):
-        alone = [read_texts(model, tokenizer, [text], bounded, **asked)[1][0] for text in texts]
-        return encoded, torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
-    with torch.inference_mode():
-        logits = model(**pad(model, tokenizer, encoded, "right")).logits.float().cpu()
-    return encoded, logits
+    most, begin = most_together(model), afresh(model)
+
+    def logits_of(encoded: Sequence[Encoded]) -> torch.Tensor:
+        if len({len(each["input_ids"]) for each in encoded}) > 1 and longest(encoded) > most:
+            return torch.nn.utils.rnn.pad_sequence([logits_of([each])[0] for each in encoded], batch_first=True)
+        begin()
+        with torch.inference_mode():
+            found = model(**pad(model, tokenizer, encoded, "right"))
+        logits: torch.Tensor = found.logits if "logits" in found else found.prediction_logits
+        return logits.float().cpu()
+
+    def read(texts: Sequence[str | tuple[str, str]]) -> tuple[list[Encoded], torch.Tensor]:
+        encoded = encode_texts(tokenizer, texts, bounded, **asked)
+        check_length(model, longest(encoded))
+        return encoded, logits_of(encoded)
+
+    return read
 
 
 def scores_of(config: Any, logits: torch.Tensor, activation: Activation | None) -> torch.Tensor:

@@ -8,14 +8,14 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import position_limit
+from bigpipe.bigmodel.architecture import read_limit
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .pooling import LENGTHS, Mode, Pooling, pooling_of
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .together import needs_equal_lengths
+from .together import afresh, most_together
 from .tokenizing import (
     MODEL_INPUTS,
     OWN_FUNCTION,
@@ -57,10 +57,11 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked = FeatureExtraction.model_validate(options.arguments)
     pooling, limit = _pooling(path, asked), None
     if asked.truncate:
-        known = (pooling.max_length, position_limit(model.config.to_dict()), tokenizer.model_max_length)
+        known = (pooling.max_length, read_limit(model.config.to_dict()), tokenizer.model_max_length)
         limit = min((most for most in known if most is not None and most < UNLIMITED), default=None)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-    equal, names = needs_equal_lengths(body), _inputs(body, tokenizer, options.bounded)
+    names = _inputs(body, tokenizer, options.bounded)
+    most, begin = most_together(body), afresh(model)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch
@@ -70,11 +71,12 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if pooling.max_length is not None and longest(encoded) > pooling.max_length:
             cause = f"{longest(encoded)} tokens are more than the {pooling.max_length} of its {LENGTHS}"
             raise ValueError(f"{cause}: shorten the text, or set truncate")
-        check_length(model, longest(encoded))
+        check_length(model, longest(encoded), encoded=True)
         lengths = [len(each["input_ids"]) for each in encoded]
-        if equal and len({*lengths}) > 1:
+        if len({*lengths}) > 1 and max(lengths) > most:
             return [answer([row])[0] for row in rows]
         inputs = pad(model, tokenizer, encoded, "right")
+        begin()
         with torch.inference_mode():
             states = body(**inputs).last_hidden_state
             hidden = states.to("cpu", torch.promote_types(states.dtype, torch.float32))

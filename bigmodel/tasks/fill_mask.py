@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,15 @@ from pydantic import Field
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .classifying import read_texts
+from .classifying import reader
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .tokenizing import OWN_FUNCTION, check_text_model, embedded, load_tokenizer, refuse_chats
+from .tokenizing import OWN_FUNCTION, check_text_model, embedded, known_architecture, load_tokenizer, refuse_chats
 
 if TYPE_CHECKING:
     import torch
+
+    from bigpipe.bigmodel.checkpoint import ModelDescription
 
 
 class FillMask(Arguments):
@@ -30,15 +32,15 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked = FillMask.model_validate(options.arguments)
     if tokenizer.mask_token_id is None:
         raise UsageError(f"{type(tokenizer).__name__} has no mask token", OWN_FUNCTION)
+    read = reader(model, tokenizer, options.bounded)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
-        read = read_texts(model, tokenizer, [row.prompt for row in rows], options.bounded)
         return [
             Answer(
                 {"fills": _fills(tokenizer, list(tokens["input_ids"]), logits, asked.top_k)},
                 *[len(tokens["input_ids"])] * 2,
             )
-            for tokens, logits in zip(*read, strict=True)
+            for tokens, logits in zip(*read([row.prompt for row in rows]), strict=True)
         ]
 
     return answer
@@ -64,7 +66,16 @@ def _fills(tokenizer: Any, tokens: list[int], logits: torch.Tensor, top_k: int) 
     return fills
 
 
+def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources: Sources) -> None:
+    check_text_model(model, arguments, sources)
+    architecture = known_architecture(model, sources)
+    pretraining = architecture is not None and architecture.class_name.endswith("ForPreTraining")
+    if architecture is not None and pretraining and architecture.output_embedding is None:
+        cause = f"{architecture.class_name} does no fill-mask: it predicts no tokens"
+        raise UsageError(cause, f"take a model of a class …ForMaskedLM; or {OWN_FUNCTION}", field="task")
+
+
 TASK = Task(
-    name="fill-mask", bind=_bind, arguments=FillMask, check_model=check_text_model, row_check=refuse_chats,
+    name="fill-mask", bind=_bind, arguments=FillMask, check_model=_check_model, row_check=refuse_chats,
     classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True,
 )  # fmt: skip

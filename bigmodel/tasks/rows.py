@@ -179,8 +179,11 @@ def of_folder(name: str) -> str:
 def named_files(pattern: str, base: Path, wording: Wording = PROMPTS) -> list[Path]:
     """Return the files that a path, a glob, or a directory that they lie in (relative to `base`) names, in their order.
     Raise UsageError for none."""
-    whole = base / (of_folder(pattern) if os.path.isdir(base / pattern) else pattern)
-    named = [whole] if os.path.isfile(whole) else sorted(map(Path, glob.glob(str(whole), recursive=True)))
+    if os.path.isfile(base / pattern):
+        return [base / pattern]
+    inside = of_folder(pattern) if os.path.isdir(base / pattern) else pattern
+    # Below `base`, whose own name may hold what a pattern is made of
+    named = sorted(base / name for name in glob.glob(inside, root_dir=base, recursive=True))
     if files := [path for path in named if path.is_file()]:
         return files
     cause, cure = missing(pattern, base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from bigpipe.bigmodel.sources import Sources
 
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
-from .together import needs_equal_lengths
+from .together import afresh, most_together
 from .tokenizing import (
     Asking,
     Bounded,
@@ -46,13 +46,14 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     column = Scoring.model_validate(options.arguments).continuation
     with options.bounded("the tokenizer of the model"):
         behind = added_behind(tokenizer)
+    score = _scorer(model, tokenizer)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         each = [_cases(tokenizer, row, column, behind, options.bounded) for row in rows]
         cases = [case for found in each for case in found]
         # As many at a time as there are rows, so that several continuations of a row take no more memory
         parts = [cases[start : start + len(rows)] for start in range(0, len(cases), len(rows))]
-        scores = iter([score for part in parts for score in _score(model, tokenizer, part)])
+        scores = iter([found for part in parts for found in score(part)])
         return [_answer(found, [next(scores) for _ in found]) for found in each]
 
     return answer
@@ -85,16 +86,22 @@ def _cases(tokenizer: Any, row: Row, column: str, behind: int, bounded: Bounded)
     return [(whole, start) for whole in wholes]
 
 
-def _score(model: Any, tokenizer: Any, cases: Sequence[Case]) -> list[dict[str, Any]]:
+def _scorer(model: Any, tokenizer: Any) -> Callable[[Sequence[Case]], list[dict[str, Any]]]:
     import torch
 
-    if len({len(whole) for whole, _ in cases}) > 1 and needs_equal_lengths(model):
-        return [score for case in cases for score in _score(model, tokenizer, [case])]
-    encoded = [{"input_ids": whole} for whole, _ in cases]
-    check_length(model, longest(encoded))
-    with torch.inference_mode():
-        logits = model(**pad(model, tokenizer, encoded, "right")).logits
-    return [_of_one(row, whole, start) for row, (whole, start) in zip(logits, cases, strict=True)]
+    most, begin = most_together(model), afresh(model)
+
+    def score(cases: Sequence[Case]) -> list[dict[str, Any]]:
+        encoded = [{"input_ids": whole} for whole, _ in cases]
+        check_length(model, longest(encoded))
+        if len({len(whole) for whole, _ in cases}) > 1 and longest(encoded) > most:
+            return [found for case in cases for found in score([case])]
+        begin()
+        with torch.inference_mode():
+            logits = model(**pad(model, tokenizer, encoded, "right")).logits
+        return [_of_one(row, whole, start) for row, (whole, start) in zip(logits, cases, strict=True)]
+
+    return score
 
 
 def _of_one(logits: torch.Tensor, whole: Sequence[int], start: int) -> dict[str, Any]:

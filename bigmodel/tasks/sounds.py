@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,10 @@ OGG_PAGE = 27 + 255 + 255 * 255
 """Bytes of a page of Ogg, at most."""
 UNKNOWN = 2**31 - 2**16
 """Bytes of a file from which on nobody has known how long it would be."""
+EXTENSIBLE, WHOLE_NUMBERS = (0xFFFE).to_bytes(2, "little"), (1).to_bytes(2, "little")
+"""Formats of .wav: WAVE_FORMAT_EXTENSIBLE, whose true format is a GUID behind the rest, and WAVE_FORMAT_PCM."""
+GUID = bytes.fromhex("000000001000800000aa00389b71")
+"""What follows the two bytes of a format in its GUID (RFC 2361)."""
 MOST = 2**26
 """Elements of the filters, which two rates with no common factor would make as large as their product."""
 
@@ -43,7 +50,7 @@ def sound_seconds(row: Row, sources: Sources) -> float:
         path = file_of(row, sources)
         _require_whole(path)
         if find_spec("soundfile") is None:
-            with wave.open(str(path), "rb") as file:
+            with _opened_wav(path) as file:
                 most = path.stat().st_size // (file.getsampwidth() * file.getnchannels())
                 return min(file.getnframes(), most) / file.getframerate()
         import soundfile
@@ -86,10 +93,37 @@ def _require_whole(path: Path) -> None:
         raise ValueError(f"it is cut short: {size} bytes of {told} are there")
 
 
+@contextmanager
+def _opened_wav(path: Path) -> Iterator[wave.Wave_read]:
+    """A file of whole numbers, also of the extensible format, in which ffmpeg writes more than two channels, 16 bits or
+    48 kHz, and which `wave` knows from Python 3.12 on. Raise ValueError for another one."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_COPY) as mapped:
+        place = _format_place(mapped)
+        if mapped[place : place + 2] == EXTENSIBLE and mapped[place + 24 : place + 40] == WHOLE_NUMBERS + GUID:
+            mapped[place : place + 2] = WHOLE_NUMBERS
+        try:
+            with wave.open(mapped) as sound:  # type: ignore[call-overload]
+                yield sound
+        except wave.Error as error:
+            if not str(error).startswith("unknown"):
+                raise
+            cause = f"Python reads .wav of whole numbers alone ({error})"
+            raise ValueError(f"{cause}: pip install 'bigpipe-ml[sounds]'") from error
+
+
+def _format_place(mapped: mmap) -> int:
+    """Where what a file of RIFF says of its format begins; behind the end, where it says nothing."""
+    place = 12
+    while place + 8 <= len(mapped) and mapped[place : place + 4] != b"fmt ":
+        size = int.from_bytes(mapped[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+    return place + 8
+
+
 def _read_wav(path: Path) -> tuple[NDArray[numpy.float32], int]:
     import numpy
 
-    with wave.open(str(path), "rb") as file:
+    with _opened_wav(path) as file:
         width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
         stored = numpy.frombuffer(file.readframes(file.getnframes()), numpy.uint8).reshape(-1, width)
     if width == 1:  # 8 bits have no sign, all others have

@@ -257,14 +257,18 @@ def _holds_text(value: Any, *, several: bool) -> bool:
 
 
 def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> None:
-    """Raise UsageError for more new tokens than positions, one of which the shortest text has taken."""
+    """Raise UsageError for more new tokens than positions, one of which the shortest text, or the token that a decoder
+    begins with, has taken."""
     from bigpipe.bigmodel.architecture import position_limit
 
     architecture = known_architecture(model, sources)
     limit = position_limit(architecture.config) if architecture else None
     if limit is not None and new >= limit:
-        cause = f"max_new_tokens is {new}, and the model has {limit} positions for a prompt and what follows"
-        raise UsageError(cause, f"give at most {limit - 1}, less the tokens of the prompt", field="max_new_tokens")
+        what, less = "a prompt and what follows", ", less the tokens of the prompt"
+        if architecture is not None and architecture.config.get("is_encoder_decoder"):
+            what, less = "what it makes", ""
+        cause = f"max_new_tokens is {new}, and the model has {limit} positions for {what}"
+        raise UsageError(cause, f"give at most {limit - 1}{less}", field="max_new_tokens")
 
 
 def function_task(name: str, function: Callable[..., Any]) -> Task:

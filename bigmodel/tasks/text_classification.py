@@ -10,7 +10,7 @@ from pydantic import Field
 
 from bigpipe.bigmodel.sources import Sources
 
-from .classifying import Activation, labelled, read_texts
+from .classifying import Activation, labelled, reader
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import check_text_model, embedded, load_tokenizer, refuse_chats
@@ -30,15 +30,16 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked, config = TextClassification.model_validate(options.arguments), model.config
     # A decoder finds the end of a text by the padding token that its config names
     alone = config.get_text_config().pad_token_id != tokenizer.pad_token_id
+    read = reader(model, tokenizer, options.bounded)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         if alone and len(rows) > 1:
             return [answer([row])[0] for row in rows]
         texts = [(row.prompt, row.data[asked.pair]) if asked.pair else row.prompt for row in rows]
-        encoded, logits = read_texts(model, tokenizer, texts, options.bounded)
+        encoded, logits = read(texts)
         payloads = labelled(config, logits, asked.function_to_apply, asked.top_k)
         lengths = [len(tokens["input_ids"]) for tokens in encoded]
-        return [Answer(payload, read, read) for payload, read in zip(payloads, lengths, strict=True)]
+        return [Answer(payload, length, length) for payload, length in zip(payloads, lengths, strict=True)]
 
     return answer
 

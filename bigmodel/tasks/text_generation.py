@@ -19,7 +19,7 @@ from bigpipe.errors import UsageError
 
 from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values, said_by_config
 from .task import Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
-from .together import counts_padding, needs_equal_lengths
+from .together import afresh, counts_padding, most_together
 from .tokenizing import (
     OWN_FUNCTION,
     check_length,
@@ -119,8 +119,8 @@ def generator(
     ValueError for rows that it cannot. arguments: of `generate`, which the model has. apart: rows for which it gives
     different answers are not read together."""
     goes_on, given = not model.config.is_encoder_decoder, as_floats(arguments)
-    equal = needs_equal_lengths(model)
     draw_alone(model)
+    most, begin = most_together(model), afresh(model)
     asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
         from transformers import WatermarkingConfig
@@ -147,14 +147,16 @@ def generator(
             settings["tokenizer"] = tokenizer
         cut, length = _cutter(settled, tokenizer), settings["max_new_tokens"]
         found = read(rows)
-        if len({*found.tokens}) > 1 and (equal or counts_padding(settled, goes_on)):
+        alone = max(found.tokens) + length > most or counts_padding(settled, goes_on)
+        if alone and len({*found.tokens}) > 1:
             return [alike([row])[0] for row in rows]
         if goes_on:
             check_length(model, max(found.tokens), length)
         else:  # what is read and what is made have positions of their own
-            check_length(model, max(found.tokens))
+            check_length(model, max(found.tokens), encoded=True)
             check_length(model, 1, length)
         seeds = [(row.arguments or {}).get("seed", options.seed + row.index) for row in rows]
+        begin()
         with torch.inference_mode(), drawing(seeds):
             torch.manual_seed(seeds[0])
             made = model.generate(**found.inputs, **settings)

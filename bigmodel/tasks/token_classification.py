@@ -11,7 +11,7 @@ from pydantic import Field
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .classifying import read_texts
+from .classifying import reader
 from .rows import Row
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
 from .tokenizing import Encoded, check_text_model, embedded, load_tokenizer, refuse_chats
@@ -35,16 +35,14 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         cause = f"{type(tokenizer).__name__} does not tell which tokens make up a word"
         raise UsageError(cause, "use aggregation_strategy: simple")
     spans = _spans(model, tokenizer, asked)
+    more = {"return_special_tokens_mask": True, "return_offsets_mapping": tokenizer.is_fast}
+    read = reader(model, tokenizer, options.bounded, **more)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
-        texts, more = [row.prompt for row in rows], {"return_special_tokens_mask": True}
-        read = zip(
-            *read_texts(model, tokenizer, texts, options.bounded, return_offsets_mapping=tokenizer.is_fast, **more),
-            strict=True,
-        )
+        texts = [row.prompt for row in rows]
         return [
-            Answer({"entities": spans(text, *each)}, len(each[0]["input_ids"]), len(each[0]["input_ids"]))
-            for text, each in zip(texts, read, strict=True)
+            Answer({"entities": spans(text, tokens, logits)}, len(tokens["input_ids"]), len(tokens["input_ids"]))
+            for text, tokens, logits in zip(texts, *read(texts), strict=True)
         ]
 
     return answer

@@ -323,12 +323,12 @@ def longest(encoded: Sequence[Encoded]) -> int:
     return max(len(each["input_ids"]) for each in encoded)
 
 
-def check_length(model: Any, tokens: int, new: int = 0) -> None:
+def check_length(model: Any, tokens: int, new: int = 0, *, encoded: bool = False) -> None:
     """Raise ValueError for a text beyond the positions of a model: it fails, on a GPU for good, or goes on with
-    nonsense."""
-    from bigpipe.bigmodel.architecture import position_limit
+    nonsense. encoded: is it read by the encoder of an encoder-decoder alone?"""
+    from bigpipe.bigmodel.architecture import position_limit, read_limit
 
-    limit = position_limit(model.config.to_dict())
+    limit = (read_limit if encoded else position_limit)(model.config.to_dict())
     if limit is not None and tokens + new > limit:
         ones, cure = (f" and {new} new ones", " or max_new_tokens") if new else ("", "")
         raise ValueError(

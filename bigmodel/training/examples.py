@@ -210,10 +210,12 @@ class Reading:
     limits: tuple[int | None, int | None]
     """How many tokens the model has embeddings of, and how many it predicts; None: nobody knows."""
 
-    def examples(self, rows: Sequence[Row], input_column: str, max_length: int) -> Examples:
-        """Return the rows as tokens, at most `max_length` each. Raise UsageError, naming file and line, for one that
-        teaches nothing, for a token that the model does not have, and for a sound that cannot be read, or is longer
-        than what the model hears at once."""
+    def examples(
+        self, rows: Sequence[Row], input_column: str, max_length: int, max_given: int | None = None
+    ) -> Examples:
+        """Return the rows as tokens, at most `max_length` each; what an encoder reads, at most `max_given` (left out:
+        as many). Raise UsageError, naming file and line, for one that teaches nothing, for a token that the model does
+        not have, and for a sound that cannot be read, or is longer than what the model hears at once."""
         if self.processor is not None:
             self._require_heard(rows, input_column)
         cut = 0
@@ -223,7 +225,7 @@ class Reading:
                 labels, shortened = self._encode(self._text(row), max_length, target=self.task == "seq2seq-lm")
                 if self.start is not None and labels[:1] == [self.start]:
                     labels = labels[1:]
-                given, also = self._given(row, input_column, max_length)
+                given, also = self._given(row, input_column, max_length if max_given is None else max_given)
                 made.append(self._require(Example(labels, given), row, input_column))
                 cut += shortened or also
         return Examples(self.task, made, cut, self._collate)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import position_limit
+from bigpipe.bigmodel.architecture import position_limit, read_limit
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import HostMemory, as_placement, load
 from bigpipe.bigmodel.formats import PLAIN, format_of
@@ -132,9 +132,9 @@ def train_rank(
     import torch
     from transformers import set_seed
 
-    examples, others, length = _examples(work)
+    examples, others, *lengths = _examples(work)
     if rank == 0:
-        _say_cut(examples.cut + others.cut, length, log)
+        _say_cut(examples.cut + others.cut, lengths, log)
     model = _load(work, local_rank, torch.cuda.is_available())
     set_seed(work.training.seed)  # peft draws the first values, alike on all ranks
     scheme = format_of(describe_checkpoint(work.model))
@@ -155,16 +155,19 @@ def train_rank(
     write_file(own / MEASURED, json.dumps(measured))
 
 
-def _examples(work: Work) -> tuple[Examples, Examples, int]:
-    """Rows and other rows as examples, and how many tokens a text has at most: no more than the model has positions
-    for. A row that cannot be learnt from is told before anything is loaded."""
+def _examples(work: Work) -> tuple[Examples, Examples, int, int]:
+    """Rows and other rows as examples, and how many tokens a text has at most that is learnt, or read by an encoder: no
+    more than the model has positions for. A row that cannot be learnt from is told before anything is loaded."""
     described = describe_checkpoint(work.model)
     architecture = known_architecture(described, work.sources)
-    limit = position_limit(architecture.config if architecture else described.config or {})
-    length = work.training.max_length if limit is None else min(work.training.max_length, limit)
+    config = architecture.config if architecture else described.config or {}
+    length, given = (
+        work.training.max_length if limit is None else min(work.training.max_length, limit)
+        for limit in (position_limit(config), read_limit(config))
+    )
     read = reading(work.training.task, architecture, work.model, work.sources, work.bounded)
-    made, others = (read.examples(rows, work.input_column, length) for rows in (work.rows, work.eval_rows))
-    return made, others, length
+    made, others = (read.examples(rows, work.input_column, length, given) for rows in (work.rows, work.eval_rows))
+    return made, others, length, given
 
 
 def _load(work: Work, local_rank: int, gpu: bool) -> Any:
@@ -181,9 +184,12 @@ def _load(work: Work, local_rank: int, gpu: bool) -> Any:
     )
 
 
-def _say_cut(rows: int, length: int, log: Callable[[str], None]) -> None:
+def _say_cut(rows: int, lengths: Sequence[int], log: Callable[[str], None]) -> None:
+    """lengths: of what is learnt, of what an encoder reads."""
     if rows:
-        log(f"{counted(rows, 'row')} longer than {counted(length, 'token')}: cut to that")
+        learnt, read = (counted(length, "token") for length in lengths)
+        said = learnt if learnt == read else f"{learnt} to learn, or {read} to read"
+        log(f"{counted(rows, 'row')} longer than {said}: cut to that")
 
 
 def _peaks() -> dict[str, int]:

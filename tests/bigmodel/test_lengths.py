@@ -8,14 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import make_checkpoint
+from support.asking import answer_here
+from support.models import make_checkpoint, save_model
 
 import bigpipe
-from bigpipe.bigmodel.architecture import position_limit
+from bigpipe.bigmodel.architecture import position_limit, read_limit
+from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, TaskOptions, find_task
+from bigpipe.errors import UsageError
 
+LED = {"is_encoder_decoder": True, "max_encoder_position_embeddings": 16384, "max_decoder_position_embeddings": 1024}
+PAIR = {
+    "is_encoder_decoder": True, "decoder": {"model_type": "bert", "max_position_embeddings": 512},
+    "encoder": {"model_type": "longformer", "max_position_embeddings": 4098, "pad_token_id": 1},
+}  # fmt: skip
 LAYERED = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
 
 
@@ -48,6 +56,9 @@ LAYERED = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"ro
         ({"max_position_embeddings": 131072, "rope_parameters": LAYERED}, 131072),
         ({"text_config": {"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2}}}, 128),
         ({"n_positions": 1024}, 1024),
+        ({"model_type": "mpt", "max_seq_len": 2048}, 2048),
+        (LED, 1024),
+        (PAIR, 512),
         ({"max_target_positions": 448, "max_position_embeddings": 1500}, 448),
         ({"n_positions": 512, "d_kv": 64, "relative_attention_num_buckets": 32}, None),
         ({"model_type": "bloom", "n_layer": 2}, None),
@@ -56,6 +67,20 @@ LAYERED = {"sliding_attention": {"rope_type": "default"}, "full_attention": {"ro
 )  # fmt: skip
 def test_what_positions_are_made_for(config: dict[str, Any], limit: int | None) -> None:
     assert position_limit(config) == limit
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (LED, 16384),
+        (PAIR, 4096),
+        ({"is_encoder_decoder": True, "max_position_embeddings": 1024}, 1024),
+        ({"is_encoder_decoder": True, "encoder": {"model_type": "t5"}, "max_position_embeddings": 512}, None),
+        ({"max_position_embeddings": 4096}, 4096),
+    ],
+)
+def test_what_an_encoder_reads_has_positions_of_its_own(config: dict[str, Any], limit: int | None) -> None:
+    assert read_limit(config) == limit
 
 
 SMALL = {
@@ -83,6 +108,42 @@ def test_the_limit_is_where_a_table_of_positions_ends(name: str, more: dict[str,
     model(torch.full((1, limit), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, limit + 1), 5))
+
+
+def test_the_limit_of_mpt_is_where_its_biases_end() -> None:
+    import transformers
+
+    config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=50, max_seq_len=20)
+    model = transformers.MptModel(config).eval()
+    assert position_limit(config.to_dict()) == 20
+    model(torch.full((1, 20), 5))
+    with pytest.raises(RuntimeError):
+        model(torch.full((1, 21), 5))
+
+
+def test_an_encoder_decoder_reads_and_makes_as_much_as_each_half_has_positions_for(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LEDConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=264, attention_window=8, max_encoder_position_embeddings=48,
+        max_decoder_position_embeddings=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    path = save_model(transformers.LEDForConditionalGeneration(config).eval(), tmp_path)
+    options = [TaskOptions(arguments={"min_new_tokens": new}, max_new_tokens=new) for new in (19, 20)]
+    fits, beyond = (
+        find_task("text2text-generation", Sources()).bind(load(path), path, each, Sources()) for each in options
+    )
+    assert fits([Row(0, "a" * 48, {})])[0].tokens == 19
+    with pytest.raises(ValueError, match="49 tokens are more than the model's 48 positions: shorten the prompt"):
+        fits([Row(0, "a" * 49, {})])
+    with pytest.raises(ValueError, match="1 token and 20 new ones are more than the model's 20 positions"):
+        beyond([Row(0, "a", {})])
+    task, described = find_task("text2text-generation", Sources()), describe_checkpoint(answer_here(path))
+    with pytest.raises(UsageError, match="max_new_tokens is 20, and the model has 20 positions for what it makes"):
+        list(task.checked({}, [Row(0, "a", {"prompt": "a"})], described, Sources(), 20))
+    read = bigpipe.estimate(path, dtypes=["float32"], sequence_length=500)
+    assert read.workload.sequence_length == 48
 
 
 @pytest.mark.parametrize(

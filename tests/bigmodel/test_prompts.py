@@ -180,6 +180,20 @@ def test_a_directory_stands_for_the_files_in_it(tmp_path: Path) -> None:
         read_prompts("empty", "prompt", tmp_path)
 
 
+@pytest.mark.parametrize("given", ["prompts/*.jsonl", "prompts", "prompts/a.jsonl", "**/a.jsonl"])
+def test_globs_and_directories_start_at_a_recipe_whose_own_path_looks_like_a_pattern(
+    tmp_path: Path, given: str
+) -> None:
+    for name, text in (("exp[1]", "mine"), ("exp1", "somebody else's")):
+        (tmp_path / name / "prompts").mkdir(parents=True)
+        (tmp_path / name / "prompts" / "a.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    assert [row.prompt for row in read_prompts(given, "prompt", tmp_path / "exp[1]")] == ["mine"]
+    alone = tmp_path / "wh?t" / "*"
+    (alone / "prompts").mkdir(parents=True)
+    (alone / "prompts" / "a.jsonl").write_text('{"prompt": "starred"}\n')
+    assert [row.prompt for row in read_prompts(given, "prompt", alone)] == ["starred"]
+
+
 @pytest.mark.parametrize("payload", [{"text": "half \ud83d"}, {"text": float("nan")}, {"text": b"bytes"}])
 def test_an_answer_that_cannot_be_written_fails_its_row_alone(payload: dict[str, object]) -> None:
     def answer(rows: object) -> list[Answer]:
@@ -189,6 +203,22 @@ def test_an_answer_that_cannot_be_written_fails_its_row_alone(payload: dict[str,
     said = answer_batch(answer, rows, lambda text: None)  # type: ignore[arg-type]
     assert [list(each.payload) for each in said] == [["text"], ["error"], ["text"]]
     json.dumps(said[1].payload, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("payload", "cause"),
+    [
+        ({"features": [0.5, float("nan")]}, "features[1] is nan"),
+        ({"text": "a", "scores": [{"logprob": -1.0}, {"logprob": float("-inf")}]}, "scores[1].logprob is -inf"),
+    ],
+)
+def test_a_number_that_is_none_is_named_with_what_to_do(payload: dict[str, object], cause: str) -> None:
+    rows = [Row(index, "p", {"prompt": "p"}) for index in range(2)]
+    said = answer_batch(lambda given: [Answer(payload if row.index else {}) for row in given], rows, str)
+    cure = "where the model overflows, as it may in float16, set dtype: float32"
+    assert [each.payload for each in said] == [
+        {}, {"error": f"ValueError: {cause}, which no result can hold: {cure}"}
+    ]  # fmt: skip
 
 
 def test_a_template_makes_prompts_of_fields(tmp_path: Path) -> None:

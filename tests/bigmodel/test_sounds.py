@@ -20,7 +20,7 @@ from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.inference.working import answer_batch
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task, read_prompts
-from bigpipe.bigmodel.tasks.sounds import _read_wav, read_sound, resample
+from bigpipe.bigmodel.tasks.sounds import _read_wav, read_sound, resample, sound_seconds
 from bigpipe.errors import UsageError
 
 NAME = "automatic-speech-recognition"
@@ -78,6 +78,36 @@ def test_a_wav_file_is_read_in_every_width(tmp_path: Path) -> None:
         samples, rate = _read_wav(tmp_path / "a.wav")
         assert rate == 8000
         numpy.testing.assert_allclose(samples, wanted / 2, atol=2.0 ** (1 - 8 * width) + 1e-6)
+
+
+@pytest.mark.parametrize("before", [b"", b"JUNK" + struct.pack("<L", 3) + b"abc\0"])
+def test_a_wav_file_of_many_bits_or_channels_is_read_by_python_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    """As ffmpeg writes those of 24 bits."""
+    path, wanted = tmp_path / "a.wav", numpy.array(tones(0.1, 96_000), dtype=numpy.float32)
+    monkeypatch.setattr("bigpipe.bigmodel.tasks.sounds.find_spec", lambda name: None)
+
+    def write(guid: str) -> None:
+        more = struct.pack("<HHL", 22, 24, 4) + bytes.fromhex(guid)
+        form = struct.pack("<HHLLHH", 0xFFFE, 1, 96_000, 288_000, 3, 24) + more
+        body = b"".join(struct.pack("<i", round(float(value) * (2**23 - 1)))[:3] for value in wanted)
+        chunks = (
+            b"WAVE"
+            + before
+            + b"".join(name + struct.pack("<L", len(data)) + data for name, data in ((b"fmt ", form), (b"data", body)))
+        )
+        path.write_bytes(b"RIFF" + struct.pack("<L", len(chunks)) + chunks)
+
+    write("0100000000001000800000aa00389b71")
+    samples, rate = _read_wav(path)
+    assert rate == 96_000
+    numpy.testing.assert_allclose(samples, wanted, atol=1e-6)
+    row = Row(0, "a.wav", {"prompt": "a.wav"}, "sound")
+    assert sound_seconds(row, Sources(base=tmp_path)) == pytest.approx(0.1)
+    write("0300000000001000800000aa00389b71")  # of floats
+    with pytest.raises(ValueError, match=r"Python reads .wav of whole numbers alone .*install 'bigpipe-ml\[sounds\]'"):
+        read_sound(row, Sources(base=tmp_path), 16_000)
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(44_100, 16_000), (8000, 16_000), (48_000, 16_000), (22_050, 16_000)])

@@ -166,9 +166,11 @@ MASKED = ["hello [MASK]", "the cat [MASK] on a mat, the cat sat on a mat", "[MAS
 
 
 @pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("architecture", ["bert", "roberta"])
-def test_masks_are_filled_as_by_transformers(tmp_path: Path, architecture: str, home: str) -> None:
-    path = make_with_head(tmp_path, architecture, "ForMaskedLM")
+@pytest.mark.parametrize(
+    ("architecture", "head"), [("bert", "ForMaskedLM"), ("roberta", "ForMaskedLM"), ("bert", "ForPreTraining")]
+)
+def test_masks_are_filled_as_by_transformers(tmp_path: Path, architecture: str, head: str, home: str) -> None:
+    path = make_with_head(tmp_path, architecture, head)
     fill = pipeline("fill-mask", path)
     found = payloads(bind("fill-mask", path, home, top_k=3), rows(MASKED))
     for text, each in zip(MASKED, found, strict=True):
@@ -390,6 +392,26 @@ def test_a_class_that_cannot_do_a_task_is_refused_by_name(tmp_path: Path, name: 
             list(task.checked({}, rows(SENTENCES), described))
         assert error.value.field == "task"
         assert f"a class …{HEADS[name]}" in str(error.value.cure)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields"),
+    [("Electra", SMALL), ("Funnel", {"d_model": 32, "block_sizes": [1], "n_head": 2, "d_head": 8, "d_inner": 32})],
+)
+def test_a_class_that_learns_without_predicting_tokens_fills_no_masks(
+    tmp_path: Path, prefix: str, fields: dict[str, Any]
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{prefix}Config")(vocab_size=264, **fields)
+    models.save_model(getattr(transformers, f"{prefix}ForPreTraining")(config), tmp_path)
+    described = describe_checkpoint(answer_here(tmp_path))
+    with pytest.raises(UsageError, match=f"{prefix}ForPreTraining does no fill-mask: it predicts no tokens") as error:
+        list(find_task("fill-mask", Sources()).checked({}, rows(SENTENCES), described))
+    assert error.value.field == "task"
 
 
 @pytest.mark.parametrize(

@@ -366,6 +366,17 @@ def test_a_sound_that_whisper_does_not_hear_whole_is_told_by_its_row(
         read.examples(read_data("rows.jsonl", "text", "audio", tmp_path), "audio", 64)
 
 
+def test_what_an_encoder_reads_is_cut_at_a_length_of_its_own(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "t5", "t5")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "a" * 12, "text": "b" * 12}) + "\n")
+    rows = read_data("rows.jsonl", "text", "input", tmp_path)
+    read = reading("seq2seq-lm", None, model, Sources(base=tmp_path), unbounded)
+    for limits, lengths in (((5, 9), (5, 9)), ((5,), (5, 5)), ((12, 20), (12, 12))):
+        made = read.examples(rows, "input", *limits)
+        assert (len(made.all[0].labels), len(made.all[0].given)) == lengths
+        assert made.cut == (lengths != (12, 12))
+
+
 def test_the_largest_seed_is_one_for_every_rank() -> None:
     """Each draws from its own."""
     seeds = [Training(max_steps=1, seed=2**32 - 1).seed_of(rank) for rank in range(3)]
