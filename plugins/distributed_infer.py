@@ -287,7 +287,7 @@ def _apart(params: InferParams) -> Sequence[str]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=11,
+    version=12,
     params=InferParams,
     metrics=InferMetrics,
     inputs={
@@ -309,6 +309,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.inferring:check"),
         facts=dtype_facts,
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
+        heeds_code=True,
     ),
     settled=_settled,
     choices=(

@@ -125,7 +125,7 @@ STAGE = Stage(
         finish=late("bigpipe.plugins.evaluating:finish"),
         mixes=False,
     ),
-    planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts),
+    planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts, heeds_code=True),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     smoke=late("bigpipe.plugins.smoking:evaluate"),
     reproducible=False,
