@@ -103,7 +103,7 @@ def test_what_was_pulled_of_a_node_that_nobody_takes_stays(workshop: Workshop) -
     commands.push(workshop.manifest, remote=remote)
     commands.pull(workshop.manifest, remote=remote, store=store)
     goes_on = workshop.folder / "goes-on.yaml"
-    goes_on.write_text(f"{ends}  v: {{uses: join, inputs: {{first: u}}}}\n".replace("keeps", "goes-on"))
+    goes_on.write_text(f"{ends}  v: {{uses: join, inputs: {{first: u, second: u}}}}\n".replace("keeps", "goes-on"))
     bigpipe.run(goes_on, store=store)
     planned = bigpipe.plan(workshop.manifest, store=store).nodes
     assert planned["u"].decision.bytes_here
