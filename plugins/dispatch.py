@@ -99,7 +99,7 @@ STAGE = Stage(
     reviewed=("placement.json",),
     run=late("bigpipe.plugins.dispatching:run"),
     forecast=late("bigpipe.plugins.dispatch_needs:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts),
+    planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts, heeds_code=True),
     packages=("torch", "transformers", "accelerate"),
     smoke=late("bigpipe.plugins.smoking:dispatch"),
     warms=warms,

@@ -313,6 +313,7 @@ STAGE = Stage(
         facts=dtype_facts,
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
         smaller=("batch_size", "batch_tokens", "micro_batches", "max_new_tokens", "dtype"),
+        heeds_code=True,
     ),
     settled=_settled,
     choices=(

@@ -129,6 +129,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.evaluating:check"),
         facts=dtype_facts,
         smaller=("batch_size", "sequence_length", "dtype"),
+        heeds_code=True,
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     smoke=late("bigpipe.plugins.smoking:evaluate"),

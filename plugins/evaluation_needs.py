@@ -34,9 +34,10 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -
     models = [single_model(ctx, port) for port in PORTS if port in ctx.inputs]
     placed = ctx.input("placement")
     placement = ctx.described("placement", Placement)
+    each = placement.gpus if placement else int(bool(ctx.machine.gpus) and placed is None)
+    misfits = misfits_of_gpus(each, ctx)
     if any(model is None or model.tensors is None for model in models) or (placed is not None and placement is None):
-        return replace(known, unknown=(UNSIZED,))
-    each = placement.gpus if placement else int(bool(ctx.machine.gpus))
+        return replace(known, unknown=(UNSIZED,), misfits=misfits)
     try:
         sides = sides_of(params, [model for model in models if model is not None], placement, ctx)
     except DoesNotFit as error:
@@ -50,7 +51,7 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -
     if placement or not each:
         of_a_rank = _vram(params, sides, ctx)
         vram = {rank * each + gpu: size for rank in range(local) for gpu, size in of_a_rank.items()}
-    return replace(known, ram=ram * local, vram=vram, misfits=misfits_of_gpus(each, ctx))
+    return replace(known, ram=ram * local, vram=vram, misfits=misfits)
 
 
 def _vram(params: EvaluateParams, sides: Sides, ctx: ForecastContext) -> Counter[int]:

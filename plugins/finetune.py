@@ -138,6 +138,7 @@ STAGE = Stage(
         leads_to=late("bigpipe.plugins.finetuning:leads_to"),
         facts=facts,
         smaller=("batch_size", "max_length", "dtype"),
+        heeds_code=True,
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
     smoke=late("bigpipe.plugins.smoking:finetune"),

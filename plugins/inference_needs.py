@@ -77,7 +77,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     return replace(
         known,
         vram=_vram(placement, ctx, beyond, together.more + held),
-        misfits=misfits_of_gpus(each, ctx),
+        misfits=misfits_of_gpus(each, ctx) if placement or placed is None else (),
     )
 
 

@@ -69,11 +69,16 @@ def _trusts_code(context: StageContext) -> bool:
         for item in context.lineage
         if item.kind == "download"
         and not item.left
-        and context.trust.allows_code(item.params.get("repo"), item.metrics.get("commit"))
+        and context.trust.allows_code(item.params.get("repo"), _commit_of(item))
     }
     folders = [folder for folders in context.inputs.values() for folder in folders if any(folder.glob("*.py"))]
     brought = [item.node for folder in folders for item in downloads_of(context, folder)]
     return bool(trusted) and trusted.issuperset(brought)
+
+
+def _commit_of(download: Lineage) -> Any:
+    """The commit of a download, also of one that still runs: it then brings what it is pinned to."""
+    return download.metrics.get("commit") or download.pins.get("revision") or download.params.get("revision")
 
 
 def tell_pace(context: StageContext, unit: str, task: str) -> Callable[[Pace], None]:

@@ -28,14 +28,14 @@ class MergeMetrics(Metrics):
 
 STAGE = Stage(
     kind="merge",
-    version=3,
+    version=4,
     params=MergeParams,
     metrics=MergeMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", many=True)},
     output="checkpoint",
     run=late("bigpipe.plugins.merging:run"),
     forecast=late("bigpipe.plugins.merging:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.merging:check")),
+    planning=Planning(check=late("bigpipe.plugins.merging:check"), heeds_code=True),
     smoke=late("bigpipe.plugins.smoking:merge"),
     packages=("torch", "transformers"),
     title="Merge adapters into a checkpoint, tensor by tensor: the bytes of peft's merge_and_unload",

@@ -71,14 +71,14 @@ def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
 
 STAGE = Stage(
     kind="quantize",
-    version=3,
+    version=4,
     params=QuantizeParams,
     metrics=QuantizeMetrics,
     inputs={"model": Port("checkpoint")},
     output="checkpoint",
     run=late("bigpipe.plugins.quantizing:run"),
     forecast=late("bigpipe.plugins.quantizing:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.quantizing:check"), facts=facts),
+    planning=Planning(check=late("bigpipe.plugins.quantizing:check"), facts=facts, heeds_code=True),
     passing=Passing(follows="model"),
     packages=("transformers",),
     title="Quantize a checkpoint to int8, nf4, fp4 or another format, streaming and without torch",

@@ -5,7 +5,7 @@ A later run is a hit only while the destination still matches the receipt.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +80,10 @@ def _misfits(size: int, place: Path) -> tuple[Misfit, ...]:
 def run(params: SaveParams, context: StageContext) -> StageResult:
     from bigpipe.bigmodel.publishing import Provenance, Step, publish
 
-    steps = tuple(Step(**asdict(item)) for item in context.lineage)
+    told = [step.name for step in fields(Step)]
+    steps = tuple(
+        Step(**{name: value for name, value in asdict(item).items() if name in told}) for item in context.lineage
+    )
     receipt = publish(
         _contents(context),
         _destination(params, context),

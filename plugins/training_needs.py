@@ -27,7 +27,7 @@ from bigpipe.sizes import counted
 
 from .finetune import FinetuneParams
 from .library import about, sources_of
-from .ranked import CUDA_BASE
+from .ranked import CUDA_BASE, misfits_of_gpus
 from .wired import agreed, single_model, wired_adapters
 
 RANK_BASE = 490 * 2**20
@@ -45,10 +45,10 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     steps = training.steps(len(rows), ranks)
     known: dict[str, Any] = {"steps": steps}
     work = f"{counted(steps, 'step')} over {counted(len(rows), 'row')}, {counted(ranks, 'rank')}"
-    found = foreseen(params, ctx)
+    found, misfits = foreseen(params, ctx), misfits_of_gpus(int(bool(ctx.machine.gpus)), ctx)
     if found is None:
         unknown = ("memory: the tensors of the model or the adapter are not known yet",)
-        return Forecast(download_bytes=0, metrics=known, summary=work, unknown=unknown)
+        return Forecast(download_bytes=0, metrics=known, summary=work, unknown=unknown, misfits=misfits)
     model, adapter = found
     architecture, gpu = agreed(model, sources_of(ctx)).architecture, bool(ctx.machine.gpus)
     count, adapted = parameters_of(adapter)
@@ -66,6 +66,7 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
         summary=f"{work}; {count:,} parameters on {counted(adapted, 'module')}",
         output=describe_adapter(ctx.artifact) if ctx.artifact else adapter,
         details=(f"each rank: {memory.told()}",),
+        misfits=misfits,
     )
 
 

@@ -64,3 +64,23 @@ def test_the_code_of_one_model_does_not_run_because_another_is_trusted(
     assert sources_of(context).trust_remote_code == runs
     assert [item.node for item in downloads_of(context, wired["baseline"])] == ["two"]
     assert [item.node for item in downloads_of(context, tmp_path)] == ["one", "two"]  # nobody knows
+
+
+@pytest.mark.parametrize(
+    ("commit", "metrics", "pins", "runs"),
+    [
+        ("c", {}, {}, True),
+        ("main", {}, {"revision": "c"}, True),
+        ("main", {}, {"revision": "d"}, False),
+        ("main", {}, {}, False),
+        ("c", {"commit": "d"}, {}, False),
+    ],
+)
+def test_a_download_that_still_runs_brings_the_commit_that_it_is_pinned_to(
+    tmp_path: Path, commit: str, metrics: dict[str, str], pins: dict[str, str], runs: bool
+) -> None:
+    """What follows it has no record of it to ask."""
+    asked = {"repo": "org/one", "revision": commit}
+    step = Lineage("one", "download", "k", None, asked, metrics, pins=pins)
+    context = stage_context(tmp_path, lineage=(step,), trust=Trust(remote_code=("org/one@c",)))
+    assert sources_of(context).trust_remote_code == runs

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.architecture import architecture_of
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.footprint import Workload
@@ -168,7 +168,7 @@ def _layer_loss(
     _, packed = set_apart(model.tensors or {}, format_of(model))
     skipped = (model.quantization or {}).get("llm_int8_skip_modules")
     if skipped is None and packed:
-        skipped = default_skips(describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources))
+        skipped = default_skips(architecture_of(model, sources))
     return lose_least(losses, question.per_layer_bound, skipped or (), packed)
 
 
@@ -267,5 +267,4 @@ def _places(placement: Any, own: Path, other: Path | None, question: Question, s
 
 def _look(path: Path, sources: Sources) -> Known:
     model = describe_checkpoint(path)
-    architecture = describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources)
-    return Known(model, agree(model, architecture, sources.memo).architecture)
+    return Known(model, agree(model, architecture_of(model, sources), sources.memo).architecture)

@@ -79,7 +79,8 @@ Made by bigpipe {{ version }} from the recipe `{{ recipe_name }}`
 """
 
 CONFIGS = ("model_index.json", "config.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZERS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model")
 """One of these lies beside a model that AutoTokenizer loads."""
 
 
@@ -175,20 +176,36 @@ def _library(model: Path) -> str | None:
 
 def _loading(model: Path, where: str) -> str:
     """How transformers loads it: as the class that was saved, and by that of `auto_map` which means it where it came
-    with its own code; with its tokenizer, if there is one. Empty for what another library loads."""
+    with its own code, which must be allowed then; with its tokenizer, if there is one. Empty for what another library
+    loads."""
     config = _config(model)
     saved = config.get("architectures")
     name = str(saved[0]) if isinstance(saved, list) and len(saved) == 1 else "AutoModel"
-    mapped = config.get("auto_map")
-    for auto, target in mapped.items() if isinstance(mapped, Mapping) else ():
+    mapped = found if isinstance(found := config.get("auto_map"), Mapping) else {}
+    for auto, target in mapped.items():
         name = str(auto) if str(auto).startswith("AutoModel") and str(target).endswith(f".{name}") else name
     if _library(model) != "transformers" or not name.isidentifier():
         return ""
     tokenizer = any((model / file).exists() for file in TOKENIZERS)
     lines = [f"from transformers import {', '.join(['AutoTokenizer'] * tokenizer + [name])}", ""]
-    lines += [f'model = {name}.from_pretrained("{where}", device_map="auto")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{where}")'] * tokenizer
+    allowed = ", trust_remote_code=True" if name in mapped else ""
+    lines += [f'model = {name}.from_pretrained("{where}", device_map="auto"{allowed})']
+    allowed = ", trust_remote_code=True" if _brings_tokenizer(model, mapped) else ""
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{where}"{allowed})'] * tokenizer
     return "\n".join(lines)
+
+
+def _brings_tokenizer(model: Path, mapped: Mapping[str, Any]) -> bool:
+    """Does AutoTokenizer run code of the model's: a tokenizer's, or where no class is named, that of its config?"""
+    told = _config_of_tokenizer(model)
+    return bool(told.get("auto_map")) or ("AutoConfig" in mapped and not told.get("tokenizer_class"))
+
+
+def _config_of_tokenizer(model: Path) -> dict[str, Any]:
+    try:
+        return read_json(model / TOKENIZER_CONFIG, model, MAX_CONFIG)
+    except (InvalidCheckpoint, OSError):
+        return {}
 
 
 def _measured(step: Step) -> list[tuple[str, str, str]]:

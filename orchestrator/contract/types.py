@@ -32,7 +32,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """What is known of one finished node; a node sees that of all its ancestors, nearest last."""
+    """What is known of one node that is done, or is followed while it runs; a node sees that of all its ancestors,
+    nearest last."""
 
     node: str
     kind: str
@@ -40,10 +41,13 @@ class Lineage:
     digest: str | None
     params: Mapping[str, Json]
     metrics: Mapping[str, Json]
+    """Empty while the node still runs."""
     left: str = ""
     """The gates that do not hold, of one whose variant was left for another."""
     inputs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Port → nodes; where it takes the `first` variant that passes, all of these."""
+    pins: Mapping[str, str] = field(default_factory=dict)
+    """Field path → what floated there, made exact: known before the node is done."""
 
 
 def _not_bool(value: Json) -> Json:

@@ -31,7 +31,7 @@ from bigpipe.modules import code_files, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Machine, Params
 from bigpipe.orchestrator.recipe import Node, is_built_in
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
-from bigpipe.programs import files_below
+from bigpipe.programs import content_below
 from bigpipe.trust import Trust
 from bigpipe.versions import package_version, planned_version
 
@@ -334,7 +334,7 @@ class _Walk:
         if not path.is_dir():
             cause = "is a file, not a directory" if path.exists() else "is not there"
             raise self._wrong(where, value, f"the directory {value} {cause}")
-        found = files_below(path, links=links)
+        found = content_below(path, links=links)
         return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in found])
 
     def code(self, value: str, where: str) -> str:

@@ -254,6 +254,7 @@ class Session:
     def _pin(self, node: Node) -> Pinned:
         if node.kind.planning.pin is None:
             return NOTHING_PINNED
+        self.asked(node)  # a fault of the kind is told before anything is asked for
         locked = self._locked_pin(node)
         if self.locked and locked:
             return locked

@@ -119,7 +119,7 @@ def smaller(session: Session, folder: Path) -> tuple[Session, Smoke]:
 
 def _plain(node: Node, folder: Path, session: Session) -> Node:
     """Without conditions, and with few ranks on this machine; what it holds is as little as its forecast says."""
-    launch, gpus = session.surroundings(node).launch, len(session.machine.gpus)
+    launch, gpus = session.surroundings(node).launch, len(session.machine_of(node).gpus)
     ranks = min(launch.num_processes, RANKS, gpus or RANKS)
     first = node.first.choices[0] if node.first else None
     return replace(
@@ -129,7 +129,16 @@ def _plain(node: Node, folder: Path, session: Session) -> Node:
         first=None,
         inputs=first.inputs if first else node.inputs,
         needs=first.needs if first else node.needs,
-        launch=Launch(num_processes=ranks, mixed_precision=launch.mixed_precision, max_restarts=launch.max_restarts),
+        launch=Launch(
+            config_file=node.launch.config_file,
+            num_processes=ranks,
+            num_machines=1,
+            machine_rank=0,
+            main_process_ip=None,
+            main_process_port=None,
+            mixed_precision=launch.mixed_precision,
+            max_restarts=launch.max_restarts,
+        ),
         resources=ResourcesSpec(),
         env={**node.env, SMOKE: str(folder)},
     )

@@ -81,9 +81,9 @@ class Run(Answer):
     """What a run did."""
 
     run: str | None
-    """None: it was refused before it began."""
-    status: Literal["succeeded", "failed", "interrupted", "refused"]
-    """refused: before it began."""
+    """None: it was refused before it began, or another machine has it."""
+    status: Literal["succeeded", "failed", "interrupted", "refused", "attended"]
+    """refused: before it began. attended: by another machine, which drives it."""
     manifest: str
     """Its path."""
     params: dict[str, Any]

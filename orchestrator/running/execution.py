@@ -91,9 +91,16 @@ def _work(attempt: Attempt) -> Iterator[Work]:
 
 
 def _made_meanwhile(attempt: Attempt) -> KeyRecord | None:
-    """What another process has recorded since it was decided that the node must run."""
-    made = attempt.session.store.find(attempt.key)
-    return made if made is not None and made != attempt.refused and attempt.session.store.intact(made) else None
+    """What another process has recorded since it was decided that the node must run. That the pins of a record answer
+    one question more is noted in it by those who only found it."""
+    made, refused = attempt.session.store.find(attempt.key), attempt.refused
+    if made is None or (refused is not None and _unasked(made) == _unasked(refused)):
+        return None
+    return made if attempt.session.store.intact(made) else None
+
+
+def _unasked(record: KeyRecord) -> KeyRecord:
+    return record.model_copy(update={"asked": []})
 
 
 def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:

@@ -346,6 +346,7 @@ def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
             metrics=state.record.metrics if state.record else {},
             left=left,
             inputs=state.node.inputs,
+            pins=run.session.known_pins(state.node).values,
         )
         for state, left in known
         if left is not None

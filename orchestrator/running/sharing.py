@@ -208,7 +208,8 @@ def pull(session: Session, plan: Plan) -> Exchange:
     found = {name: _pull(session, item, _report(session)) for name, item in plan.nodes.items()}
     keys = {name: item.decision.key for name, item in plan.nodes.items() if found[name].status in ("fetched", "here")}
     known = {name: key for name, key in keys.items() if key}
-    lets_go = [name for name, item in plan.nodes.items() if not item.node.cache]
+    taken = {name for item in plan.nodes.values() for name in item.node.producers}
+    lets_go = [name for name, item in plan.nodes.items() if not item.node.cache and name in taken]
     session.store.remember(
         session.recipe.path, session.lock, session.recipe.name, known, session.variant, session.recipe.nodes, lets_go
     )

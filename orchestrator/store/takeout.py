@@ -22,10 +22,14 @@ from .layout import Layout
 
 REPAIR = "`bigpipe verify --repair` sets it aside; then run the recipe again"
 
+WITHIN = "artifact"
+"""What is copied within a directory lies below a partial name of this until all is there."""
+
 
 def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
     """Copy an artifact to `directory`, which appears as a whole or not at all; return relative path → bytes. An empty
-    directory that is there stays what it is, a working directory or a volume: all is copied within it first.
+    directory that is there stays what it is, a working directory or a volume: all is copied within it first. What a
+    killed one had begun within it goes.
 
     Every file is compared with its digest while it is copied. Raise UsageError where something is at `directory`, or
     the artifact's bytes are not kept; StageFailed where they are damaged; DoesNotFit for a full disk.
@@ -34,10 +38,11 @@ def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
     if artifact is None or artifact.dropped:
         raise UsageError(f"the bytes of {digest} are not in the store", "run the recipe again, without `cache: false`")
     there = directory.is_dir() and not directory.is_symlink()
-    if os.path.lexists(directory) and not (there and all(is_partial(name) for name in os.listdir(directory))):
+    begun = os.listdir(directory) if there else []
+    if os.path.lexists(directory) and not (there and all(map(_is_begun, begun))):
         raise UsageError(f"{directory} is there already", "name a directory that is not there, or an empty one")
     require_space(directory, artifact.bytes)
-    beside = partial_name(directory.absolute() / "artifact" if there else directory.absolute())
+    beside = partial_name(directory.absolute() / WITHIN if there else directory.absolute())
     try:
         with explained(beside):
             make_directory(beside.parent)
@@ -57,6 +62,8 @@ def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
             if there:
                 for path in sorted(beside.iterdir()):
                     move(path, directory / path.name)
+                for name in begun:
+                    remove_tree(directory / name)
                 sync_directory(directory)
             else:
                 move(beside, directory.absolute(), durable=True)
@@ -64,3 +71,7 @@ def take_out(layout: Layout, digest: str, directory: Path) -> dict[str, int]:
         if beside.exists():
             remove_tree(beside)
     return {name: entry.size for name, entry in artifact.files.items()}
+
+
+def _is_begun(name: str) -> bool:
+    return is_partial(name) and name.startswith(f".{WITHIN}.")

@@ -211,13 +211,13 @@ def _is_same(one: Path, other: Path) -> bool:
 def _laid_out(name: str, base: Path) -> Iterator[tuple[PurePosixPath, Path]]:
     path = base / name
     if path.is_dir():
-        yield from ((laid_out_at(os.path.join(name, inside)), path / inside) for inside in files_below(path))
+        yield from ((laid_out_at(os.path.join(name, inside)), path / inside) for inside in content_below(path))
     else:
         found = [name] if path.is_file() else sorted(glob.glob(name, root_dir=base, recursive=True))
         yield from ((laid_out_at(each), base / each) for each in found if (base / each).is_file())
 
 
-def files_below(folder: Path, *, links: bool = True) -> list[str]:
+def content_below(folder: Path, *, links: bool = True) -> list[str]:
     """Return the relative paths of all files below a directory, sorted, but for what tools noted down. links: to
     folders are followed; a second way in is not taken. Raise OSError for a directory that cannot be read."""
     found: list[str] = []

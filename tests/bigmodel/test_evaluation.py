@@ -14,19 +14,32 @@ import torch
 from hypothesis import given, strategies as some
 from support.contexts import MACHINE
 from support.models import make_checkpoint, save_model, tiny_model
+from support.own_code import make_own_model
 from support.plain_perplexity import all_logits, divergences, ids_of, load_plainly, perplexity, windows
 from transformers import AutoTokenizer, ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bigpipe
-from bigpipe.bigmodel.architecture import describe_architecture
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.evaluation import Divergence, Known, place_pair, read_texts, render, windows_of
+from bigpipe.bigmodel.architecture import architecture_of, describe_architecture
+from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
+from bigpipe.bigmodel.evaluation import (
+    Divergence,
+    Known,
+    Question,
+    evaluating,
+    place_pair,
+    read_texts,
+    render,
+    windows_of,
+)
 from bigpipe.bigmodel.evaluation.layers import lose_least
 from bigpipe.bigmodel.evaluation.measures import measure
 from bigpipe.bigmodel.evaluation.summary import _divergence, _mean_of
 from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.formats import default_skips
 from bigpipe.bigmodel.placement import place
+from bigpipe.bigmodel.quantization import Settings, quantize_described
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, StageFailed, UsageError
 from bigpipe.sizes import parse_size
 
@@ -475,3 +488,18 @@ def test_a_report_says_all(tmp_path: Path, model: Path, other: Path, text: Path)
     lines = (tmp_path / "report/report.txt").read_text()
     assert f"{found.perplexity.value:.6g} ± {found.perplexity.stderr:.2g}" in lines
     assert "skip_modules" not in lines  # nothing is quantized
+
+
+def test_what_a_model_with_code_of_its_own_keeps_whole_is_asked_of_that_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also once all windows are computed, and where a placement is shared with a baseline."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own, packed, sources = make_own_model(tmp_path / "own"), tmp_path / "packed", Sources(trust_remote_code=True)
+    packed.mkdir()
+    quantize_described(open_checkpoint(own), packed, Settings(scheme="int8"), sources=sources)
+    described, question = describe_checkpoint(packed), Question(data="x", per_layer=True)
+    found = evaluating._layer_loss([{"layers": {"one": [1.0, 100.0]}}], question, described, sources)
+    kept = default_skips(architecture_of(described, sources))
+    assert set(found.skip_modules or ()) == {"one", *kept}
+    assert evaluating._look(packed, sources).architecture.class_name == "OwnModel"

@@ -37,6 +37,15 @@ def test_a_record_that_was_refused_is_not_taken(workshop, attempt):
     assert (again.run, again.key, again.digest) == ("later", record.key, record.digest)
 
 
+def test_one_that_answers_another_question_meanwhile_is_still_refused(workshop, attempt):
+    """As a node that finds the key cached under another revision of the same commit notes it down."""
+    made, record = attempt
+    made(refused=record).session.store.note_asked(record, {"revision": "v1"})
+    again = execute(made(refused=record))
+    assert workshop.ran == ["a"]
+    assert again.run == "later"
+
+
 def test_a_record_that_came_after_the_decision_is_taken(workshop, attempt):
     made, record = attempt
     other = record.model_copy(update={"run": "earlier"})

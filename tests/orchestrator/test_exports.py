@@ -16,6 +16,7 @@ import pytest
 import yaml
 from hypothesis import given, strategies as st
 from support.actions import BASH, PLAIN, Runner, with_the_command
+from support.models import make_checkpoint
 from support.pods import expanded, variables
 from support.workshop import Workshop
 
@@ -415,6 +416,14 @@ def test_what_is_installed_is_what_the_recipe_needs(words: Workshop) -> None:
     assert "pip install 'bigpipe-ml[mlflow,s3]==" in exported("github", words)
     found = commands.export("github", ROOT / "manifests/whisper_large_v2_lora_int8.yaml", offline=True).text
     assert "pip install 'bigpipe-ml[peft,run]==" in found
+
+
+def test_an_estimate_installs_no_library_whose_models_it_may_never_see(words: Workshop) -> None:
+    words.manifest.write_text("version: 1\nname: look\nstages:\n  look: {uses: estimate, with: {path: model}}\n")
+    make_checkpoint(words.folder / "model", "opt")
+    found = exported("github", words)
+    assert "bigpipe-ml==" in found
+    assert "bigpipe-ml[" not in found
 
 
 def test_help_names_every_target(words: Workshop) -> None:

@@ -1,13 +1,14 @@
 """The key holds all that bytes depend on and nothing else, and a difference is said in words."""
 
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import pytest
 from pydantic import Field
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.contract.types import Machine
+from bigpipe.orchestrator.contract.types import Launch, Machine
 from bigpipe.orchestrator.planning.keys import ABSENT, Difference, Identity, differences, identity
 from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Planning, Stage, StageResult
 from bigpipe.orchestrator.store.hashing import StatMemo
@@ -178,3 +179,34 @@ def test_an_identity_can_be_recorded(of):
 
     found = of(kind=stage(packages=("pydantic",)))
     assert Identity(**json.loads(json.dumps(found.as_json))).partial == found.partial
+
+
+MODEL_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quantize": ("quantize", {"scheme": "int8"}),
+    "merge": ("merge", {}),
+    "dispatch": ("dispatch", {}),
+    "distributed-infer": ("distributed_infer", {"task": "text-generation", "prompts": ["a"]}),
+    "evaluate": ("evaluate", {"data": "text.txt"}),
+    "finetune": ("finetune", {"data": [{"text": "a"}], "max_steps": 1, "lora": {"target_modules": ["q_proj"]}}),
+    "estimate": ("estimate", {}),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_KINDS)
+def test_what_code_may_run_counts_for_kinds_that_ask_a_models_class(tmp_path, name):
+    """It says what is quantized, placed and computed."""
+    module, params = MODEL_KINDS[name]
+    kind = import_module(f"bigpipe.plugins.{module}").STAGE
+    (tmp_path / "text.txt").write_text("a")
+    params = kind.params(**params)
+    use = RankedUse(name, kind.with_params(params), params, location=f"bigpipe.plugins.{module}:STAGE")
+    trusted = (), ("org/own@" + "a" * 40,), ("org/own@" + "b" * 40,)
+    given = {"base": tmp_path, "memo": StatMemo(tmp_path / "memo"), "machine": MACHINE}
+    keys = {identity(use, trust=Trust(remote_code=code), **given).partial for code in trusted}
+    assert len(keys) == 3
+    assert identity(use, trust=Trust(("mine",)), **given).partial in keys
+
+
+@dataclass(frozen=True)
+class RankedUse(Use):
+    launch: Launch = field(default_factory=Launch)

@@ -9,6 +9,7 @@ from support.stores import publish
 from support.workshop import Workshop, statuses
 
 import bigpipe
+from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.store.store import Store
 
 KEEPS = """\
@@ -92,3 +93,18 @@ def test_a_hit_of_a_node_that_keeps_its_bytes_takes_them_back(workshop: Workshop
         assert statuses(workshop.run())["s"] == "cached"
         workshop.manifest.unlink()
     assert other.intact(record)
+
+
+def test_what_was_pulled_of_a_node_that_nobody_takes_stays(workshop: Workshop) -> None:
+    """As after a run: it is what the recipe is for, whatever its `cache` says."""
+    remote, store = str(workshop.folder / "remote"), workshop.folder / "empty"
+    ends = KEEPS.replace("squeeze: true}}", "squeeze: true}, cache: false}") % ", cache: false"
+    workshop.run(ends)
+    commands.push(workshop.manifest, remote=remote)
+    commands.pull(workshop.manifest, remote=remote, store=store)
+    goes_on = workshop.folder / "goes-on.yaml"
+    goes_on.write_text(f"{ends}  v: {{uses: join, inputs: {{first: u, second: u}}}}\n".replace("keeps", "goes-on"))
+    bigpipe.run(goes_on, store=store)
+    planned = bigpipe.plan(workshop.manifest, store=store).nodes
+    assert planned["u"].decision.bytes_here
+    assert not planned["s"].decision.bytes_here

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from support.launching import TESTS, wait_for
 
@@ -204,6 +205,9 @@ def test_two_machines_make_one_run(tmp_path: Path) -> None:
     assert statuses == [0, 0], said
     attended, drove = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
     assert (attended["schema"], attended["status"], attended["exit_code"]) == ("bigpipe.run/1", "attended", 0)
+    schema = json.loads((TESTS.parent / "schema/outputs.schema.json").read_text())
+    for answer in (attended, drove):
+        jsonschema.Draft202012Validator({**schema, "anyOf": [{"$ref": "#/$defs/bigpipe.run~11"}]}).validate(answer)
     assert drove["status"] == "succeeded"
     (merged,) = (tmp_path / "store" / "artifacts").glob("*/merged")
     assert merged.read_text() == "0/2 1/2"

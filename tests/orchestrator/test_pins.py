@@ -12,7 +12,7 @@ from support.pinning import commit
 from support.workshop import Workshop, statuses
 
 import bigpipe
-from bigpipe.errors import Offline, Stale
+from bigpipe.errors import Offline, Stale, UsageError
 from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.contract import LogLine, NodeFinished, RunFinished
 
@@ -175,3 +175,9 @@ class TestOutputs:
         assert result.status == "succeeded"
         assert len(lines) == 1
         assert lines[0].startswith("not filled in: the lock file ")
+
+
+def test_a_kind_that_asks_for_a_field_it_does_not_have_is_told_in_the_plan(workshop: Workshop) -> None:
+    workshop.manifest.write_text(RECIPE % "ASKS_WRONGLY")
+    with pytest.raises(UsageError, match="`pin_asks` names the field nope"):
+        bigpipe.plan(workshop.manifest)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from support import stages
 from support.launching import TESTS, Launched, make_job, read_pid
+from support.models import make_checkpoint
 from support.workshop import Workshop
 
 from bigpipe.errors import DoesNotFit, ManifestError, StageFailed, UsageError
@@ -24,6 +25,7 @@ from bigpipe.orchestrator.launch.environment import worker_environment
 from bigpipe.orchestrator.launch.jobs import AttemptFolder, Outcome
 from bigpipe.orchestrator.launch.processes import signed_in
 from bigpipe.orchestrator.planning import open_session
+from bigpipe.orchestrator.planning.smoke import smaller
 from bigpipe.orchestrator.recipe import load_recipe
 
 TWO = Launch(num_processes=2)
@@ -74,10 +76,7 @@ def test_ranks_see_the_gpus_that_the_plan_counts(tmp_path: Path, use_cpu: bool, 
     assert rank.metrics["environment"]["CUDA_VISIBLE_DEVICES"] == seen
 
 
-@pytest.mark.parametrize("use_cpu", [True, False])
-def test_a_plan_counts_no_gpu_where_the_launch_file_says_so(workshop: Workshop, use_cpu: bool) -> None:
-    (workshop.folder / "mine.yaml").write_text(f"num_processes: 2\nuse_cpu: {str(use_cpu).lower()}\n")
-    workshop.manifest.write_text("""
+RECIPE = """
 version: 1
 name: r
 stages:
@@ -87,7 +86,27 @@ stages:
     inputs: download
     with: {task: text-generation, prompts: [a]}
     launch: {config_file: mine.yaml}
-""")
+"""
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_smoke_run_has_the_gpus_that_the_launch_file_leaves(workshop: Workshop, use_cpu: bool) -> None:
+    machines = {"num_machines": 3, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
+    (workshop.folder / "mine.yaml").write_text(yaml.safe_dump({"num_processes": 6, "use_cpu": use_cpu, **machines}))
+    make_checkpoint(workshop.folder / "model", "opt")
+    workshop.manifest.write_text(RECIPE)
+    session = open_session(workshop.manifest, params={}, given_machine=machine_with(1))
+    tried = smaller(session, workshop.folder / "tried")[0]
+    around = tried.surroundings(tried.recipe.nodes["generate"])
+    assert len(around.machine.gpus) == (0 if use_cpu else 1)
+    assert (around.launch.num_processes, around.launch.num_machines) == (2 if use_cpu else 1, 1)
+    assert around.launch.main_process_ip is None
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_plan_counts_no_gpu_where_the_launch_file_says_so(workshop: Workshop, use_cpu: bool) -> None:
+    (workshop.folder / "mine.yaml").write_text(f"num_processes: 2\nuse_cpu: {str(use_cpu).lower()}\n")
+    workshop.manifest.write_text(RECIPE)
     session = open_session(workshop.manifest, params={}, given_machine=machine_with(1))
     node = session.recipe.nodes["generate"]
     assert len(session.surroundings(node).machine.gpus) == (0 if use_cpu else 1)

@@ -48,10 +48,21 @@ def test_into_the_working_directory(
     assert (os.stat(out).st_ino, os.stat(".").st_ino, os.stat(out).st_mode) == (*[before.st_ino] * 2, before.st_mode)
 
 
-def test_what_a_killed_one_left_is_not_in_the_way(store: Store, made: KeyRecord, tmp_path: Path) -> None:
-    (tmp_path / "out" / ".artifact.0123.part").mkdir(parents=True)
+def test_what_a_killed_one_left_is_not_in_the_way_and_goes(store: Store, made: KeyRecord, tmp_path: Path) -> None:
+    left = tmp_path / "out" / ".artifact.0123.part"
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "b").write_bytes(b"6")
     store.take_out(made.digest, tmp_path / "out")
-    assert (tmp_path / "out" / "a").read_bytes() == b"12345"
+    assert found(tmp_path / "out") == FILES
+    assert not left.exists()
+
+
+def test_what_somebody_else_began_is_not_ours_to_remove(store: Store, made: KeyRecord, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".film.part").write_bytes(b"half")
+    with pytest.raises(UsageError, match="is there already"):
+        store.take_out(made.digest, tmp_path / "out")
+    assert found(tmp_path / "out") == {".film.part": b"half"}
 
 
 @pytest.mark.parametrize("there", ["file", "full", "link", "dangling"])

@@ -22,7 +22,7 @@ from bigpipe.errors import ManifestError, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.store import remove_tree
 from bigpipe.plugins.command import CommandParams
 from bigpipe.plugins.commanding import empty, lay_out, run
-from bigpipe.programs import files_below, laid_out
+from bigpipe.programs import content_below, laid_out
 
 NOBODY = 65534
 COUNT = """\
@@ -159,7 +159,7 @@ def test_what_is_laid_out_is_what_is_in_the_key_where_links_lead_in_a_circle(wor
     (source / "a.py").write_text("")
     for name in ("me", "too"):
         (source / name).symlink_to(".")
-    assert files_below(source) == ["a.py"]
+    assert content_below(source) == ["a.py"]
     assert laid_out(["src"], workshop.folder) == {PurePosixPath("src/a.py"): source / "a.py"}
     result = workshop.run(recipe(f"['${{python}}', -c, \"{LISTS}\", '${{out}}']", "produces: report, files: [src]"))
     assert (result.path("it") / "there").read_text() == "./src/a.py"

@@ -18,7 +18,7 @@ from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.placement import Placement, batches_together, place
 from bigpipe.errors import DoesNotFit
-from bigpipe.orchestrator.stage import Forecast, ForecastContext, Gpu
+from bigpipe.orchestrator.stage import Forecast, ForecastContext, Gpu, Launch
 from bigpipe.plugins import dispatch_needs, evaluating, inference_needs, training_needs
 from bigpipe.plugins.dispatch import DispatchParams
 from bigpipe.plugins.distributed_infer import InferParams
@@ -171,3 +171,24 @@ def test_what_the_driver_and_its_libraries_take_is_foreseen(tmp_path: Path, mode
     assert placed.ram is not None
     assert in_ram.ram is not None
     assert placed.ram - in_ram.ram == 3 * GIB
+
+
+def rank_misfits(found: Forecast) -> list[str]:
+    return [f"{field}: {value}" for misfit in found.misfits for field, value in misfit.change.items()]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_more_ranks_than_gpus_are_refused_by_each_kind(tmp_path: Path, model: Path, known: bool) -> None:
+    """Also where nothing is known of the model; they would compute on the CPU what the key says of the GPU."""
+    asked = FinetuneParams(data=[{"text": "one"}, {"text": "two"}], max_steps=1, lora={"target_modules": ["q_proj"]})
+    given: dict[str, Any] = {} if known else {"inputs": {"model": (Forecast(),)}}
+    for ranks, cure in ((1, []), (2, ["launch.num_processes: 1"])):
+        ctx = planned(tmp_path, model, launch=Launch(num_processes=ranks), **given)
+        found = [training_needs.forecast(asked, ctx), evaluate(ctx), infer(ctx)]
+        assert [rank_misfits(each) for each in found] == [cure] * 3
+        bare = planned(tmp_path, model, launch=Launch(num_processes=ranks), machine=MACHINE, **given)
+        assert not any(kind.misfits for kind in (training_needs.forecast(asked, bare), evaluate(bare), infer(bare)))
+    placed = {"model": (Forecast(),), "placement": (Forecast(),)}
+    where_nobody_knows = planned(tmp_path, model, inputs=placed, launch=Launch(num_processes=2))
+    assert not evaluate(where_nobody_knows).misfits
+    assert not infer(where_nobody_knows).misfits

@@ -19,6 +19,7 @@ import yaml
 from support.hub import LoopbackHub
 from support.hub_state import files_of
 from support.layouts import LAYOUTS
+from support.own_code import make_own_model
 from support.workshop import Workshop, environment, statuses
 
 from bigpipe.bigmodel.architecture import describe_architecture
@@ -213,6 +214,32 @@ def test_without_ranges_what_follows_waits_for_all_files(workshop: Workshop, hub
     hub.ranges = True
     record = workshop.run(jobs=1, store=tmp_path / "other")
     assert facts(workshop.run()) == facts(record)
+
+
+OWN = """\
+version: 1
+name: own
+trust: {remote_code: [org/own@COMMIT]}
+stages:
+  download: {uses: download, with: {repo: org/own, revision: REVISION}}
+  quantize: {uses: quantize, inputs: download, with: {scheme: int8}}
+"""
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["commit", "branch"])
+def test_a_model_whose_own_code_is_trusted_is_quantized_while_it_comes(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, branch: bool
+) -> None:
+    with LoopbackHub() as server:
+        commit = server.create("org/own", files_of(make_own_model(tmp_path / "own")))
+        for name, value in server.environment(tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+        text = OWN.replace("COMMIT", commit).replace("REVISION", "main" if branch else commit)
+        together = workshop.run(text)
+        assert set(statuses(together).values()) == {"succeeded"}, together.errors
+        assert "as they are made" in together.nodes["quantize"].reason
+        assert facts(together) == facts(workshop.run(jobs=1, store=tmp_path / "other"))
 
 
 class Evil:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.contexts import check_context, forecast_context, inputs, stage_context
 from support.launching import MACHINE, make_job
 from support.models import make_checkpoint, tiny_config
+from support.own_code import make_own_model
 from support.tinygpt import GPT
 
 from bigpipe.bigmodel.architecture import describe_architecture
@@ -168,36 +169,11 @@ def test_unknown_inputs_are_said_to_be_unknown(tmp_path: Path, source: Path) -> 
     assert "no config" in STAGE.forecast(params, context).unknown[0]
 
 
-OWN_CODE = """
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
-
-
-class OwnConfig(PretrainedConfig):
-    model_type = "ownquantized"
-
-
-class OwnModel(PreTrainedModel):
-    config_class = OwnConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.one = torch.nn.Linear(64, 64, bias=False)
-        self.two = torch.nn.Linear(64, 64, bias=False)
-        self.post_init()
-"""
-
-
 def test_trusted_code_that_came_with_a_model_says_what_is_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = tmp_path / "model"
-    model.mkdir()
-    save_file({"one.weight": torch.randn(64, 64), "two.weight": torch.randn(64, 64)}, model / "model.safetensors")
-    mapped = {"AutoConfig": "own_quantized.OwnConfig", "AutoModel": "own_quantized.OwnModel"}
-    (model / "config.json").write_text(json.dumps({"model_type": "ownquantized", "auto_map": mapped}))
-    (model / "own_quantized.py").write_text(OWN_CODE)
+    model = make_own_model(tmp_path / "model")
     described, settings = describe_checkpoint(model), Settings(scheme="int8", skip_modules=["two"])
     outlined, _ = understand(described, settings, sources=Sources(trust_remote_code=True))
     assert (outlined.quantized, outlined.skipped) == (("one",), ("two",))

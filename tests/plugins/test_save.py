@@ -176,6 +176,7 @@ def test_the_card_names_base_model_licence_recipe_and_measurements(tmp_path: Pat
     ({"model_type": "bert"}, "transformers", "AutoModel"),
     ({"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoConfig": "o.C", "AutoModelForCTC": "o.Own"}},
      "transformers", "AutoModelForCTC"),
+    ({"model_type": "own", "auto_map": {"AutoConfig": "o.C", "AutoModel": "o.Own"}}, "transformers", "AutoModel"),
     ({"hidden_size": 3}, None, None), (None, None, None),
 ])  # fmt: skip
 @pytest.mark.parametrize("tokenizer", [True, False])
@@ -191,8 +192,24 @@ def test_the_card_says_how_the_model_that_is_saved_is_loaded(
     if loaded_as is None:
         assert "from_pretrained" not in card
         return
-    assert f'model = {loaded_as}.from_pretrained("org/name", device_map="auto")' in card
-    assert ("AutoTokenizer.from_pretrained" in card) == tokenizer
+    allowed = ", trust_remote_code=True" if "auto_map" in (config or {}) else ""
+    assert f'model = {loaded_as}.from_pretrained("org/name", device_map="auto"{allowed})' in card
+    assert (f'AutoTokenizer.from_pretrained("org/name"{allowed})' in card) == tokenizer
+
+
+@pytest.mark.parametrize(("told", "allowed"), [
+    ({"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+    ({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["o.Own", None]}}, True),
+    ({}, False),
+])  # fmt: skip
+def test_the_card_allows_code_that_came_with_a_tokenizer(tmp_path: Path, told: dict[str, Any], allowed: bool) -> None:
+    """Whatever the model is."""
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    card = card_of(tmp_path, Provenance(), "org/name", {})
+    assert ('AutoTokenizer.from_pretrained("org/name", trust_remote_code=True)' in card) == allowed
+    assert 'T5ForConditionalGeneration.from_pretrained("org/name", device_map="auto")' in card
 
 
 def card_with(root: Path, provenance: Provenance, **extra: Any) -> dict[str, Any]:

@@ -72,6 +72,11 @@ ASKED_BY_ALL = Stage(
     kind="bring-all", version=1, params=SourceParams, metrics=NoMetrics, inputs={}, output="text", runs_in="inline",
     run=bring, forecast=lambda params, context: Forecast(), planning=Planning(pin=pin),
 )  # fmt: skip
+ASKS_WRONGLY = Stage(
+    kind="bring-wrongly", version=1, params=SourceParams, metrics=NoMetrics, inputs={}, output="text",
+    runs_in="inline", run=bring, forecast=lambda params, context: Forecast(),
+    planning=Planning(pin=pin, pin_asks=("nope",)),
+)  # fmt: skip
 TAKE = Stage(
     kind="take", version=1, params=TakeParams, metrics=NoMetrics, inputs={"model": Port("text")}, output="text",
     runs_in="inline", run=take, forecast=lambda params, context: Forecast(),
