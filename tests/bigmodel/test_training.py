@@ -326,6 +326,13 @@ def test_an_encoder_decoder_learns_texts_from_others(tmp_path: Path) -> None:
     assert json.loads((made.path / "adapter_config.json").read_bytes())["task_type"] == "SEQ_2_SEQ_LM"
 
 
+def test_an_input_of_a_task_that_learns_texts_alone_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    rows = [{"prompt": "a dog", "completion": "barks"}] * 4
+    with pytest.raises(UsageError, match="input_column has no meaning for causal-lm") as caught:
+        finetune(tmp_path / "no model", rows, tmp_path / "out", column="completion", input_column="prompt", max_steps=2)
+    assert caught.value.field == "input_column"
+
+
 def test_whisper_learns_what_is_said(tmp_path: Path) -> None:
     pytest.importorskip("soundfile")
     model = make_whisper(tmp_path / "whisper")
