@@ -31,7 +31,7 @@ from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
-from .adapting import attach, copies_in, require_peft, trained, write_adapter
+from .adapting import attach, copies_in, require_peft, trained, trained_on, write_adapter
 from .examples import (
     Examples,
     check_model,
@@ -149,10 +149,18 @@ def train_rank(
     files: dict[str, tuple[str, int]] = {}
     if rank == 0:
         beside = copies_in(work.adapter) if work.adapter is not None else {}
-        files = write_adapter(adapted, own / ADAPTER, work.base_model, work.revision, beside)
+        files = write_adapter(adapted, own / ADAPTER, *_origin(work), beside)
     count = sum(parameter.numel() for _, parameter in trained(adapted))
     measured = {**asdict(done), "eval_loss": loss, "parameters": count, "peak": _peaks(), "files": files}
     write_file(own / MEASURED, json.dumps(measured))
+
+
+def _origin(work: Work) -> tuple[str | None, str | None]:
+    """The repository that the model came from, and its commit: where nobody says it, what the adapter says that is gone
+    on from."""
+    if work.base_model is not None or work.adapter is None:
+        return work.base_model, work.revision
+    return trained_on(work.adapter)
 
 
 def _examples(work: Work) -> tuple[Examples, Examples, int]:
@@ -223,7 +231,10 @@ ROWS = Given((*PATH.kinds, list, tuple, type(None)), "a file or a glob, or a lis
 TARGETS = Given((str, list, tuple, set), "ends of names in a list, or one regular expression")
 
 
-@checked(model=PATH, data=ROWS, eval_data=ROWS, adapter=PATH, column=TEXT, input_column=TEXT, target_modules=TARGETS)
+@checked(
+    model=PATH, data=ROWS, eval_data=ROWS, adapter=PATH, column=TEXT, input_column=TEXT, target_modules=TARGETS,
+    base_model=TEXT, revision=TEXT,
+)  # fmt: skip
 def finetune(
     model: str | Path,
     data: str | Path | Sequence[Any],
@@ -239,6 +250,8 @@ def finetune(
     lora_dropout: float = 0.05,
     target_modules: Sequence[str] | str | None = None,
     dtype: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
     trust: Trust | Sequence[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, words: None,
     **training: Any,
@@ -250,6 +263,8 @@ def finetune(
     adapter: a directory of an adapter to go on from, whose own settings hold.
     r, lora_alpha, lora_dropout, target_modules: as in peft's LoraConfig.
     dtype: to compute in; None: on a CPU float32.
+    base_model, revision: the repository that the model came from, and its commit, for the adapter's config; None: what
+      that of `adapter` names.
     training: max_steps or num_train_epochs, learning_rate, batch_size, gradient_accumulation_steps,
       gradient_checkpointing, max_length (tokens), seed.
     progress: called with steps done, all steps, and loss and speed in words.
@@ -276,7 +291,8 @@ def finetune(
         foreseen_adapter(described, architecture, asked, sources)
     work = Work(
         model=path, training=asked, rows=rows, eval_rows=others, input_column=given,
-        adapter=Path(adapter) if adapter is not None else None, dtype=dtype, sources=sources,
+        adapter=Path(adapter) if adapter is not None else None, dtype=dtype, base_model=base_model, revision=revision,
+        sources=sources,
     )  # fmt: skip
     with TemporaryDirectory() as folder, seeded(asked.seed):
         train_rank(work, Path(folder), progress=progress)
