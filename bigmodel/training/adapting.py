@@ -39,15 +39,13 @@ def require_peft() -> None:
         raise UsageError("finetune needs peft, which is not installed", "pip install 'bigpipe-ml[peft]'")
 
 
-def attach(model: Any, training: Training, scheme: str | None, adapter: Path | None = None) -> Any:
+def attach(model: Any, training: Training, adapter: Path | None = None) -> Any:
     """Return the model with an adapter that is trained, and all else frozen; random numbers come from torch's own.
 
-    scheme: of its packed weights. adapter: one to go on from; weights of the model that it holds take the place of the
+    adapter: one to go on from; weights of the model that it holds take the place of the
     model's, as peft does it. Raise UsageError and InvalidCheckpoint for one that is not LoRA, or was made for another
     model.
     """
-    if scheme is not None:  # by which peft chooses its own module, as transformers sets it
-        setattr(model, "is_loaded_in_8bit" if scheme == "int8" else "is_loaded_in_4bit", True)
     _keep_less(model, training)
     if adapter is not None:
         return _continued(model, adapter)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.architecture import position_limit
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import HostMemory, as_placement, load
-from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.placement import HALVES, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, known_architecture
@@ -137,8 +136,7 @@ def train_rank(
         _say_cut(examples.cut + others.cut, length, log)
     model = _load(work, local_rank, torch.cuda.is_available())
     set_seed(work.training.seed)  # peft draws the first values, alike on all ranks
-    scheme = format_of(describe_checkpoint(work.model))
-    adapted = attach(model, work.training, None if scheme is PLAIN else scheme.name, work.adapter)
+    adapted = attach(model, work.training, work.adapter)
     if rank:
         set_seed(work.training.seed_of(rank))
     first, own = folder / "rank-0", folder / f"rank-{rank}"
