@@ -34,7 +34,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
     request = request_of(params)
     if model is not None:
         require_class(model)
-    if model is None or (model.config is None and model.custom is None):
+    if model is None or not model.says_class:
         misfits = find_misfits(request, None, ctx.machine)
         return _unplaced(("the placement: the model's headers are not known yet",), misfits)
     with about("inputs.model"):

@@ -97,21 +97,32 @@ def source_of_class(params: DownloadParams, base: Path) -> list[Path]:
 
 def _came_along(params: DownloadParams, base: Path) -> dict[str, Any] | None:
     """What `bigpipe_architecture.json` says that lies in the directory and is taken, where it names a class."""
+    told = _lies_there(params, base)
+    return told if told and is_reference(str(told.get("class"))) else None
+
+
+def _lies_there(params: DownloadParams, base: Path) -> dict[str, Any] | None:
     if params.path is None or params.miniature:
         return None
     source = DirectorySource(base / params.path, Choice(**params.choice()), params.subfolder)
     file = source.folder / ARCHITECTURE_FILE
     if not os.path.isfile(file) or ARCHITECTURE_FILE not in {each.path for each in source.chosen()}:
         return None
-    told = read_json(file, source.folder, MAX_CONFIG)
-    return told if is_reference(str(told.get("class"))) else None
+    return read_json(file, source.folder, MAX_CONFIG)
+
+
+def _asked(params: DownloadParams, base: Path) -> dict[str, Any]:
+    """The class that is asked for, and how the weights that lie in the directory are packed, if they are."""
+    assert params.architecture is not None  # noqa: S101  the caller looked
+    packed = {name: told for name, told in (_lies_there(params, base) or {}).items() if name == "quantization_config"}
+    return {**params.architecture.model_dump(by_alias=True), **packed}
 
 
 def _custom(params: DownloadParams, context: CheckContext | StageContext) -> dict[str, Any] | None:
     """What `bigpipe_architecture.json` says, where the model's class is the user's own. With the digest of its source
     the artifact becomes another one when the class is edited, and so does all that is made with it."""
     given = params.architecture
-    told = _came_along(params, context.base) if given is None else given.model_dump(by_alias=True)
+    told = _came_along(params, context.base) if given is None else _asked(params, context.base)
     if told is None or (given is None and not context.trust.allows_module(told["class"])):
         return None
     return {**told, "source": f"sha256:{class_source(told['class'], context.base)}"}

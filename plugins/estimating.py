@@ -87,7 +87,7 @@ def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sigh
     if "model" not in context.inputs:
         return _look(params, context.base, context.pins, sources_of(context))
     described = context.described("model", ModelDescription)
-    if described is None or (described.config is None and described.custom is None):
+    if described is None or not described.says_class:
         return None
     seen: Literal["config", "headers"] = "config" if described.tensors is None else "headers"
     return Sighting(name="the model", description=described, source=seen, library=params.library_name)

@@ -43,7 +43,7 @@ def forecast(params: QuantizeParams, context: ForecastContext) -> Forecast:
     described = single_model(context)
     if described is None or described.tensors is None:
         return _unsized("the tensors of the input are not known yet")
-    if described.config is None and described.custom is None:
+    if not described.says_class:
         return _unsized("the input has no config that names its class")
     with about("inputs.model"):
         refuse_quantized(described)

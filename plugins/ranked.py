@@ -32,7 +32,7 @@ RANK_BASE = 500 * 2**20
 
 def check_weights(model: ModelDescription, ctx: CheckContext) -> None:
     """Raise InvalidCheckpoint where config and weights do not belong together."""
-    if model.tensors is None or (model.config is None and model.custom is None):
+    if model.tensors is None or not model.says_class:
         return
     try:
         agreed(model, sources_of(ctx))

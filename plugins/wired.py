@@ -87,7 +87,7 @@ def attached(context: CheckContext | ForecastContext, model: ModelDescription | 
 
 def require_class(model: ModelDescription) -> None:
     """Raise UsageError where the weights are known, and nothing says of which class they are."""
-    if model.tensors is not None and model.config is None and model.custom is None:
+    if model.tensors is not None and not model.says_class:
         where = f"{model.path} has" if model.path else "the model comes with"
         cure = "bring its config.json along, or name a class of your own: `architecture` of download"
         raise UsageError(f"{where} no config.json, so nobody knows the class of its weights", cure)

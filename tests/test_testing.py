@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from support import stages
 from support.models import make_checkpoint
 
 from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.shard import STAGE as SHARD
 from bigpipe.testing import forecast_stage, run_stage
 
@@ -63,3 +66,61 @@ def test_wrong_params_and_a_stage_that_nobody_can_import(tmp_path):
         run_stage(stages.INLINE, {"nonsense": 1}, folder=tmp_path)
     with pytest.raises(UsageError, match="no attribute of a module"):
         run_stage(replace(stages.PROCESS, version=2), folder=tmp_path)
+
+
+def test_paths_are_texts_or_relative_too(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    ways = ["model", Path("model"), [Path("model")], tmp_path / "model"]
+    done = [
+        run_stage(SHARD, {"max_shard_size": "10KB"}, inputs={"model": given}, folder=f"work-{number}")
+        for number, given in enumerate(ways)
+    ]
+    assert all(each.files == done[0].files for each in done)
+    assert done[0].out == Path("work-0", "out")
+    assert forecast_stage(stages.INLINE, folder="work", base="model") == Forecast()
+
+
+def test_a_kind_is_what_it_is_with_these_params(tmp_path):
+    there = run_stage(stages.SETTLED, folder=tmp_path / "there")
+    assert there.metrics.pid != os.getpid()
+    here = run_stage(stages.SETTLED, {"text": "here"}, inputs={"model": tmp_path}, folder=tmp_path / "here")
+    assert here.metrics.pid == os.getpid()
+    for ask in (run_stage, forecast_stage):
+        with pytest.raises(UsageError, match="settled needs its port model"):
+            ask(stages.SETTLED, {"text": "here"}, folder=tmp_path)
+    foreseen = forecast_stage(stages.SETTLED, {"text": "here"}, inputs={"model": Forecast()}, folder=tmp_path)
+    assert foreseen.seconds == 7.0
+    assert forecast_stage(stages.SETTLED, folder=tmp_path).seconds != 7.0
+
+
+SCRIPT = """
+from dataclasses import replace
+
+from support import stages
+
+from bigpipe.orchestrator.stage import Stage
+from bigpipe.testing import run_stage
+
+def run(params, context):
+    return stages.act(params, context)
+
+STAGE = replace(stages.INLINE, run=run, runs_in=WHERE)
+
+if __name__ == "__main__":
+    run_stage(STAGE, folder="work")
+"""
+
+
+@pytest.mark.parametrize("where", ["process", "inline"])
+def test_a_kind_in_the_script_itself_runs_inline_alone(where, tmp_path):
+    script = SCRIPT.replace("WHERE", repr(where))
+    ended = subprocess.run(
+        [sys.executable, "-"], input=script, text=True, capture_output=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    if where == "inline":
+        assert (ended.returncode, ended.stderr) == (0, "")
+    else:
+        assert "a module of its own" in ended.stderr
+        assert "bug" not in ended.stderr

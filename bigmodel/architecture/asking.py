@@ -154,7 +154,7 @@ def read_request(
     if custom is None and directory is not None and (directory / ARCHITECTURE_FILE).is_file():
         custom = _read(directory / ARCHITECTURE_FILE)
     if custom is not None:
-        return _custom_request(custom, sources)
+        return _custom_request(custom, sources, directory)
     config = _with_plain_dtypes(source if isinstance(source, Mapping) else _read_config(Path(source)))
     refuse_counts(config, sources.trust.limits)
     library = library_name or library_of(config)
@@ -187,11 +187,16 @@ def _with_plain_dtypes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dtypes.get(name, value) for name, value in plain.items() if dtypes.get(name) != "auto"}
 
 
-def _custom_request(custom: Mapping[str, Any], sources: Sources) -> Request:
+def _custom_request(custom: Mapping[str, Any], sources: Sources, directory: Path | None) -> Request:
+    """A description that names no class says how the weights are packed of a module that was given from Python."""
     reference = custom.get("class")
     if not isinstance(reference, str) or not re.fullmatch(r"[\w.]+:[\w.]+", reference):
-        cause = f"architecture class {reference!r} is not written module:Class"
-        raise UsageError(cause, "for example mingpt.model:GPT")
+        file = directory / ARCHITECTURE_FILE if directory is not None else None
+        if reference is None:
+            cause = f"{file if file and file.is_file() else 'architecture'} names no class"
+        else:
+            cause = f"architecture class {reference!r} is not written module:Class"
+        raise UsageError(cause, "name it (architecture: {class: mingpt.model:GPT}), or give model= from Python")
     sources.trust.require_module(reference, f"the model's class {reference}")
     return Request(
         library="custom",

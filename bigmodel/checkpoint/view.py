@@ -231,9 +231,20 @@ class ModelDescription:
     path: Path | None = None
     """Where side files (config, tokenizer, custom class) can be read, if anywhere yet."""
     custom: Mapping[str, Any] | None = None
-    """Contents of `bigpipe_architecture.json`."""
+    """Contents of `bigpipe_architecture.json`. One that names no class says how the weights of one are packed."""
     names: frozenset[str] | None = None
     """Relative paths of all files that come with it; None: not known, or those in `path`."""
+
+    @property
+    def own_class(self) -> str | None:
+        """The class of the user's own that `custom` names, as `module:Class`."""
+        named: str | None = (self.custom or {}).get("class")
+        return named
+
+    @property
+    def says_class(self) -> bool:
+        """Is there a config, or a class of the user's own, that says what the weights are of?"""
+        return self.config is not None or self.own_class is not None
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:

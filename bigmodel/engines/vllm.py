@@ -104,9 +104,9 @@ def _check_model(wanted: Wanted) -> None:
     model = wanted.model
     if model is None or model.tensors is None:
         return
-    if model.config is None or model.custom is not None:
+    if model.config is None or model.own_class is not None:
         cause = "vLLM knows models by their config.json, and this one is of a class of your own"
-        raise UsageError(cause if model.custom else "vLLM needs config.json", _CURE, field="engine")
+        raise UsageError(cause if model.own_class else "vLLM needs config.json", _CURE, field="engine")
     method = (model.quantization or {}).get("quant_method") or format_of(model).method
     if method and method not in METHODS:
         raise UsageError(f"vLLM does not compute with weights packed as {method}", _CURE, field="engine")

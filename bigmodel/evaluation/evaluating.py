@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import architecture_of
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
-from bigpipe.bigmodel.execution import load
+from bigpipe.bigmodel.execution import as_placement, load
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import agree, default_skips, format_of, set_apart
 from bigpipe.bigmodel.inference import MISSING, Bound, Found, WorkPlan, compute_share, gather, plan_work
-from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.placement import Placement, as_map
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import explained, make_directory, refuse_overlap, write_file
@@ -83,6 +83,9 @@ class Question:
                 raise UsageError(f"{name} is {value!r:.40}", f"give a whole number from {least} on", field=name)
         if (bound := self.per_layer_bound) is not None and not (type(bound) in (int, float) and 0 <= bound < math.inf):
             raise UsageError(f"per_layer_bound is {bound!r:.40}", "give a number from 0 on", field="per_layer_bound")
+        if bound is not None and not self.per_layer:
+            cure = "ask for both, or leave it out"
+            raise UsageError("per_layer_bound belongs to per_layer=True", cure, field="per_layer_bound")
 
     def check(self, model: ModelDescription, baseline: ModelDescription | None, sources: Sources) -> tuple[int, int]:
         """Return tokens of a window, and between the begins of two, which both models can read. baseline: None where
@@ -210,7 +213,7 @@ def evaluate(
     per_layer: also what each module loses against the baseline's, on the same inputs; per_layer_bound: see `LayerLoss`.
     dtype: what both compute in, as `load` takes it. out: a directory for report.json and report.txt.
     folder: where finished windows are written down, to go on from after a crash; those of other files (by size and time
-      of change), or of another question, are not believed. progress: (windows done, of all).
+      of change), of another question, or computed in another dtype are not believed. progress: (windows done, of all).
     trust, trust_remote_code, base: as for `load`.
 
     Raise UsageError (data, windows or baseline that do not go with the model), InvalidCheckpoint, DoesNotFit, and
@@ -241,8 +244,9 @@ def evaluate(
         if out is not None:
             make_directory(Path(out))
         place = Path(named)
+        computed = str(dtype), _dtypes_of(placement)
         files = [path and _files_of(Path(path)) for path in (model, baseline, adapter)]
-        prepare(place, question, own, other, base or Path(), sources, asked=repr((question, str(dtype), files)))
+        prepare(place, question, own, other, base or Path(), sources, asked=repr((question, *computed, files)))
         compute_share(place, 0, 1, lambda: bound(place), progress=lambda pace: progress(pace.done, pace.expected))
         found = conclude(place, question, describe_checkpoint(own), sources)
         if out is not None:
@@ -254,6 +258,15 @@ def _files_of(path: Path) -> list[tuple[str, int, int]]:
     """Name, bytes and time of change (ns) of each file of a model or an adapter, of what it links to where it does."""
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     return [(os.fspath(file), (facts := file.stat()).st_size, facts.st_mtime_ns) for file in files]
+
+
+def _dtypes_of(placement: Any) -> Any:
+    """What of a placement decides in which dtype a model computes; a mode as it is written, which decides it here."""
+    if isinstance(placement, str) and isinstance(as_map(placement), str):
+        return placement
+    placed = as_placement(placement)
+    on_cpu = set(placed.device_map.values()) == {"cpu"}
+    return placed.dtype, placed.compute_dtype, sorted(placed.special_dtypes.items()), on_cpu
 
 
 def _places(placement: Any, own: Path, other: Path | None, question: Question, sources: Sources) -> tuple[Any, Any]:

@@ -165,6 +165,7 @@ def load(
     else:
         opened, outline = open_adapter(adapter), describe_module(model)
         found = attachment(opened.described, described, outline)
+        model._bigpipe_adapter = str(adapter) if found.beside else None  # type: ignore[assignment]
         checkpoint = changed_checkpoint(checkpoint, [opened], found.within)
         _fill(model, checkpoint, described, homes, wanted, memory)
         for device, size in attach(model, found, opened, dtype_name(wanted), homes.execution).items():
@@ -257,7 +258,7 @@ def _fill(
         follow_devices(model, homes, {group.module for group in groups if group.table is not None})
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
-    model._bigpipe_source = checkpoint.path  # type: ignore[assignment]
+    model._bigpipe_source = checkpoint.path.absolute()  # type: ignore[assignment]
 
 
 def _tell_device(model: torch.nn.Module, device: torch.device) -> None:

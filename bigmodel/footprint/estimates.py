@@ -20,7 +20,7 @@ from bigpipe.bigmodel.formats import asked, format_of, has_double_quant, packing
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.fit import as_options
-from bigpipe.names import as_names, checked, listed
+from bigpipe.names import as_names, checked, did_you_mean, listed
 from bigpipe.sizes import format_size, format_transfer, size_of
 from bigpipe.tables import html_table
 from bigpipe.trust import Trust
@@ -69,7 +69,15 @@ class Estimate:
         return html_table(self._headline(), [*rows[0]], [[*each.values()] for each in rows], notes)
 
     def __getitem__(self, dtype: str) -> Budget:
-        return next(found for found in self.budgets if found.dtype == dtype)
+        found = next((found for found in self.budgets if found.dtype == dtype), None)
+        if found is None:
+            names = [budget.dtype for budget in self.budgets]
+            raise UsageError(
+                f"nothing was estimated in {dtype!r}",
+                did_you_mean(str(dtype), names, otherwise="there are"),
+                field="dtypes",
+            )
+        return found
 
     def verdict(self, dtype: str, memory: int) -> Verdict:
         """Does it fit into `memory` bytes, and if not, what is the least that must change?"""

@@ -245,7 +245,7 @@ def architecture_of(sighting: Sighting, head: Head, sources: Sources) -> tuple[A
     try:
         built = _built(sighting, head, sources)
     except UsageError as error:
-        if description.tensors is None or description.custom is not None:
+        if description.tensors is None or description.own_class is not None:
             raise
         if format_of(description) is not PLAIN:
             raise UsageError(
@@ -277,7 +277,7 @@ def _built(sighting: Sighting, head: Head, sources: Sources) -> Architecture:
     source: Mapping[str, Any] | Path = sighting.components or description.config or {}
     if sources.trust_remote_code and description.path is not None:
         source = description.path
-    if not source and description.custom is None:
+    if not source and description.own_class is None:
         raise UsageError("the model has no config that names its class", "describe its class under `architecture`")
     try:
         return describe_architecture(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import TensorInfo
 
 T = TypeVar("T")
+FLAGS = {"Linear8bitLt": "is_loaded_in_8bit", "Linear4bit": "is_loaded_in_4bit"}
+"""Class of bitsandbytes → what transformers says of a model that has it, by which peft chooses its own module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ def set_apart(tensors: Mapping[str, T], format: Format) -> tuple[dict[str, T], d
 def replace_linears(
     model: torch.nn.Module, packed: Mapping[str, PackedWeight[TensorInfo]], config: Mapping[str, Any] | None
 ) -> None:
-    """Put an empty module of its format wherever `packed` names one. config: `quantization_config`.
+    """Put an empty module of its format wherever `packed` names one, and let the model say so, as `from_pretrained`
+    does: what saves or adapts it asks there. config: `quantization_config`.
 
     Raise InvalidCheckpoint for a module that the model does not have.
     """
@@ -57,7 +60,33 @@ def replace_linears(
                 "check that config.json is the one that was saved with these weights",
             )
         shapes = {suffix: part.shape for suffix, part in weight.parts.items()}
-        model.set_submodule(name, weight.packing.module(modules[name], shapes, config or {}))
+        made = weight.packing.module(modules[name], shapes, config or {})
+        model.set_submodule(name, made)
+        if (flag := FLAGS.get(type(made).__name__)) is not None:
+            setattr(model, flag, True)
+    if packed and config:
+        _tell(model, config)
+
+
+def _tell(model: Any, config: Mapping[str, Any]) -> None:
+    """A class of the user's own has no config of transformers that could say it: there it is the model's own word."""
+    if hasattr(getattr(model, "config", None), "save_pretrained"):
+        model.config.quantization_config = _of_transformers(config)
+    else:
+        model._bigpipe_quantization = dict(config)
+
+
+def _of_transformers(config: Mapping[str, Any]) -> Any:
+    """As transformers holds it. What it does not know, a format of others, is a bare one that says the same."""
+    from transformers.quantizers.auto import AutoQuantizationConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    try:
+        return AutoQuantizationConfig.from_dict(dict(config))
+    except (ValueError, TypeError):
+        bare = QuantizationConfigMixin(quant_method=config.get("quant_method"))
+        vars(bare).update(config)
+        return bare
 
 
 def _file(parts: Iterable[TensorInfo]) -> str:

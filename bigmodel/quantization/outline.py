@@ -355,7 +355,7 @@ def understand(
     `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
     left, described = left_out(described), untied(decoded(described))
-    if described.config is None and described.custom is None and architecture is None:
+    if not described.says_class and architecture is None:
         raise UsageError(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
             "bring its config.json, or describe its class under `architecture`",
@@ -363,15 +363,17 @@ def understand(
     config, told = described.config or {}, architecture is not None
     if architecture is None:
         architecture = architecture_of(described, sources)
+    # Otherwise the description of a class does it; of a module that was given, in a file that names no class
+    told_by_config = described.custom is None and described.config is not None
     notes = (*left, *agree(described, architecture, sources.memo, ask=not told).notes)
-    plain = described.custom is None and described.config is not None and architecture.library == "transformers"
+    plain = told_by_config and architecture.library == "transformers"
     names = partial(ask_names, config, memo=sources.memo) if plain else None
     outlined = outline(described.tensors or {}, described.tied, architecture, settings, names)
     quantization = {"quantization_config": settings.as_config(architecture)}
     return replace(outlined, notes=notes), replace(
         described,
         config=None if described.config is None else config_with_dtype(config, settings.dtype) | quantization,
-        custom=None if described.custom is None else {**described.custom, **quantization},
+        custom=None if told_by_config else {**(described.custom or {}), **quantization},
         tensors={tensor.name: (tensor.dtype, tensor.shape) for part in outlined.parts for tensor in part.outputs},
         format="safetensors",
         tied={},

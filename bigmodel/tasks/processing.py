@@ -27,8 +27,8 @@ NEEDS = {
 
 def require_processor(model: ModelDescription, asking: Asking = TASK) -> None:
     """Raise UsageError for a model of a class of its own, and for one that comes without a processor's file."""
-    if model.custom is not None:
-        raise asking.refuse_other(f"the class {model.custom.get('class')}")
+    if model.own_class is not None:
+        raise asking.refuse_other(f"the class {model.own_class}")
     names = names_of(model)
     if names is not None and not PROCESSOR_FILES.intersection(names):
         cause = f"{asking.what} needs a preprocessor_config.json, and {model.path or 'the model'} has none"

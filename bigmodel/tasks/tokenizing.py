@@ -62,8 +62,8 @@ TASK = Asking()
 
 def require_tokenizer(model: ModelDescription, asking: Asking = TASK) -> None:
     """Raise UsageError for a model of a class of its own, and for one that comes without a tokenizer."""
-    if model.custom is not None:
-        raise asking.refuse_other(f"the class {model.custom.get('class')}")
+    if model.own_class is not None:
+        raise asking.refuse_other(f"the class {model.own_class}")
     names = names_of(model)
     if names is not None and not _any(names, TOKENIZER_FILES):
         raise UsageError(f"{asking.what} needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""`owner/name`, as the Hub calls one."""
 MODULE = re.compile(r"(\w+)\(\n.*?^\)", re.DOTALL | re.MULTILINE)
 """A module as torch prints it: its class, and all that it holds."""
 
@@ -36,15 +39,13 @@ def require_peft() -> None:
         raise UsageError("finetune needs peft, which is not installed", "pip install 'bigpipe-ml[peft]'")
 
 
-def attach(model: Any, training: Training, scheme: str | None, adapter: Path | None = None) -> Any:
+def attach(model: Any, training: Training, adapter: Path | None = None) -> Any:
     """Return the model with an adapter that is trained, and all else frozen; random numbers come from torch's own.
 
-    scheme: of its packed weights. adapter: one to go on from; weights of the model that it holds take the place of the
+    adapter: one to go on from; weights of the model that it holds take the place of the
     model's, as peft does it. Raise UsageError and InvalidCheckpoint for one that is not LoRA, or was made for another
     model.
     """
-    if scheme is not None:  # by which peft chooses its own module, as transformers sets it
-        setattr(model, "is_loaded_in_8bit" if scheme == "int8" else "is_loaded_in_4bit", True)
     _keep_less(model, training)
     if adapter is not None:
         return _continued(model, adapter)
@@ -129,6 +130,16 @@ def copies_in(adapter: Path) -> dict[str, torch.Tensor]:
     return read_tensors(replace(opened, tensors={name: opened.tensors[name] for name in names}))
 
 
+def trained_on(adapter: Path) -> tuple[str | None, str | None]:
+    """Return the repository that an adapter's config names as what it was trained on, and the commit; None for a path,
+    which says nothing elsewhere."""
+    opened = open_adapter(adapter)
+    name, revision = opened.described.base_model, opened.config.get("revision")
+    if name is None or not REPOSITORY.fullmatch(name) or os.path.exists(name):
+        return None, None
+    return name, revision if isinstance(revision, str) else None
+
+
 def read_config(adapter: Path) -> Any:
     """Return the LoraConfig of an adapter's folder. Raise InvalidCheckpoint for one that is damaged or another kind."""
     import peft
@@ -143,6 +154,7 @@ def read_config(adapter: Path) -> Any:
     if kind != "LORA":
         raise UsageError(f"{file} is of {kind}, and finetune goes on with LORA", "train it with peft itself")
     config.inference_mode = False
+    config.base_model_name_or_path = None  # `trained_on` tells it; peft warns that another model has no such name
     return config
 
 

@@ -83,7 +83,11 @@ TASKS: Mapping[TaskName, LearningTask] = {
 
 
 def input_column_of(task: TaskName, asked: str | None) -> str:
-    """Return the field of a row that holds what the model is given; "" where the task knows none."""
+    """Return the field of a row that holds what the model is given; "" where the task knows none. Raise UsageError
+    where one is asked for all the same: tokens of one text would be learnt as those of another."""
+    if asked and not TASKS[task].input_column:
+        cause = f"input_column has no meaning for {task}, which learns texts alone"
+        raise UsageError(cause, "leave it out, or use task: seq2seq-lm", field="input_column")
     return asked or TASKS[task].input_column
 
 

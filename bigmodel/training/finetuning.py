@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.bigmodel.architecture import position_limit, read_limit
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import HostMemory, as_placement, load
-from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.bigmodel.placement import HALVES, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Row, known_architecture
@@ -31,7 +30,7 @@ from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
-from .adapting import attach, copies_in, require_peft, trained, write_adapter
+from .adapting import attach, copies_in, require_peft, trained, trained_on, write_adapter
 from .examples import (
     Examples,
     check_model,
@@ -137,8 +136,7 @@ def train_rank(
         _say_cut(examples.cut + others.cut, lengths, log)
     model = _load(work, local_rank, torch.cuda.is_available())
     set_seed(work.training.seed)  # peft draws the first values, alike on all ranks
-    scheme = format_of(describe_checkpoint(work.model))
-    adapted = attach(model, work.training, None if scheme is PLAIN else scheme.name, work.adapter)
+    adapted = attach(model, work.training, work.adapter)
     if rank:
         set_seed(work.training.seed_of(rank))
     first, own = folder / "rank-0", folder / f"rank-{rank}"
@@ -149,10 +147,18 @@ def train_rank(
     files: dict[str, tuple[str, int]] = {}
     if rank == 0:
         beside = copies_in(work.adapter) if work.adapter is not None else {}
-        files = write_adapter(adapted, own / ADAPTER, work.base_model, work.revision, beside)
+        files = write_adapter(adapted, own / ADAPTER, *_origin(work), beside)
     count = sum(parameter.numel() for _, parameter in trained(adapted))
     measured = {**asdict(done), "eval_loss": loss, "parameters": count, "peak": _peaks(), "files": files}
     write_file(own / MEASURED, json.dumps(measured))
+
+
+def _origin(work: Work) -> tuple[str | None, str | None]:
+    """The repository that the model came from, and its commit: where nobody says it, what the adapter says that is gone
+    on from."""
+    if work.base_model is not None or work.adapter is None:
+        return work.base_model, work.revision
+    return trained_on(work.adapter)
 
 
 def _examples(work: Work) -> tuple[Examples, Examples, int, int]:
@@ -229,7 +235,10 @@ ROWS = Given((*PATH.kinds, list, tuple, type(None)), "a file or a glob, or a lis
 TARGETS = Given((str, list, tuple, set), "ends of names in a list, or one regular expression")
 
 
-@checked(model=PATH, data=ROWS, eval_data=ROWS, adapter=PATH, column=TEXT, input_column=TEXT, target_modules=TARGETS)
+@checked(
+    model=PATH, data=ROWS, eval_data=ROWS, adapter=PATH, column=TEXT, input_column=TEXT, target_modules=TARGETS,
+    base_model=TEXT, revision=TEXT,
+)  # fmt: skip
 def finetune(
     model: str | Path,
     data: str | Path | Sequence[Any],
@@ -245,6 +254,8 @@ def finetune(
     lora_dropout: float = 0.05,
     target_modules: Sequence[str] | str | None = None,
     dtype: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
     trust: Trust | Sequence[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, words: None,
     **training: Any,
@@ -256,6 +267,8 @@ def finetune(
     adapter: a directory of an adapter to go on from, whose own settings hold.
     r, lora_alpha, lora_dropout, target_modules: as in peft's LoraConfig.
     dtype: to compute in; None: on a CPU float32.
+    base_model, revision: the repository that the model came from, and its commit, for the adapter's config; None: what
+      that of `adapter` names.
     training: max_steps or num_train_epochs, learning_rate, batch_size, gradient_accumulation_steps,
       gradient_checkpointing, max_length (tokens), seed.
     progress: called with steps done, all steps, and loss and speed in words.
@@ -282,7 +295,8 @@ def finetune(
         foreseen_adapter(described, architecture, asked, sources)
     work = Work(
         model=path, training=asked, rows=rows, eval_rows=others, input_column=given,
-        adapter=Path(adapter) if adapter is not None else None, dtype=dtype, sources=sources,
+        adapter=Path(adapter) if adapter is not None else None, dtype=dtype, base_model=base_model, revision=revision,
+        sources=sources,
     )  # fmt: skip
     with TemporaryDirectory() as folder, seeded(asked.seed):
         train_rank(work, Path(folder), progress=progress)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import BUFFERS, COMPILED, require_module
 from bigpipe.bigmodel.checkpoint import (
+    ARCHITECTURE_FILE,
     CASTABLE,
     CHUNK,
     Checkpoint,
     FileFormat,
+    ModelDescription,
     beyond,
     dtype_name,
     find_aliases,
@@ -20,12 +23,13 @@ from bigpipe.bigmodel.checkpoint import (
     overflows,
     reaches,
 )
-from bigpipe.errors import UsageError
-from bigpipe.files import hash_file
+from bigpipe.bigmodel.formats import castable
+from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.files import hash_file, write_file
 from bigpipe.names import checked
 from bigpipe.sizes import size_of
 
-from .conversion import Conversion, convert, refuse_in_place
+from .conversion import Conversion, convert, encode_config, refuse_in_place
 from .plans import PlannedTensor
 from .writer import Files, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
@@ -48,7 +52,7 @@ def save_checkpoint(
     source: a checkpoint on disk, which goes there with its config, tokenizer and other files (streamed in constant
     memory, without torch), or a torch module (of transformers: its config too) or a state dict. Of names that share
     storage one is stored in safetensors, all in `.bin`. Raise InvalidCheckpoint, DoesNotFit, and UsageError, for
-    tensors without data too.
+    tensors without data, a model with an adapter beside its weights, and a dtype for quantized weights too.
     """
     size, wanted = size_of("max_shard_size", max_shard_size), None if dtype is None else dtype_name(dtype)
     conversion = Conversion(max_shard_size=size, dtype=wanted, format=format)
@@ -64,11 +68,15 @@ def _save_module(
     """Tensors are copied one at a time, and only if they are not contiguous, not on the CPU, or cast."""
     if not isinstance(source, Mapping):
         source = require_module(source)
+    _refuse_adapter(source)
     if (origin := getattr(source, "_bigpipe_source", None)) is not None:
-        refuse_in_place(open_checkpoint(origin), out)
+        with suppress(InvalidCheckpoint):  # what it was loaded from may be gone, or another by now
+            refuse_in_place(open_checkpoint(origin), out)
     state, ties = (source, None) if isinstance(source, Mapping) else (_state(source), _ties(source))
     tensors, tied = _unique(state, ties if conversion.format == "safetensors" else None)
     described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if conversion.dtype is not None:
+        castable(ModelDescription(config=None, tensors=described), conversion.dtype)
     saved = write_checkpoint(
         out,
         conversion.plans(described, tied),
@@ -78,7 +86,23 @@ def _save_module(
     config = getattr(source, "config", None)
     if hasattr(config, "save_pretrained"):
         saved = replace(saved, files=saved.files | _save_config(source, config, conversion.dtype, out))
+    elif quantization := getattr(source, "_bigpipe_quantization", None):
+        told = write_file(out / ARCHITECTURE_FILE, encode_config({"quantization_config": quantization}))
+        saved = replace(saved, files=saved.files | {ARCHITECTURE_FILE: told})
     return saved
+
+
+def _refuse_adapter(source: torch.nn.Module | Mapping[str, Any]) -> None:
+    """Raise UsageError for a model of which an adapter would be lost, or stored among its weights."""
+    if (beside := getattr(source, "_bigpipe_adapter", None)) is not None:
+        cause = f"the adapter {beside} stands beside this model's weights, and is in none of them"
+        raise UsageError(cause, "merge_adapter(MODEL, ADAPTER, OUT) writes both as one")
+    modules = () if isinstance(source, Mapping) else source.modules()
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in modules):
+        cause = (
+            f"{type(source).__name__} holds an adapter of peft, and no loader of models takes the names of its weights"
+        )
+        raise UsageError(cause, "save the adapter by its save_pretrained; merge_adapter(MODEL, ADAPTER, OUT) makes one")
 
 
 def _state(model: torch.nn.Module) -> dict[str, Any]:

@@ -133,18 +133,21 @@ def run_alone(
 ) -> Outcome:
     """Run one attempt of a stage to its end, without recipe or store: for `doctor`, and for tests of kinds.
 
-    module: `module:attribute` of the stage. params: as in a manifest. folder: takes `out` and what it works with. job:
-    further fields of the `Job`. Raise what `Executor.start` does, and ValidationError for wrong params.
+    module: `module:attribute` of the stage, which is run as what it is with these params. params: as in a manifest.
+    folder: takes `out` and what it works with. job: further fields of the `Job`. Raise what `Executor.start` does, and
+    ValidationError for wrong params.
     """
     from .jobs import AttemptFolder, Job
 
     given = {"inputs": {}, "parent_environment": os.environ, "report": lambda event: None, **job}
+    read = stage.params.model_validate(dict(params))
+    stage = stage.with_params(read)
     attempt = Job(
         surroundings=surroundings,
         node=stage.kind,
         stage=stage,
         module=module,
-        params=stage.params.model_validate(dict(params)),
+        params=read,
         out=folder / "out",
         scratch=folder / "scratch",
         parts=folder / "parts",

@@ -44,22 +44,23 @@ def run_stage(
     stage: Stage[Any],
     params: Mapping[str, Any] = {},
     *,
-    inputs: Mapping[str, Path | Sequence[Path]] = {},
-    folder: Path,
-    base: Path | None = None,
+    inputs: Mapping[str, str | Path | Sequence[str | Path]] = {},
+    folder: str | Path,
+    base: str | Path | None = None,
     num_processes: int = 1,
     environment: Mapping[str, str] = {},
     timeout: float | None = None,
 ) -> StageRun:
-    """Run one attempt of a stage as a recipe would: in the process, the child or the ranks that the kind asks for.
+    """Run one attempt of a stage as a recipe would: in the process, the child or the ranks that the kind asks for with
+    these params.
 
-    params: as under `with:`. inputs: port → directory of an artifact, or several. folder: takes what the attempt makes;
-    run again in the same one, it finds its earlier work in `out` and `scratch`. base: what relative paths in the params
-    are relative to; by default `folder`. num_processes: of a kind that runs as ranks. environment: what the stage sees
-    as `context.environment`. timeout: seconds.
+    params: as under `with:`. inputs: port → directory of an artifact, or several; a relative one as this process sees
+    it. folder: takes what the attempt makes; run again in the same one, it finds its earlier work in `out` and
+    `scratch`. base: what relative paths in the params are relative to; by default `folder`. num_processes: of a kind
+    that runs as ranks. environment: what the stage sees as `context.environment`. timeout: seconds.
 
     Raise the stage's own BigpipeError, StageFailed where it crashes, UsageError where it is not an attribute of a
-    module or a port is not one of its own, ValidationError for wrong params.
+    module, or of the script that is run itself, or a port is not one of its own, ValidationError for wrong params.
     """
     lines: list[str] = []
 
@@ -67,13 +68,14 @@ def run_stage(
         if isinstance(event, LogLine):
             lines.append(event.line)
 
-    module = _location(stage)
+    folder, settled = Path(folder), stage.with_params(stage.params.model_validate(dict(params)))
+    module = _location(stage, settled)
     outcome = run_alone(
         stage, module, params, _surroundings(folder, base, num_processes, environment), folder.absolute(),
-        inputs={port: (paths,) if isinstance(paths, Path) else tuple(paths) for port, paths in _wired(stage, inputs)},
+        inputs={port: _paths(given) for port, given in _wired(settled, inputs)},
         parent_environment=_with_path(module), report=report, timeout=timeout,
     )  # fmt: skip
-    metrics = stage.metrics.model_validate(outcome.metrics)
+    metrics = settled.metrics.model_validate(outcome.metrics)
     return StageRun(metrics, folder / "out", outcome.files, tuple(lines), outcome.seconds, outcome.peak_rss)
 
 
@@ -82,19 +84,26 @@ def forecast_stage(
     params: Mapping[str, Any] = {},
     *,
     inputs: Mapping[str, Forecast] = {},
-    folder: Path,
-    base: Path | None = None,
+    folder: str | Path,
+    base: str | Path | None = None,
     environment: Mapping[str, str] = {},
 ) -> Forecast:
     """Return what a stage forecasts. inputs: port → forecast of what is wired to it; the rest as for `run_stage`."""
-    wired = {port: (forecast,) for port, forecast in _wired(stage, inputs)}
-    context = ForecastContext(surroundings=_surroundings(folder, base, 1, environment), inputs=wired)
-    return stage.forecast(stage.params.model_validate(dict(params)), context)
+    read = stage.params.model_validate(dict(params))
+    settled = stage.with_params(read)
+    wired = {port: (forecast,) for port, forecast in _wired(settled, inputs)}
+    context = ForecastContext(surroundings=_surroundings(Path(folder), base, 1, environment), inputs=wired)
+    return settled.forecast(read, context)
 
 
-def _surroundings(folder: Path, base: Path | None, ranks: int, environment: Mapping[str, str]) -> Surroundings:
+def _paths(given: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """Absolute, as a worker is given them: it works in another directory."""
+    return tuple(Path(path).absolute() for path in ([given] if isinstance(given, str | Path) else given))
+
+
+def _surroundings(folder: Path, base: str | Path | None, ranks: int, environment: Mapping[str, str]) -> Surroundings:
     return Surroundings(
-        base=(base or folder).absolute(),
+        base=Path(base or folder).absolute(),
         machine=detect(folder),
         memo=folder.absolute() / "memo",
         launch=Launch(num_processes=ranks),
@@ -111,15 +120,19 @@ def _wired(stage: Stage[Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]
     return list(inputs.items())
 
 
-def _location(stage: Stage[Any]) -> str:
+def _location(stage: Stage[Any], settled: Stage[Any]) -> str:
     for name in dict.fromkeys(part.__module__ for part in (stage.params, stage.metrics, stage.run, stage.forecast)):
         for attribute, value in vars(sys.modules[name]).items():
-            if value is stage:
-                return f"{name}:{attribute}"
+            if value is not stage:
+                continue
+            if name == "__main__" and settled.runs_in != "inline":
+                cause = f"the Stage of kind {stage.kind} stands in the script, or notebook, that is run itself"
+                raise UsageError(cause, "put it into a module of its own, and import it: workers import it from there")
+            return f"{name}:{attribute}"
     raise UsageError(f"the Stage of kind {stage.kind} is no attribute of a module", "workers import it from there")
 
 
 def _with_path(module: str) -> dict[str, str]:
-    file = Path(sys.modules[top_level(module)].__file__ or "")
+    file = Path(getattr(sys.modules[top_level(module)], "__file__", None) or "")  # a notebook has none
     home = file.parents[1] if file.name == "__init__.py" else file.parent
     return {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(home)])}

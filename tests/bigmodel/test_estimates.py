@@ -107,6 +107,13 @@ class TestBareConfig:
         assert int8.weights.bytes == half.weights.bytes - matrices + 4 * rows
         assert int8.counts.stored == int8.weights.bytes + 40 * 6
 
+    def test_a_dtype_that_nothing_was_estimated_in_is_told(self, opt_13b: Path) -> None:
+        made = estimate(opt_13b, dtypes=["bfloat16", "int8"])
+        for ask in (made.__getitem__, lambda dtype: made.verdict(dtype, 24 * GIB)):
+            with pytest.raises(UsageError, match="nothing was estimated in 'float16'") as caught:
+                ask("float16")
+            assert (caught.value.field, caught.value.cure) == ("dtypes", "did you mean 'bfloat16'?")
+
     def test_training_by_optimizer(self, opt_13b: Path) -> None:
         full = estimate(opt_13b, dtypes=["float32", "bfloat16", "nf4"])
         count = full["float32"].counts.parameters

@@ -476,6 +476,36 @@ def test_finished_windows_of_another_model_or_question_are_not_believed(
         assert found != first
 
 
+def test_finished_windows_in_the_dtype_of_another_placement_are_not_believed(
+    tmp_path: Path, model: Path, text: Path
+) -> None:
+    def computed(placement: Any) -> int:
+        """How many windows were not taken from the folder."""
+        told: list[tuple[int, int]] = []
+        bigpipe.evaluate(
+            model, text, sequence_length=32, folder=tmp_path / "work", placement=placement,
+            progress=lambda *at: told.append(at),
+        )  # fmt: skip
+        return told[-1][1] if told else 0
+
+    whole = place(model, max_memory={"cpu": "1GiB"}, dtype="float32")
+    every = computed(whole)
+    assert every > 0
+    assert computed(whole) == 0
+    last = next(reversed(describe_checkpoint(model).tensors or {}))
+    others = [
+        replace(whole, dtype="bfloat16"), replace(whole, dtype=None, compute_dtype="bfloat16"),
+        replace(whole, special_dtypes={last: "float32"}), {"": "disk"},
+    ]  # fmt: skip
+    assert [computed(placement) for placement in others] == [every] * len(others)
+
+
+def test_a_bound_without_layers_is_refused(model: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="per_layer_bound belongs to per_layer") as caught:
+        bigpipe.evaluate(model, text, per_layer_bound=0.1)
+    assert caught.value.field == "per_layer_bound"
+
+
 def test_a_report_says_all(tmp_path: Path, model: Path, other: Path, text: Path) -> None:
     found = bigpipe.evaluate(
         model, text, baseline=other, sequence_length=32, per_layer=True, out=tmp_path / "report"

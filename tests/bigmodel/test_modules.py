@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
-from support.models import forward, tiny_model
+from support.models import forward, make_checkpoint, tiny_model
 
+import bigpipe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.writing import save_checkpoint
@@ -96,3 +102,85 @@ def test_a_plain_module_is_loaded_from_what_accelerate_saved(tmp_path, form):
     loaded = load(tmp_path, model=Net())
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     assert loaded.second.weight is loaded.first.weight
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "int8": {"llm_int8_threshold": 3.0}, "nf4": {"bnb_4bit_compute_dtype": "bfloat16"},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("scheme", PACKED)
+def test_a_quantized_model_is_saved_with_its_settings_which_transformers_loads(tmp_path: Path, scheme: str) -> None:
+    import transformers
+
+    source = make_checkpoint(tmp_path / "base", "llama", dtype="float16")
+    bigpipe.quantize_checkpoint(source, tmp_path / "packed", scheme=scheme, **PACKED[scheme])
+    model = load(tmp_path / "packed")
+    save_checkpoint(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("packed", "ours", "theirs")]
+    assert said[0]["quantization_config"] == said[1]["quantization_config"] == said[2]["quantization_config"]
+    expected = forward(model)
+    for name in ("ours", "theirs"):
+        assert torch.equal(forward(load(tmp_path / name)), expected)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained
+    assert torch.equal(forward(theirs(tmp_path / "ours").eval()), forward(theirs(tmp_path / "packed").eval()))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize(("scheme", "layer"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit")])
+def test_peft_puts_its_own_layer_for_the_format_into_a_quantized_model(tmp_path: Path, scheme: str, layer: str) -> None:
+    import peft
+
+    source = make_checkpoint(tmp_path / "base", "llama", dtype="float16")
+    bigpipe.quantize_checkpoint(source, tmp_path / "packed", scheme=scheme)
+    adapted = peft.get_peft_model(load(tmp_path / "packed"), peft.LoraConfig(target_modules=["q_proj"]))
+    assert {type(module).__name__ for name, module in adapted.named_modules() if name.endswith("q_proj")} == {layer}
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("scheme", PACKED)
+def test_a_quantized_model_is_not_cast_while_it_is_saved(tmp_path: Path, scheme: str) -> None:
+    source = make_checkpoint(tmp_path / "base", "llama", dtype="float16")
+    bigpipe.quantize_checkpoint(source, tmp_path / "packed", scheme=scheme)
+    with pytest.raises(UsageError, match="would change the scales of quantized weights"):
+        save_checkpoint(load(tmp_path / "packed"), tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # peft asks for it
+def test_a_model_with_an_adapter_beside_or_in_it_is_not_saved_as_the_model_alone(tmp_path: Path) -> None:
+    import peft
+
+    source = make_checkpoint(tmp_path / "base", "llama")
+    adapted = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "lora")
+    with pytest.raises(UsageError, match=r"(?s)lora stands beside .*merge_adapter"):
+        save_checkpoint(load(source, adapter=tmp_path / "lora"), tmp_path / "out")
+    for model in (adapted, adapted.base_model.model):
+        with pytest.raises(UsageError, match=r"(?s)holds an adapter of peft.*merge_adapter"):
+            save_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    expected = forward(adapted)
+    save_checkpoint(adapted.merge_and_unload(), tmp_path / "out")
+    torch.testing.assert_close(forward(load(tmp_path / "out")), expected)
+
+
+def test_a_model_in_memory_is_saved_though_what_it_was_loaded_from_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path / "base", "llama")
+    monkeypatch.chdir(tmp_path)
+    model = load("base", dtype="float64")  # a copy of its own: the file is not its memory
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UsageError):
+        save_checkpoint(model, source)
+    save_checkpoint(model, "out")
+    shutil.rmtree(source)
+    save_checkpoint(model, "again")
+    assert torch.equal(forward(load("again", dtype="float64")), forward(model))

@@ -84,6 +84,37 @@ def test_a_class_of_ones_own_is_quantized_as_a_module_or_by_name(own: tuple[Path
         bigpipe.quantize_checkpoint(folder / "bare", folder / "out", scheme="int8", architecture=OWN)
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 3.0},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("scheme", SETTINGS)
+def test_a_module_that_names_no_class_keeps_the_settings_it_was_quantized_with(
+    own: tuple[Path, Any], scheme: str
+) -> None:
+    folder, net = own
+    by_name: dict[str, Any] = {"architecture": OWN, "trust": ["ownnet"], "base": folder}
+    bigpipe.quantize_checkpoint(folder / "bare", folder / "module", model=empty(net), **SETTINGS[scheme])
+    bigpipe.quantize_checkpoint(folder / "bare", folder / "named", **by_name, **SETTINGS[scheme])
+    assert read_weights(folder / "module") == read_weights(folder / "named")
+    bigpipe.save_checkpoint(bigpipe.load(folder / "module", model=empty(net)), folder / "again")
+    models = [bigpipe.load(folder / name, model=empty(net)) for name in ("module", "named", "again")]
+    models.append(bigpipe.load(folder / "module", **by_name))
+    for model in models:
+        one: Any = model.get_submodule("blocks.0.one")
+        settled = one.state.threshold if scheme == "int8" else one.compute_dtype
+        assert settled == (3.0 if scheme == "int8" else torch.bfloat16)
+        assert torch.equal(model(torch.arange(4)), models[0](torch.arange(4)))
+    with pytest.raises(UsageError, match=r"module.bigpipe_architecture\.json names no class"):
+        bigpipe.load(folder / "module")
+
+
+def read_weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
 def test_it_is_estimated_placed_and_loaded(own: tuple[Path, Any]) -> None:
     folder, net = own
     asked: dict[str, Any] = {"architecture": OWN, "trust": ["ownnet"], "base": folder}

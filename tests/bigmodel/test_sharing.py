@@ -147,6 +147,15 @@ def test_what_cannot_be_split_is_refused() -> None:
         split([1], False, 2, 2)
     with pytest.raises(UsageError, match="rank '0' is none of 2"):
         split([1], False, "0", 2)  # type: ignore[arg-type]
+    for odd in (3, torch.tensor(3), {"x": [1, 2], "y": [3, 4]}):
+        for ranks in (1, 2):
+            with pytest.raises(UsageError, match=r"'odd' of the dict is a \w+, and has no entries to share out"):
+                split({"prompt": ["a", "b"], "odd": odd}, False, 0, ranks)
+
+
+def test_a_single_number_goes_to_all_as_it_is() -> None:
+    for number in (3, torch.tensor(3)):
+        assert [split(number, pad, rank, 2) for pad in (False, True) for rank in range(2)] == [number] * 4
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])

@@ -32,6 +32,7 @@ from bigpipe.bigmodel.training import (
     train_rank,
     training_memory,
 )
+from bigpipe.bigmodel.training.adapting import trained_on
 from bigpipe.bigmodel.training.examples import reading
 from bigpipe.bigmodel.training.finetuning import unbounded
 from bigpipe.bigmodel.training.order import Order
@@ -215,6 +216,7 @@ def test_going_on_from_an_adapter(tmp_path: Path, models: dict[str, Path]) -> No
     more = finetune(models["int8"], ROWS, tmp_path / "more", adapter=first.path, **FAST)
     config = json.loads((tmp_path / "more" / "adapter_config.json").read_bytes())
     assert config["r"] == 4
+    assert (config["base_model_name_or_path"], config["revision"]) == (None, None)
     assert sum(more.losses) < sum(first.losses)
 
 
@@ -324,6 +326,13 @@ def test_an_encoder_decoder_learns_texts_from_others(tmp_path: Path) -> None:
     made = finetune(model, rows, tmp_path / "out", task="seq2seq-lm", **{**FAST, "max_steps": 40, "r": 8})
     assert sum(made.losses[-5:]) < sum(made.losses[:5])
     assert json.loads((made.path / "adapter_config.json").read_bytes())["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_an_input_of_a_task_that_learns_texts_alone_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    rows = [{"prompt": "a dog", "completion": "barks"}] * 4
+    with pytest.raises(UsageError, match="input_column has no meaning for causal-lm") as caught:
+        finetune(tmp_path / "no model", rows, tmp_path / "out", column="completion", input_column="prompt", max_steps=2)
+    assert caught.value.field == "input_column"
 
 
 def test_whisper_learns_what_is_said(tmp_path: Path) -> None:
@@ -564,3 +573,19 @@ def test_long_rows_are_cut(tmp_path: Path, models: dict[str, Path]) -> None:
     short = finetune(models["plain"], [text[:5] for text in ROWS], tmp_path / "short", max_steps=3)
     cut = finetune(models["plain"], ROWS, tmp_path / "cut", max_steps=3, max_length=5)
     assert cut.losses == short.losses
+
+
+def test_an_adapter_names_the_repository_of_its_model_and_no_path(tmp_path: Path, models: dict[str, Path]) -> None:
+    def named(adapter: Path) -> tuple[str | None, str | None]:
+        config = json.loads((adapter / "adapter_config.json").read_bytes())
+        return config["base_model_name_or_path"], config["revision"]
+
+    first = finetune(models["plain"], ROWS, tmp_path / "1", max_steps=1, base_model="org/model", revision="abc").path
+    assert named(first) == ("org/model", "abc")
+    assert named(finetune(models["plain"], ROWS, tmp_path / "2", max_steps=1, adapter=first).path) == named(first)
+    other = finetune(models["plain"], ROWS, tmp_path / "3", max_steps=1, adapter=first, base_model="a/b").path
+    assert named(other) == ("a/b", None)
+    config = json.loads((first / "adapter_config.json").read_bytes())
+    for path in (str(models["plain"]), "opt", "../models/opt"):
+        (first / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": path}))
+        assert trained_on(first) == (None, None)

@@ -260,6 +260,16 @@ def test_a_class_of_ones_own_travels_inside_the_artifact(tmp_path: Path) -> None
     assert STAGE.forecast(given, forecast_context(tmp_path)).output.custom == written
 
 
+def test_a_class_for_packed_weights_that_name_none_keeps_how_they_are_packed(tmp_path: Path) -> None:
+    folder, packed = a_checkpoint(tmp_path / "base" / "mine"), {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "bigpipe_architecture.json").write_text(json.dumps({"quantization_config": packed}))
+    (tmp_path / "base" / "mingpt.py").write_text("class GPT: ...\n")
+    given = params(path="mine", architecture={"class": "mingpt:GPT"})
+    STAGE.run(given, stage_context(tmp_path))
+    written = json.loads((tmp_path / "out" / "bigpipe_architecture.json").read_bytes())
+    assert (written["class"], written["quantization_config"]) == ("mingpt:GPT", packed)
+
+
 def test_a_repositorys_own_class_file_is_replaced_not_written_through(
     server: LoopbackHub, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bigpipe.orchestrator.stage import (
     ForecastContext,
     Metrics,
     Params,
+    Port,
     Ranks,
     Stage,
     StageContext,
@@ -196,3 +198,12 @@ INLINE = _stage("inline", runs_in="inline")
 PROCESS = _stage("process", runs_in="process")
 HUB = _stage("hub", runs_in="process", secrets=("HF_TOKEN",))
 RANKS = _stage("ranks", runs_in="ranks", ranks=Ranks(prepare=plan, finish=merge))
+
+
+def _settle(params: Action) -> Stage[Action]:
+    here = {"runs_in": "inline", "inputs": {"model": Port("model")}, "forecast": lambda *given: Forecast(seconds=7.0)}
+    return replace(SETTLED, **here) if params.text == "here" else SETTLED
+
+
+SETTLED = _stage("settled", runs_in="process", settled=_settle)
+"""With the text `here` it runs inline, has a port and foresees 7 seconds."""
