@@ -25,7 +25,8 @@ QUANTIZED = ("int8", "nf4", "fp4")
 def drawn_placement(
     asked: Question, model: str, work: Workload, machine: Machine, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return per device what it holds, of how much; or why there is no placement, and the cure."""
+    """Return per device what it holds, of how much, and `stored`, the format of a checkpoint that is packed already and
+    placed as it is; or why there is no placement, and the cure."""
     sources = Sources(memo=options["memo"], offline=options["offline"])
     choice = {name: options.get(name) for name in ("variant", "subfolder")}
     try:
@@ -35,8 +36,12 @@ def drawn_placement(
         request = PlacementRequest(dtype=dtype, batch_size=work.batch_size, sequence_length=work.sequence_length)
         placed = place_model(described, architecture, request, machine, memo=options["memo"])
     except BigpipeError as error:
-        return {"devices": [], "explanation": [], "error": {"cause": error.cause, "cure": error.cure}}
-    return {"devices": _devices(placed, machine), "explanation": list(placed.explanation), "error": None}
+        return {"devices": [], "explanation": [], "error": {"cause": error.cause, "cure": error.cure}, "stored": None}
+    stored = format_of(seen.description)
+    return {
+        "devices": _devices(placed, machine), "explanation": list(placed.explanation), "error": None,
+        "stored": None if stored is PLAIN else stored.title,
+    }  # fmt: skip
 
 
 def _described(

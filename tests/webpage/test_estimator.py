@@ -170,22 +170,73 @@ def test_gpus_that_are_not_here_are_placed_on(page):
         {"run_in": "float16"},
         {"run_in": "nf4", "batch_size": 3, "gpu": "T4"},
         {"run_in": "int8", "gpu": "RTX 4090", "gpus": 2},
+        {"batch_size": 64, "kv_dtype": "int8", "gpu": "T4"},
+        {"run_in": "nf4", "double_quant": True, "gpu": "T4"},
+        {"head": "none", "gpu": "T4"},
+        {"model": "packed", "run_in": "nf4", "gpu": "T4"},
+        {"model": "packed", "gpu": "T4"},
+        {"model": "\N{GRINNING FACE}"},
     ],
 )
 def test_the_recipe_is_one_that_plans(shop, fields):
-    options = {"batch_size": fields["batch_size"]} if "batch_size" in fields else {}
-    asked = {name: value for name, value in fields.items() if name != "batch_size"}
+    model = fields.get("model", "model")
+    if model == "packed" and not (shop.folder / model).exists():
+        bigpipe.quantize_checkpoint(shop.folder / "model", shop.folder / model, scheme="int8")
+    elif not (shop.folder / model).exists():
+        shutil.copytree(QUICKSTART, shop.folder / model)
+    options = {name: value for name, value in fields.items() if name in OPTIONS and name != "model"}
+    asked = {name: value for name, value in fields.items() if name not in OPTIONS}
     old = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shop.folder)
-        told = answer({"model": "model", "options": options, **asked}, roots=[shop.folder])
+        told = answer({"model": model, "options": options, **asked}, roots=[shop.folder])
     assert Path.cwd() == old
     (shop.folder / "made.yaml").write_text(told["page"]["recipe"])
     planned = shop.json("plan", "made.yaml")
     assert planned["exit_code"] == 0, planned["errors"]
-    assert planned["nodes"]["generate"]["action"] == "run"
-    gates = [gate["passed"] for gate in planned["nodes"]["estimate"]["gates"]]
-    assert gates == ([True] if "gpu" in fields else [])
+    assert {node["action"] for node in planned["nodes"].values()} == {"run"}
+    assert ("generate" in planned["nodes"]) == (options.get("head") != "none")
+    gates = [(gate["passed"], gate["value"]) for gate in planned["nodes"]["estimate"]["gates"]]
+    assert gates == ([(True, told["page"]["change"]["needed"])] if "gpu" in fields else [])
+
+
+def test_a_recipe_is_of_the_folder_that_an_address_names(tmp_path):
+    with LoopbackHub() as hub:
+        commit = hub.create("org/pipe", {f"text_encoder/{name}": path for name, path in FILES.items()})
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in hub.environment(tmp_path / "hf").items():
+                patch.setenv(name, value)
+            told = answer({"model": "https://huggingface.co/org/pipe/tree/main/text_encoder"})
+    source = yaml.safe_load(told["page"]["recipe"])["stages"]["download"]["with"]
+    assert source == {"repo": "org/pipe", "revision": commit, "subfolder": "text_encoder"}
+
+
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "d_model": 64, "encoder_layers": 1,
+    "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "vocab_size": 128, "num_mel_bins": 80,
+}  # fmt: skip
+
+
+def test_a_model_that_hears_is_given_no_prompts(tmp_path):
+    shutil.copy(FILES["model.safetensors"], tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(WHISPER))
+    told = answer({"model": str(tmp_path)}, roots=[tmp_path])
+    assert list(yaml.safe_load(told["page"]["recipe"])["stages"]) == ["download", "estimate", "dispatch"]
+
+
+@pytest.mark.parametrize("model", ["big", "big/config.json", "model/model.safetensors"])
+def test_what_holds_no_model_to_run_has_no_recipe(shop, page, model):
+    told = page.get(f"/?model={model}")
+    assert told.status == 200
+    assert "As a recipe" not in told.text
+
+
+def test_a_checkpoint_that_is_packed_already_is_placed_as_it_is_stored(shop):
+    bigpipe.quantize_checkpoint(shop.folder / "model", shop.folder / "stored", scheme="int8")
+    with visiting(shop) as visit:
+        assert "Where it goes: as it is stored, in bitsandbytes int8 on" in visit.get("/?model=stored&run_in=nf4").text
+        assert "Where it goes: nf4 on" in visit.get("/?model=model&run_in=nf4").text
 
 
 def test_names_in_a_recipe_mean_themselves(tmp_path):
