@@ -204,3 +204,22 @@ def test_a_child_nobody_waits_for_ends():
     with pytest.raises(Busy):
         asyncio.run(go())
     until(lambda: not alive(b"time.sleep(62.5)"), 5)
+
+
+def test_who_has_gone_while_waiting_waits_no_more():
+    async def leave() -> None:
+        await asyncio.sleep(0.1)
+
+    async def go() -> dict:
+        children = Children(Path.cwd(), at_once=1, waiting=1)
+        working = asyncio.ensure_future(children.ask(["-c", "import time; time.sleep(60)"], b"", "the first"))
+        await asyncio.sleep(0)
+        with pytest.raises(Busy, match="nobody waits"):
+            await children.ask(["-c", "print({})"], b"", "the second", leave)
+        assert children.asked == 1
+        following = asyncio.ensure_future(children.ask(["-c", "print({})"], b"", "the third"))
+        await asyncio.sleep(0)
+        working.cancel()
+        return await following
+
+    assert asyncio.run(go()) == {}
