@@ -204,7 +204,10 @@ def _change(made: Estimate, dtype: str, memory: int) -> dict[str, Any]:
         "fits": verdict.fits,
         "needed": needed,
         "option": as_options(change),
-        "fields": {("run_in" if name == "dtypes" else name): value for name, value in change.items()},
+        "fields": {
+            ("run_in" if name == "dtypes" else name): "true" if value is True else value
+            for name, value in change.items()
+        },
         "bytes": verdict.bytes,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -145,6 +146,66 @@ def test_the_smallest_change_is_a_link_that_makes_it(page):
     assert "One GPU is enough" in after
 
 
+MIDDLE = {**BIG, "hidden_size": 1024, "ffn_dim": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+          "word_embed_proj_dim": 1024}  # fmt: skip
+"""Trained with AdamW at batch 4, it fits an RTX 3060 with gradient checkpointing alone."""
+
+
+def linked_fields(told: dict, fields: dict) -> list[tuple[str, str]]:
+    """Of the link that makes the smallest change."""
+    change = told["page"]["change"]
+    assert not change["fits"]
+    assert change["fields"]
+    kept = [(name, str(value)) for name, value in fields.items() if name not in change["fields"]]
+    return [*kept, *((name, str(value)) for name, value in change["fields"].items())]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"train": "adamw", "gpu": "RTX 3060", "batch_size": 4}, "gradient_checkpointing"),
+        ({"gpu": "RTX 3060", "run_in": "nf4", "double_quant": "true", "dtypes": "float16,int8"}, ""),
+    ],
+)
+def test_a_change_that_is_a_flag_is_a_link_too(tmp_path, fields, name):
+    (tmp_path / "config.json").write_text(json.dumps(MIDDLE if "train" in fields else BIG))
+    pairs = [("model", str(tmp_path)), *((key, str(value)) for key, value in fields.items())]
+    first = answer(read_question(pairs).as_json(), roots=[tmp_path])
+    asked = pairs
+    if name:
+        asked = linked_fields(first, dict(pairs))
+        assert (name, "true") in asked
+    told = answer(read_question(asked).as_json(), roots=[tmp_path])
+    assert told["estimate"]["errors"] == []
+    assert told["page"]["change"]["fits"]
+
+
+def test_a_pasted_config_comes_back_as_it_was_sent(page):
+    """As a browser sends it: https://html.spec.whatwg.org/multipage/form-control-infrastructure.html (CRLF)."""
+    told = page.post("/", {"config": json.dumps(BIG, indent=1).replace("\n", "\r\n")})
+    field = re.search(r"<textarea[^>]*>(.*?)</textarea>", told.text, re.DOTALL)
+    assert json.loads(html.unescape(field[1])) == BIG
+
+
+def test_what_an_address_asks_for_stays_in_the_form(page):
+    told = page.get("/?model=model&subfolder=sub&lora_rank=4&lora_targets=q_proj&lora_targets=v_proj&memory=1GiB")
+    fields = dict(re.findall(r'<input id="\w+" name="(\w+)" value="([^"]*)"', told.text))
+    given = {"subfolder": "sub", "lora_rank": "4", "lora_targets": "q_proj v_proj", "memory": "1GiB"}
+    assert given.items() <= fields.items()
+    assert 'name="variant"' not in told.text
+
+
+def test_what_was_pasted_has_no_address_that_would_lose_it(page):
+    told = page.post("/", {"config": json.dumps(BIG), "gpu": "A10G", "batch_size": "4"})
+    assert "The smallest change that fits: <code>" in told.text
+    assert 'href="/?' not in told.text
+
+
+def test_what_is_not_trained_so_has_its_smallest_change_too(page):
+    rows = {row[0]: row for row in cells(page.get("/?model=big&train=adamw").text, "What fits on one GPU")}
+    assert "✗ not trained so: --train lora" in rows["H200"][4]
+
+
 @pytest.mark.parametrize("run_in", ["float16", "int8", "nf4"])
 def test_the_placement_is_that_of_the_library(shop, run_in):
     """Of a checkpoint in that format, which the page only foresees."""
@@ -214,7 +275,7 @@ def test_a_recipe_is_of_the_folder_that_an_address_names(tmp_path):
 WHISPER = {
     "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "d_model": 64, "encoder_layers": 1,
     "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64, "vocab_size": 128, "num_mel_bins": 80,
+    "decoder_ffn_dim": 64, "vocab_size": 128, "num_mel_bins": 80, "pad_token_id": 0,
 }  # fmt: skip
 
 

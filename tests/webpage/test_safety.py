@@ -49,7 +49,9 @@ def test_every_answer_is_sealed(page, path):
     "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.nip.io", "["]
 )
 def test_a_name_that_someone_points_here_is_refused(page, host):
-    assert page.get("/", Host=host).status == 421
+    told = page.get("/", Host=host)
+    assert told.status == 421
+    assert "by its address in digits" in told.text
 
 
 @pytest.mark.parametrize("host", ["localhost:9000", "127.0.0.1", "[::1]:8765"])
@@ -80,6 +82,7 @@ def test_a_form_without_our_token_is_refused(page):
         told = page.post("/answer", {"model": "model", "form_token": given})
         assert told.status == 400
         assert "form is not of this page" in told.text
+        assert "<main" not in told.text  # it takes a place in a page
     assert page.post("/answer", {"model": "model"}).status == 200
 
 
