@@ -17,13 +17,14 @@ from support.workshop import Workshop
 
 import bigpipe
 from bigpipe.errors import BigpipeError
+from bigpipe.machine import Gpu, Machine
 from bigpipe.sizes import format_size
 from bigpipe.webpage.answering import answer
 from bigpipe.webpage.questions import OPTIONS, read_question
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-from bigpipe.webpage.application import STATUSES
+from bigpipe.webpage.application import STATUSES, templates
 
 ENEMY = "</h2><script>alert(1)</script>"
 FILES = {path.name: path for path in QUICKSTART.iterdir() if path.suffix in (".json", ".safetensors")}
@@ -218,6 +219,48 @@ def test_the_placement_is_that_of_the_library(shop, run_in):
     assert held["cpu"] == wanted.weights["cpu"] > 0
 
 
+def test_a_placement_says_that_it_keeps_keys_and_values_as_computed(shop):
+    options = {"batch_size": 40, "kv_dtype": "int8"}
+    told = answer({"model": str(shop.folder / "big"), "options": options, "gpu": "H100 80GB"}, roots=[shop.folder])
+    assert told["page"]["change"]["fits"]
+    assert told["page"]["placement"]["devices"] == []
+    assert "keys and values as they are computed" in told["page"]["placement"]["error"]["cause"]
+    same = {**options, "kv_dtype": "float16"}
+    told = answer({"model": str(shop.folder / "big"), "options": same, "gpu": "H100 80GB"}, roots=[shop.folder])
+    assert told["page"]["placement"]["error"] is None
+
+
+def test_rooms_are_those_that_a_placement_counts_with(shop, monkeypatch, tmp_path):
+    small = Machine(
+        name="small", cpus=1, memory=16 * 2**30, memory_available=2**20, disk_free=2**30,
+    )  # fmt: skip
+    roots: list[Path] = []
+    monkeypatch.setattr("bigpipe.webpage.answering.detect", lambda root: (roots.append(root), small)[1])
+    told = answer({"config": json.dumps(BIG)}, memo=tmp_path / "store" / "memo")
+    rows = {row["device"]: row for row in told["page"]["placement"]["devices"]}
+    assert rows["cpu"]["room"] == small.memory
+    assert rows["cpu"]["lacks"] == 0
+    assert rows["disk"]["lacks"] == rows["disk"]["total"] - 2**30 > 0
+    assert {*roots} == {tmp_path / "store"}  # a pasted config lies elsewhere
+
+
+def test_different_gpus_are_named_by_kind(shop, monkeypatch):
+    gpus = tuple(Gpu(number, name, 2**34, 2**34) for number, name in enumerate(("A", "A", "B")))
+    here = Machine(name="m", cpus=1, memory=2**36, memory_available=2**36, disk_free=2**40, gpus=gpus)
+    monkeypatch.setattr("bigpipe.webpage.answering.detect", lambda root: here)
+    told = answer({"model": str(shop.folder / "model")}, roots=[shop.folder])
+    assert told["page"]["device"] == "2 × A and B, here"
+
+
+def test_what_a_device_lacks_stands_on_the_page():
+    row = {"label": "disk", "room": 2**30, "parts": 1, "total": 3 * 2**30, "lacks": 2**31, "device": "disk",
+           "weights": 3 * 2**30, "kv_cache": 0, "activations": 0, "runtime": 0, "streaming": 0}  # fmt: skip
+    page = answer({"config": json.dumps(BIG)})["page"]
+    page["placement"] = {"devices": [row], "explanation": [], "error": None, "stored": None}
+    text = templates().get_template("answer.html").render(page=page, errors=[], again=[], linked=False)
+    assert "</span> disk lacks 2.0 GiB." in text
+
+
 def test_gpus_that_are_not_here_are_placed_on(page):
     rows = cells(page.get("/?model=big&gpu=A10G&gpus=2&run_in=float16").text, "What each device holds")
     assert [row[0] for row in rows[1:]] == ["GPU 0: A10G", "GPU 1: A10G", "CPU memory", "disk"]
@@ -400,11 +443,11 @@ def test_only_paths_of_the_directory_are_looked_at(shop, page, tmp_path):
     shutil.copytree(QUICKSTART, tmp_path / "model")
     (shop.folder / "away").symlink_to(tmp_path / "model")
     texts = []
-    for path in (str(tmp_path / "model"), f"{tmp_path}/nothing", "away", "../x", "."):
+    for path in (str(tmp_path / "model"), f"{tmp_path}/nothing", "away", "../x", "model/../../x", "."):
         told = page.get(f"/?model={path}")
         texts.append(re.sub(r"&#39;", "'", told.text))
         assert told.status == 400
-    assert all("is not in a directory that this page may read" in text for text in texts[:4])
+    assert all("is not in a directory that this page may read" in text for text in texts[:5])
     with visiting(shop, "--also", str(tmp_path)) as visit:
         assert visit.get(f"/?model={tmp_path / 'model'}").status == 200
         assert visit.get("/?model=away").status == 200
