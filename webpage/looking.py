@@ -52,19 +52,15 @@ def _is_recipe(path: Path) -> bool:
 
 
 def require_recipe(directory: Path, name: str) -> Path:
-    """Return the file of a recipe. Raise UsageError for what is not listed."""
-    if name not in recipes(directory):
+    """Return the file of a recipe. Raise UsageError for what is none, or lies deeper than the list goes."""
+    if name not in _files(directory) or not _is_recipe(directory / name):
         raise UsageError(f"there is no recipe {name} here", "choose one of the list")
     return directory / name
 
 
 def recipe_graph(nodes: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the drawing of `bigpipe graph --json`; "" where there are too many nodes to follow."""
-    drawn = [
-        Drawn(name, node["kind"], after=list(dict.fromkeys([*(n for names in node["inputs"].values() for n in names),
-                                                            *node["needs"]])))
-        for name, node in nodes.items()
-    ]  # fmt: skip
+    drawn = [Drawn(name, node["kind"], after=node["after"]) for name, node in nodes.items()]
     return graph(drawn) if len(drawn) <= MOST_DRAWN else ""
 
 

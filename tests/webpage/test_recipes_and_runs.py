@@ -212,3 +212,23 @@ def test_a_run_that_ignores_the_keyboard_is_cancelled_too(workshop):
             assert run_now(run, store)["record"].status == "interrupted"
         finally:
             process.kill()
+
+
+def test_the_graph_has_what_conditions_ask_too(workshop):
+    import bigpipe
+    from bigpipe.orchestrator.report import graph_json
+    from bigpipe.webpage.looking import recipe_graph
+
+    asking = '  shard: {uses: shard, inputs: download, when: "${stages.estimate.metrics.float32.weights} < 1GiB"}\n'
+    path = workshop.folder / "asks.yaml"
+    path.write_text(RECIPE.format(name="asks", model="model") + asking)
+    told = graph_json(bigpipe.load_manifest(path))["nodes"]
+    assert told["shard"]["after"] == ["download", "estimate"]
+    assert recipe_graph(told).count('class="edge"') == 3
+
+
+def test_a_recipe_beyond_the_end_of_the_list_is_shown_and_the_list_says_that_it_ends(workshop, page):
+    for number in range(201):
+        (workshop.folder / f"a{number:03}.yaml").write_text(RECIPE.format(name="m", model="model"))
+    assert "Only the first 200 are listed." in page.get("/recipes").text
+    assert page.get("/recipes/sizes.yaml").status == 200
