@@ -262,7 +262,7 @@ async def _recipes(request: Request) -> Response:
     from . import looking
 
     names = await asyncio.to_thread(looking.recipes, _page(request).directory)
-    return _render(request, "recipes.html", names=names)
+    return _render(request, "recipes.html", names=names, most=looking.MOST_RECIPES)
 
 
 async def _recipe(request: Request) -> Response:
@@ -291,7 +291,7 @@ async def _runs(request: Request) -> Response:
     from . import looking
 
     found = await asyncio.to_thread(looking.runs, _page(request).store)
-    return _render(request, "runs.html", runs=found)
+    return _render(request, "runs.html", runs=found, most=looking.MOST_RUNS)
 
 
 async def _run(request: Request) -> Response:
