@@ -51,8 +51,8 @@ def _smallest(fits: dict[str, Any]) -> dict[str, str]:
     """dtype → the smallest GPU that holds it."""
     found = {}
     for place, dtype in enumerate(fits["dtypes"]):
-        names = [row["gpu"] for row in fits["rows"] if row["cells"][place]["fits"]]
-        found[dtype] = names[0] if names else "several GPUs"
+        rows = [row for row in fits["rows"] if row["cells"][place]["fits"]]
+        found[dtype] = min(rows, key=lambda row: row["memory"])["gpu"] if rows else "several GPUs"
     return found
 
 

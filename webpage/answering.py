@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.files import parse_json, write_file
 from bigpipe.fit import as_options, fits
 from bigpipe.machine import Gpu, Machine, detect
+from bigpipe.names import listed
 from bigpipe.orchestrator.report import answered, json_text, refused
 
 from .gpus import GPUS
@@ -87,7 +89,7 @@ def require_reachable(model: str, roots: Sequence[Path]) -> str:
     """Return the model. Raise UsageError for none, and for a path outside the directories, whether it exists or not."""
     if not model:
         raise UsageError("no model is named", "give a repository, its address, a path, or a config", field="model")
-    if model.startswith((".", "/", "~")) or os.path.lexists(model):
+    if model.startswith((".", "/", "~")) or ".." in Path(model).parts or os.path.lexists(model):
         place = Path(model).resolve()
         if not any(place.is_relative_to(root.resolve()) for root in roots):
             cure = "start `bigpipe ui` in a directory that holds it, or with --also DIR"
@@ -96,7 +98,9 @@ def require_reachable(model: str, roots: Sequence[Path]) -> str:
 
 
 def _page(asked: Question, model: str, made: Estimate, options: Mapping[str, Any]) -> dict[str, Any]:
-    machine, here = _machine(asked), detect(Path.cwd())
+    store = options["memo"] and options["memo"].parent
+    here = detect(store or Path.cwd())
+    machine = _machine(asked, here)
     memory = min((gpu.memory for gpu in machine.gpus), default=None)
     focus = _in_dtype(asked.run_in, made)
     return {
@@ -109,7 +113,7 @@ def _page(asked: Question, model: str, made: Estimate, options: Mapping[str, Any
         "memory": memory,
         "fits": _on_each(made, here),
         "change": None if memory is None else _change(focus, asked.run_in, memory),
-        "placement": drawn_placement(asked, model, made.workload, machine, options),
+        "placement": drawn_placement(asked, model, focus.budgets[0], machine, options),
         "recipe": None if asked.config else recipe_for(asked, made, focus, memory),
     }
 
@@ -149,9 +153,8 @@ def _as_accelerate(model: str, options: Mapping[str, Any]) -> list[dict[str, Any
     return [{"dtype": dtype, **found["accelerate"]} for dtype, found in bare["dtypes"].items()]
 
 
-def _machine(asked: Question) -> Machine:
+def _machine(asked: Question, here: Machine) -> Machine:
     """This machine, or one with the GPUs that were asked for and the rest of this one."""
-    here = detect(Path.cwd())
     if not asked.gpu:
         return here
     size = GPUS[asked.gpu]
@@ -159,8 +162,9 @@ def _machine(asked: Question) -> Machine:
 
 
 def _device_name(machine: Machine, here: Machine) -> str:
-    names = [gpu.name for gpu in machine.gpus]
-    what = f"{len(names)} × {names[0]}" if len(names) > 1 else names[0] if names else "this machine, which has no GPU"
+    counts = Counter(gpu.name for gpu in machine.gpus)
+    names = [f"{count} × {name}" if count > 1 else name for name, count in counts.items()]
+    what = listed(names, "and") if names else "this machine, which has no GPU"
     return f"{what}, here" if names and machine.gpus == here.gpus else what
 
 
@@ -204,7 +208,10 @@ def _change(made: Estimate, dtype: str, memory: int) -> dict[str, Any]:
         "fits": verdict.fits,
         "needed": needed,
         "option": as_options(change),
-        "fields": {("run_in" if name == "dtypes" else name): value for name, value in change.items()},
+        "fields": {
+            ("run_in" if name == "dtypes" else name): "true" if value is True else value
+            for name, value in change.items()
+        },
         "bytes": verdict.bytes,
     }
 

@@ -49,6 +49,11 @@ nothing can be made of it, a damaged checkpoint among others."""
 MOST_STREAMS = 16
 LOOK_SECONDS = 0.5
 MOST_FIELDS = 100
+SHOWN = frozenset({
+    "model", "revision", "batch_size", "sequence_length", "dtypes", "train", "kv_dtype", "gradient_checkpointing",
+    "double_quant",
+})  # fmt: skip
+"""Options that the form always has fields for; it has one for each of the others that is given."""
 REPORT_POLICY = "default-src 'none'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
@@ -160,7 +165,10 @@ async def _form(request: Request) -> list[tuple[str, str]]:
     pairs = _pairs(body.decode("utf-8", "replace"))
     given = next((value for name, value in pairs if name == "form_token"), "")
     if not same_form_token(given, _page(request).rules):
-        raise UsageError("the form is not of this page, or of an earlier start of it", "load the page again")
+        raise UsageError(
+            "the form is not of this page, or of an earlier start of it",
+            "load the page again; what was pasted is lost then, so copy it first",
+        )
     return [(name, value) for name, value in pairs if name != "form_token"]
 
 
@@ -178,24 +186,30 @@ async def _front(request: Request) -> Response:
 
 
 async def _fragment(request: Request) -> Response:
-    """The answer alone, which takes the place of the one before."""
-    status, shown = await _answered(request, await _form(request))
+    """The answer alone, or what is wrong, which takes the place of the one before."""
+    try:
+        pairs = await _form(request)
+    except BigpipeError as error:
+        return _render(request, "answer.html", STATUSES.get(error.status, 500), page=None, errors=error.as_json())
+    status, shown = await _answered(request, pairs)
     return _render(request, "answer.html", status, **shown)
 
 
 def _fields(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """What the form holds, as it was written."""
-    given = {name: value for name, value in pairs if name != "dtypes"}
+    """What the form holds, as it was written: a browser sends the ends of lines as CRLF, and shows them so again."""
+    given = {name: value.replace("\r\n", "\n") for name, value in pairs if name != "dtypes"}
     chosen = [value for name, value in pairs if name == "dtypes"] or list(questions.DTYPES)
+    more = [name for name in questions.OPTIONS if name in given and name not in SHOWN and given[name].strip()]
+    given["lora_targets"] = " ".join(value for name, value in pairs if name == "lora_targets")
     return {
         "given": given, "chosen": chosen, "run_in": questions.RUN_IN, "train": questions.TRAIN, "gpus": GPUS,
-        "most_gpus": MOST_AT_ONCE,
+        "most_gpus": MOST_AT_ONCE, "more": more,
     }  # fmt: skip
 
 
 async def _answered(request: Request, pairs: list[tuple[str, str]]) -> tuple[int, dict[str, Any]]:
     """Status, and what the templates show: the tables, errors, and the same question as an address and a command."""
-    shown: dict[str, Any] = {"page": None, "errors": [], "again": _again(pairs), "command": ""}
+    shown: dict[str, Any] = {"page": None, "errors": [], "again": _again(pairs), "linked": False}
     try:
         question = read_question(pairs)
         if not (question.model or question.config):
@@ -203,7 +217,7 @@ async def _answered(request: Request, pairs: list[tuple[str, str]]) -> tuple[int
         told = await _ask(request, question)
     except BigpipeError as error:
         return STATUSES.get(error.status, 500), {**shown, "errors": error.as_json()}
-    shown |= {"page": told["page"], "errors": told["estimate"]["errors"]}
+    shown |= {"page": told["page"], "errors": told["estimate"]["errors"], "linked": not question.config}
     return _status(told), shown
 
 
@@ -248,7 +262,7 @@ async def _recipes(request: Request) -> Response:
     from . import looking
 
     names = await asyncio.to_thread(looking.recipes, _page(request).directory)
-    return _render(request, "recipes.html", names=names)
+    return _render(request, "recipes.html", names=names, most=looking.MOST_RECIPES)
 
 
 async def _recipe(request: Request) -> Response:
@@ -277,7 +291,7 @@ async def _runs(request: Request) -> Response:
     from . import looking
 
     found = await asyncio.to_thread(looking.runs, _page(request).store)
-    return _render(request, "runs.html", runs=found)
+    return _render(request, "runs.html", runs=found, most=looking.MOST_RUNS)
 
 
 async def _run(request: Request) -> Response:

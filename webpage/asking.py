@@ -43,7 +43,7 @@ class Children:
     waiting: int = 8
     limits: Limits = field(default_factory=lambda: Limits(seconds=60))
     asked: int = 0
-    """How many work or wait."""
+    """How many work or wait, of those whose asker has not gone."""
     _turn: asyncio.Semaphore | None = None
 
     async def ask(
@@ -56,10 +56,15 @@ class Children:
         self._turn = self._turn or asyncio.Semaphore(self.at_once)
         self.asked += 1
         try:
-            async with self._turn:
-                return await self._first(self._answer(arguments, question, what), gone)
+            return await self._first(self._in_turn(self._turn, arguments, question, what), gone)
         finally:
             self.asked -= 1
+
+    async def _in_turn(
+        self, turn: asyncio.Semaphore, arguments: Sequence[str], question: bytes, what: str
+    ) -> dict[str, Any]:
+        async with turn:
+            return await self._answer(arguments, question, what)
 
     async def _first(
         self, answer: Awaitable[dict[str, Any]], gone: Callable[[], Awaitable[object]] | None

@@ -1,4 +1,5 @@
-"""GPUs that people ask about, and their memory as the driver reports it (`nvidia-smi`, MiB in all)."""
+"""GPUs that people ask about, and their memory as the driver reports it (`nvidia-smi`, MiB in all): with what driver
+and firmware keep for themselves, which `bigpipe.machine` leaves out for a GPU that is there."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import Damaged, open_regular
+from bigpipe.names import is_text
 from bigpipe.orchestrator.report import MARKS, Drawn, graph, open_store, positions
 from bigpipe.orchestrator.running import RunRecord, node_rows, records
 
@@ -28,7 +29,8 @@ RECIPE = tuple(re.compile(rb"(?:\A\xef\xbb\xbf|^)" + key, re.MULTILINE) for key 
 
 
 def recipes(directory: Path) -> list[str]:
-    """Return the recipes below a directory, as paths in it. What only a link leads to lies elsewhere."""
+    """Return the recipes below a directory, as paths in it. What only a link leads to lies elsewhere; a name that is no
+    UTF-8 is no address, and no command takes it."""
     return list(islice((name for name in _files(directory) if _is_recipe(directory / name)), MOST_RECIPES))
 
 
@@ -37,8 +39,9 @@ def _files(directory: Path) -> Iterator[str]:
         depth = len(Path(folder).relative_to(directory).parts)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_"))) if depth < DEEPEST else []
         for name in sorted(names):
-            if name.endswith((".yaml", ".yml")) and not name.startswith("."):
-                yield Path(folder, name).relative_to(directory).as_posix()
+            found = Path(folder, name).relative_to(directory).as_posix()
+            if name.endswith((".yaml", ".yml")) and not name.startswith(".") and is_text(found):
+                yield found
 
 
 def _is_recipe(path: Path) -> bool:
@@ -49,19 +52,15 @@ def _is_recipe(path: Path) -> bool:
 
 
 def require_recipe(directory: Path, name: str) -> Path:
-    """Return the file of a recipe. Raise UsageError for what is not listed."""
-    if name not in recipes(directory):
+    """Return the file of a recipe. Raise UsageError for what is none, or lies deeper than the list goes."""
+    if name not in _files(directory) or not _is_recipe(directory / name):
         raise UsageError(f"there is no recipe {name} here", "choose one of the list")
     return directory / name
 
 
 def recipe_graph(nodes: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the drawing of `bigpipe graph --json`; "" where there are too many nodes to follow."""
-    drawn = [
-        Drawn(name, node["kind"], after=list(dict.fromkeys([*(n for names in node["inputs"].values() for n in names),
-                                                            *node["needs"]])))
-        for name, node in nodes.items()
-    ]  # fmt: skip
+    drawn = [Drawn(name, node["kind"], after=node["after"]) for name, node in nodes.items()]
     return graph(drawn) if len(drawn) <= MOST_DRAWN else ""
 
 
@@ -104,9 +103,10 @@ def run_now(run: str, store: Path | None) -> dict[str, Any]:
 
 
 def _log(record: RunRecord, store: Path | None) -> str:
-    """The end of what the nodes printed, the latest node last."""
+    """The end of what the nodes printed, last the one that printed last."""
     found: list[str] = []
-    for name, _, path in records.log_files(open_store(store).runs, record.run):
+    files = records.log_files(open_store(store).runs, record.run)
+    for name, _, path in sorted(files, key=lambda file: _written(file[2])):
         with suppress(UsageError), records.reading(path) as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
             lines = file.read().decode("utf-8", "replace").splitlines()
@@ -114,15 +114,34 @@ def _log(record: RunRecord, store: Path | None) -> str:
     return "\n".join(found[-LINES:])
 
 
+def _written(path: Path) -> float:
+    """When, in seconds; 0 for what is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def cancel(run: str, store: Path | None) -> None:
-    """Interrupt a run, as Ctrl-C does. Raise UsageError where it is over, StageFailed where it is not ours to end."""
+    """Interrupt a run, as Ctrl-C does, or where it does not hear that, with SIGTERM: shells without job control start
+    what runs in the background with SIGINT ignored. Raise UsageError where it is over, StageFailed where it is not ours
+    to end."""
     record = require_run(run, store)
     if record.status != RUNNING:
         raise UsageError(f"run {record.run} is over: {record.status}", "nothing is left to cancel")
     log = open_store(store).runs / record.run / records.EVENTS
     if not _writes(record.process, log):
         raise StageFailed(f"run {record.run} is not a process of this machine", "interrupt it where it was started")
-    os.kill(record.process, signal.SIGINT)
+    os.kill(record.process, signal.SIGTERM if _ignores(record.process, signal.SIGINT) else signal.SIGINT)
+
+
+def _ignores(process: int, number: int) -> bool:
+    """As Linux tells it: `SigIgn` in proc_pid_status(5), a mask in hex."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("SigIgn:"):
+                return bool(int(line.partition(":")[2], 16) >> (number - 1) & 1)
+    return False
 
 
 def _writes(process: int, log: Path) -> bool:

@@ -63,11 +63,14 @@ def read_question(pairs: Sequence[tuple[str, str]]) -> Question:
     options |= {name: number(name, last[name]) for name in NUMBERS if name in last}
     options |= {name: _flag(name, last[name]) for name in FLAGS if name in last}
     options |= {name: " ".join(given[name]).replace(",", " ").split() for name in LISTS if name in given}
+    run_in = _one_of("run_in", last.get("run_in", "float16"), RUN_IN)
+    if options.get("double_quant") and "dtypes" in options:  # it may be meant for what is run alone
+        options["dtypes"] = [*dict.fromkeys([*options["dtypes"], run_in])]
     return Question(
         model=last.get("model", ""),
         config=last.get("config", ""),
         options=options,
-        run_in=_one_of("run_in", last.get("run_in", "float16"), RUN_IN),
+        run_in=run_in,
         gpu=_one_of("gpu", last.get("gpu", ""), ("", *GPUS)),
         gpus=number("gpus", last.get("gpus", "1"), MOST_AT_ONCE),
     )

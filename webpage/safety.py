@@ -104,7 +104,8 @@ class Guard:
         """Why a request is not answered, whoever sends it."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._rules.knows_host(hosts[0]):
-            return PlainTextResponse("this page does not answer to that name", 421)
+            cure = "open it by its address in digits, or start `bigpipe ui --host NAME`"
+            return PlainTextResponse(f"this page does not answer to that name: {cure}", 421)
         if scope["method"] not in READING | {"POST"}:
             return PlainTextResponse("only GET and POST", 405, {"Allow": "GET, HEAD, POST"})
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not _is_arrival(scope, headers):

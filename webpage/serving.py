@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import logging
 import os
@@ -41,6 +42,8 @@ def serve(
     directories whose models may be looked at. allow_cancel: may the page interrupt runs? announce: is told the address,
     with its token, once it is listened on. Raise UsageError for a directory or an address that cannot be used.
     """
+    if host == "":
+        raise UsageError("--host is empty", "name an address of this machine, or leave it out for loopback")
     _require_libraries()
     import uvicorn
 
@@ -119,7 +122,7 @@ def _folder(path: str | Path) -> Path:
 
 def _names(host: str | None) -> frozenset[str]:
     """Names that the page answers to; addresses in digits need none."""
-    own = {socket.gethostname(), host} if host else set()
+    own = {socket.gethostname(), socket.getfqdn(), host} if host else set()
     return frozenset({"localhost", *(name.lower() for name in own if name)})
 
 
@@ -129,7 +132,14 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=CONNECTIONS)
     except (OSError, OverflowError, UnicodeError) as error:
         cause = f"{host}, port {port} cannot be listened on: {getattr(error, 'strerror', None) or error}"
-        raise UsageError(cause, "name another with --port, 0 for any that is free") from error
+        raise UsageError(cause, _cure(error)) from error
+
+
+def _cure(error: Exception) -> str:
+    of_port = isinstance(error, OverflowError) or getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+    return (
+        "name another with --port, 0 for any that is free" if of_port else "name an address of this machine with --host"
+    )
 
 
 def _address(host: str | None, port: int, token: str | None) -> str:

@@ -58,6 +58,8 @@ class Estimate:
     memory: int | None = None
     train: str | None = None
     """The optimizer of a training step, where `memory` is to hold one."""
+    subfolder: str | None = None
+    """The folder of the repository or directory that holds the model: the one asked for, or that of the address."""
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{found.dtype} {format_size(found.inference)}" for found in self.budgets)
@@ -322,6 +324,7 @@ def estimate_sighting(
         checkpoint=_checkpoint(sighting.description, pipeline=bool(sighting.components)),
         budgets=tuple(Budget(architecture, dtype, capped) for dtype in wanted),
         notes=(*sighting.notes, *notes, *filter(None, [cut])),
+        subfolder=sighting.subfolder,
     )
 
 

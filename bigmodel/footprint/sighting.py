@@ -68,6 +68,8 @@ class Sighting:
     notes: tuple[str, ...] = ()
     architecture: Architecture | None = None
     """Where that was seen itself."""
+    subfolder: str | None = None
+    """The folder that was looked at: the one asked for, or that of the address."""
 
 
 def look(
@@ -112,7 +114,7 @@ def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, su
     if os.path.exists(path):  # Path.exists raises where the name is longer than a file's may be
         if revision != "main":
             raise UsageError(f"revision belongs to a repository, and {path} is a path", "leave it out")
-        return _look_locally(path, choice, subfolder)
+        return replace(_look_locally(path, choice, subfolder), subfolder=subfolder)
     hub = Hub.of(sources)
     repo, revision, below = _parse(str(model), revision, hub.endpoint)
     subfolder = subfolder or below
@@ -125,7 +127,8 @@ def _look(model: str | Path, revision: str, sources: Sources, choice: Choice, su
         snapshot = hub.folder(repo) / "snapshots" / (commit or revision)
         if not snapshot.is_dir():
             raise or_path(error, str(model)) from error
-        return replace(_look_locally(snapshot, choice, subfolder), name=repo, revision=snapshot.name)
+        found = _look_locally(snapshot, choice, subfolder)
+        return replace(found, name=repo, revision=snapshot.name, subfolder=subfolder)
 
 
 def _parse(model: str, revision: str, endpoint: str) -> tuple[str, str, str | None]:
@@ -166,6 +169,7 @@ def _look_remotely(
         library=choice.library or found.library,
         components=found.components,
         notes=(found.difference,) if found.difference else (),
+        subfolder=subfolder,
     )
 
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .arguments import written
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
     from .graph import Recipe, load_recipe
-    from .initial import initial_manifest, initialise, source_of
+    from .initial import as_text, initial_manifest, initialise, source_of
     from .manifest import ResourcesSpec, Shared
     from .node import Choice, First, Node
     from .problems import Fault, Keys

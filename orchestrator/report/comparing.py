@@ -37,7 +37,7 @@ def _beside(found: Sequence[RunRecord]) -> Table:
     names = dict.fromkeys(name for record in found for name in record.params)
     rows = [
         ("status", *(record.status for record in found)),
-        ("started", *(record.started[:19].replace("T", " ") for record in found)),
+        ("started", *(f"{record.started[:19].replace('T', ' ')} UTC" for record in found)),
         ("time", *(format_duration(record.seconds) for record in found)),
         *((name, *(shown(record.params.get(name)) for record in found)) for name in names),
         *((name, *(_told(node) for node in nodes)) for name, nodes in _by_node(found).items()),

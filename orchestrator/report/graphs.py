@@ -53,7 +53,8 @@ def graph_json(recipe: Recipe, became: Mapping[str, NodeRun] = UNKNOWN, out: Pat
     """Return `bigpipe.graph/1`. became: what a run made of the nodes; out: where it was drawn."""
     nodes = {
         name: {"kind": node.kind.kind, "inputs": {port: list(wired) for port, wired in node.inputs.items()},
-               "needs": list(node.needs), "first": _first_json(node), **_became_json(became.get(name))}
+               "needs": list(node.needs), "after": list(node.predecessors),
+               "first": _first_json(node), **_became_json(became.get(name))}
         for name, node in recipe.nodes.items()
     }  # fmt: skip
     path = str(out.absolute()) if out else None

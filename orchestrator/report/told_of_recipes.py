@@ -340,6 +340,8 @@ class Wired(Strict):
     """Port → the nodes that are wired to it."""
     needs: list[str]
     """Nodes that it waits for besides."""
+    after: list[str]
+    """All that it waits for: those of `inputs` and `needs`, those that `when` reads, and the judges of `first`."""
     first: dict[str, Any] | None
     """`axis`, `of` and `values` of a stage that takes the first variant that passes."""
     status: str | None

@@ -94,6 +94,7 @@ def test_an_estimate_is_typed_changed_and_copied(tab, visit, shop):
     tab.get_by_text("4 × 256 tokens").wait_for()
     assert row(tab, "float16")[1] == kv_cache(shop.folder / "model", 4)
     assert "batch_size=4" in tab.url
+    assert tab.title() == "model: what a model needs"
     tab.get_by_label("Run it in").select_option("int8")
     tab.get_by_role("heading", name="Where it goes: int8").wait_for()
     tab.get_by_role("button", name="Copy").click()
@@ -128,6 +129,10 @@ def test_what_is_wrong_stands_on_the_page(browser, visit):
     page.get_by_label("The text of a config.json").fill('{"model_type": "<img src=x onerror=alert(1)>"}')
     page.get_by_role("button", name="Estimate").click()
     page.get_by_role("alert").filter(has_text="<img src=x").wait_for()
+    assert page.url == visit.address  # what was pasted has no other
+    page.get_by_label("The text of a config.json").fill("")
+    page.get_by_role("button", name="Estimate").click()
+    page.get_by_text("name a model, or paste a config.json", exact=True).wait_for()
     assert page.locator("#answer img").count() == 0
     page.close()
 
@@ -155,10 +160,40 @@ def test_a_run_is_watched_until_its_report(tab, visit, shop):
         tab.get_by_role("region", name="Log").filter(has_text="hello").wait_for()
         say(shop, "again", "goodbye")
         tab.get_by_role("link", name="Report").wait_for()
-        assert "succeeded" in tab.get_by_role("status").inner_text()
+        assert "succeeded" in tab.locator("#now").get_by_role("status").inner_text()
         tab.get_by_role("link", name="Report").click()
         tab.get_by_role("heading", name="slowly: succeeded").wait_for()
         assert tab.get_by_role("region", name="Nodes", exact=True).get_by_role("row").count() == 3
+
+
+def test_a_run_that_is_watched_stays_under_the_hand(browser, tmp_path):
+    """The focus, the place in the log and what is pressed outlive each change; what is not heard any more is said."""
+    workshop = Workshop(tmp_path)
+    with running(workshop), visiting(workshop, "--allow-cancel") as visit:
+        run = until(lambda: re.search(r'<a href="/runs/([\w-]+)">', visit.get("/runs").text))[1]
+        page = browser.new_page(viewport={"width": 800, "height": 600})
+        page.goto(f"{visit.address}runs/{run}")
+        page.get_by_role("row", name=re.compile("^talk ")).wait_for()
+        page.get_by_role("button", name="Cancel this run").focus()
+        page.evaluate("window.button = document.activeElement")
+        say(workshop, "one", "hello")
+        page.get_by_role("row").filter(has_text="1/3").wait_for()
+        assert page.evaluate("document.activeElement === window.button")
+        assert page.evaluate("document.activeElement.textContent") == "Cancel this run"
+        log = next((tmp_path / "store" / "runs" / run).glob("**/log.txt"))
+        with log.open("a") as file:
+            file.writelines(f"line {number}\n" for number in range(150))
+        page.get_by_role("region", name="Log").filter(has_text="line 149").wait_for()
+        assert page.evaluate("document.querySelector('.log').scrollTop") > 0  # it goes on with the end
+        page.evaluate("document.querySelector('.log').scrollTop = 40")
+        with log.open("a") as file:
+            file.write("line 150\n")
+        page.get_by_role("region", name="Log").filter(has_text="line 150").wait_for()
+        assert page.evaluate("document.querySelector('.log').scrollTop") == 40
+        page.route("**/events", lambda route: route.fulfill(status=503))
+        page.reload()
+        page.get_by_text("This page hears nothing more of the run").wait_for()
+        page.close()
 
 
 def test_by_keyboard_alone(tab, visit):

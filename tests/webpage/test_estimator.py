@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -16,13 +17,14 @@ from support.workshop import Workshop
 
 import bigpipe
 from bigpipe.errors import BigpipeError
+from bigpipe.machine import Gpu, Machine
 from bigpipe.sizes import format_size
 from bigpipe.webpage.answering import answer
 from bigpipe.webpage.questions import OPTIONS, read_question
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-from bigpipe.webpage.application import STATUSES
+from bigpipe.webpage.application import STATUSES, templates
 
 ENEMY = "</h2><script>alert(1)</script>"
 FILES = {path.name: path for path in QUICKSTART.iterdir() if path.suffix in (".json", ".safetensors")}
@@ -145,6 +147,66 @@ def test_the_smallest_change_is_a_link_that_makes_it(page):
     assert "One GPU is enough" in after
 
 
+MIDDLE = {**BIG, "hidden_size": 1024, "ffn_dim": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+          "word_embed_proj_dim": 1024}  # fmt: skip
+"""Trained with AdamW at batch 4, it fits an RTX 3060 with gradient checkpointing alone."""
+
+
+def linked_fields(told: dict, fields: dict) -> list[tuple[str, str]]:
+    """Of the link that makes the smallest change."""
+    change = told["page"]["change"]
+    assert not change["fits"]
+    assert change["fields"]
+    kept = [(name, str(value)) for name, value in fields.items() if name not in change["fields"]]
+    return [*kept, *((name, str(value)) for name, value in change["fields"].items())]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"train": "adamw", "gpu": "RTX 3060", "batch_size": 4}, "gradient_checkpointing"),
+        ({"gpu": "RTX 3060", "run_in": "nf4", "double_quant": "true", "dtypes": "float16,int8"}, ""),
+    ],
+)
+def test_a_change_that_is_a_flag_is_a_link_too(tmp_path, fields, name):
+    (tmp_path / "config.json").write_text(json.dumps(MIDDLE if "train" in fields else BIG))
+    pairs = [("model", str(tmp_path)), *((key, str(value)) for key, value in fields.items())]
+    first = answer(read_question(pairs).as_json(), roots=[tmp_path])
+    asked = pairs
+    if name:
+        asked = linked_fields(first, dict(pairs))
+        assert (name, "true") in asked
+    told = answer(read_question(asked).as_json(), roots=[tmp_path])
+    assert told["estimate"]["errors"] == []
+    assert told["page"]["change"]["fits"]
+
+
+def test_a_pasted_config_comes_back_as_it_was_sent(page):
+    """As a browser sends it: https://html.spec.whatwg.org/multipage/form-control-infrastructure.html (CRLF)."""
+    told = page.post("/", {"config": json.dumps(BIG, indent=1).replace("\n", "\r\n")})
+    field = re.search(r"<textarea[^>]*>(.*?)</textarea>", told.text, re.DOTALL)
+    assert json.loads(html.unescape(field[1])) == BIG
+
+
+def test_what_an_address_asks_for_stays_in_the_form(page):
+    told = page.get("/?model=model&subfolder=sub&lora_rank=4&lora_targets=q_proj&lora_targets=v_proj&memory=1GiB")
+    fields = dict(re.findall(r'<input id="\w+" name="(\w+)" value="([^"]*)"', told.text))
+    given = {"subfolder": "sub", "lora_rank": "4", "lora_targets": "q_proj v_proj", "memory": "1GiB"}
+    assert given.items() <= fields.items()
+    assert 'name="variant"' not in told.text
+
+
+def test_what_was_pasted_has_no_address_that_would_lose_it(page):
+    told = page.post("/", {"config": json.dumps(BIG), "gpu": "A10G", "batch_size": "4"})
+    assert "The smallest change that fits: <code>" in told.text
+    assert 'href="/?' not in told.text
+
+
+def test_what_is_not_trained_so_has_its_smallest_change_too(page):
+    rows = {row[0]: row for row in cells(page.get("/?model=big&train=adamw").text, "What fits on one GPU")}
+    assert "✗ not trained so: --train lora" in rows["H200"][4]
+
+
 @pytest.mark.parametrize("run_in", ["float16", "int8", "nf4"])
 def test_the_placement_is_that_of_the_library(shop, run_in):
     """Of a checkpoint in that format, which the page only foresees."""
@@ -155,6 +217,48 @@ def test_the_placement_is_that_of_the_library(shop, run_in):
     held = {row["device"]: row["weights"] for row in told["devices"]}
     wanted = bigpipe.place(shop.folder / run_in if run_in != "float16" else model, dtype=None)
     assert held["cpu"] == wanted.weights["cpu"] > 0
+
+
+def test_a_placement_says_that_it_keeps_keys_and_values_as_computed(shop):
+    options = {"batch_size": 40, "kv_dtype": "int8"}
+    told = answer({"model": str(shop.folder / "big"), "options": options, "gpu": "H100 80GB"}, roots=[shop.folder])
+    assert told["page"]["change"]["fits"]
+    assert told["page"]["placement"]["devices"] == []
+    assert "keys and values as they are computed" in told["page"]["placement"]["error"]["cause"]
+    same = {**options, "kv_dtype": "float16"}
+    told = answer({"model": str(shop.folder / "big"), "options": same, "gpu": "H100 80GB"}, roots=[shop.folder])
+    assert told["page"]["placement"]["error"] is None
+
+
+def test_rooms_are_those_that_a_placement_counts_with(shop, monkeypatch, tmp_path):
+    small = Machine(
+        name="small", cpus=1, memory=16 * 2**30, memory_available=2**20, disk_free=2**30,
+    )  # fmt: skip
+    roots: list[Path] = []
+    monkeypatch.setattr("bigpipe.webpage.answering.detect", lambda root: (roots.append(root), small)[1])
+    told = answer({"config": json.dumps(BIG)}, memo=tmp_path / "store" / "memo")
+    rows = {row["device"]: row for row in told["page"]["placement"]["devices"]}
+    assert rows["cpu"]["room"] == small.memory
+    assert rows["cpu"]["lacks"] == 0
+    assert rows["disk"]["lacks"] == rows["disk"]["total"] - 2**30 > 0
+    assert {*roots} == {tmp_path / "store"}  # a pasted config lies elsewhere
+
+
+def test_different_gpus_are_named_by_kind(shop, monkeypatch):
+    gpus = tuple(Gpu(number, name, 2**34, 2**34) for number, name in enumerate(("A", "A", "B")))
+    here = Machine(name="m", cpus=1, memory=2**36, memory_available=2**36, disk_free=2**40, gpus=gpus)
+    monkeypatch.setattr("bigpipe.webpage.answering.detect", lambda root: here)
+    told = answer({"model": str(shop.folder / "model")}, roots=[shop.folder])
+    assert told["page"]["device"] == "2 × A and B, here"
+
+
+def test_what_a_device_lacks_stands_on_the_page():
+    row = {"label": "disk", "room": 2**30, "parts": 1, "total": 3 * 2**30, "lacks": 2**31, "device": "disk",
+           "weights": 3 * 2**30, "kv_cache": 0, "activations": 0, "runtime": 0, "streaming": 0}  # fmt: skip
+    page = answer({"config": json.dumps(BIG)})["page"]
+    page["placement"] = {"devices": [row], "explanation": [], "error": None, "stored": None}
+    text = templates().get_template("answer.html").render(page=page, errors=[], again=[], linked=False)
+    assert "</span> disk lacks 2.0 GiB." in text
 
 
 def test_gpus_that_are_not_here_are_placed_on(page):
@@ -170,22 +274,73 @@ def test_gpus_that_are_not_here_are_placed_on(page):
         {"run_in": "float16"},
         {"run_in": "nf4", "batch_size": 3, "gpu": "T4"},
         {"run_in": "int8", "gpu": "RTX 4090", "gpus": 2},
+        {"batch_size": 64, "kv_dtype": "int8", "gpu": "T4"},
+        {"run_in": "nf4", "double_quant": True, "gpu": "T4"},
+        {"head": "none", "gpu": "T4"},
+        {"model": "packed", "run_in": "nf4", "gpu": "T4"},
+        {"model": "packed", "gpu": "T4"},
+        {"model": "\N{GRINNING FACE}"},
     ],
 )
 def test_the_recipe_is_one_that_plans(shop, fields):
-    options = {"batch_size": fields["batch_size"]} if "batch_size" in fields else {}
-    asked = {name: value for name, value in fields.items() if name != "batch_size"}
+    model = fields.get("model", "model")
+    if model == "packed" and not (shop.folder / model).exists():
+        bigpipe.quantize_checkpoint(shop.folder / "model", shop.folder / model, scheme="int8")
+    elif not (shop.folder / model).exists():
+        shutil.copytree(QUICKSTART, shop.folder / model)
+    options = {name: value for name, value in fields.items() if name in OPTIONS and name != "model"}
+    asked = {name: value for name, value in fields.items() if name not in OPTIONS}
     old = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shop.folder)
-        told = answer({"model": "model", "options": options, **asked}, roots=[shop.folder])
+        told = answer({"model": model, "options": options, **asked}, roots=[shop.folder])
     assert Path.cwd() == old
     (shop.folder / "made.yaml").write_text(told["page"]["recipe"])
     planned = shop.json("plan", "made.yaml")
     assert planned["exit_code"] == 0, planned["errors"]
-    assert planned["nodes"]["generate"]["action"] == "run"
-    gates = [gate["passed"] for gate in planned["nodes"]["estimate"]["gates"]]
-    assert gates == ([True] if "gpu" in fields else [])
+    assert {node["action"] for node in planned["nodes"].values()} == {"run"}
+    assert ("generate" in planned["nodes"]) == (options.get("head") != "none")
+    gates = [(gate["passed"], gate["value"]) for gate in planned["nodes"]["estimate"]["gates"]]
+    assert gates == ([(True, told["page"]["change"]["needed"])] if "gpu" in fields else [])
+
+
+def test_a_recipe_is_of_the_folder_that_an_address_names(tmp_path):
+    with LoopbackHub() as hub:
+        commit = hub.create("org/pipe", {f"text_encoder/{name}": path for name, path in FILES.items()})
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in hub.environment(tmp_path / "hf").items():
+                patch.setenv(name, value)
+            told = answer({"model": "https://huggingface.co/org/pipe/tree/main/text_encoder"})
+    source = yaml.safe_load(told["page"]["recipe"])["stages"]["download"]["with"]
+    assert source == {"repo": "org/pipe", "revision": commit, "subfolder": "text_encoder"}
+
+
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "d_model": 64, "encoder_layers": 1,
+    "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "vocab_size": 128, "num_mel_bins": 80, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_a_model_that_hears_is_given_no_prompts(tmp_path):
+    shutil.copy(FILES["model.safetensors"], tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(WHISPER))
+    told = answer({"model": str(tmp_path)}, roots=[tmp_path])
+    assert list(yaml.safe_load(told["page"]["recipe"])["stages"]) == ["download", "estimate", "dispatch"]
+
+
+@pytest.mark.parametrize("model", ["big", "big/config.json", "model/model.safetensors"])
+def test_what_holds_no_model_to_run_has_no_recipe(shop, page, model):
+    told = page.get(f"/?model={model}")
+    assert told.status == 200
+    assert "As a recipe" not in told.text
+
+
+def test_a_checkpoint_that_is_packed_already_is_placed_as_it_is_stored(shop):
+    bigpipe.quantize_checkpoint(shop.folder / "model", shop.folder / "stored", scheme="int8")
+    with visiting(shop) as visit:
+        assert "Where it goes: as it is stored, in bitsandbytes int8 on" in visit.get("/?model=stored&run_in=nf4").text
+        assert "Where it goes: nf4 on" in visit.get("/?model=model&run_in=nf4").text
 
 
 def test_names_in_a_recipe_mean_themselves(tmp_path):
@@ -288,11 +443,11 @@ def test_only_paths_of_the_directory_are_looked_at(shop, page, tmp_path):
     shutil.copytree(QUICKSTART, tmp_path / "model")
     (shop.folder / "away").symlink_to(tmp_path / "model")
     texts = []
-    for path in (str(tmp_path / "model"), f"{tmp_path}/nothing", "away", "../x", "."):
+    for path in (str(tmp_path / "model"), f"{tmp_path}/nothing", "away", "../x", "model/../../x", "."):
         told = page.get(f"/?model={path}")
         texts.append(re.sub(r"&#39;", "'", told.text))
         assert told.status == 400
-    assert all("is not in a directory that this page may read" in text for text in texts[:4])
+    assert all("is not in a directory that this page may read" in text for text in texts[:5])
     with visiting(shop, "--also", str(tmp_path)) as visit:
         assert visit.get(f"/?model={tmp_path / 'model'}").status == 200
         assert visit.get("/?model=away").status == 200

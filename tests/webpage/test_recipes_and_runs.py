@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from subprocess import DEVNULL
 from urllib.parse import quote
 
 import pytest
+from support.commanding import BIGPIPE, start
 from support.paging import QUICKSTART, Visit, until, visiting
 from support.workshop import Workshop
-from test_watching import running, say
+from test_watching import KIND, RECIPE as SLOWLY, running, say
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -163,3 +167,68 @@ def test_a_recipe_with_a_byte_order_mark_is_listed(tmp_path):
     (tmp_path / "marked.yaml").write_text(RECIPE.format(name="m", model="model"), encoding="utf-8-sig")
     (tmp_path / "other.yaml").write_text("x: \ufeffversion:\n", encoding="utf-8")
     assert recipes(tmp_path) == ["marked.yaml"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names are bytes")
+def test_a_recipe_whose_name_is_no_text_is_left_out(tmp_path):
+    from bigpipe.webpage.looking import recipes
+
+    for name in ("sizes.yaml", os.fsdecode(b"\xff.yaml")):
+        (tmp_path / name).write_text(RECIPE.format(name="m", model="model"))
+    assert recipes(tmp_path) == ["sizes.yaml"]
+
+
+def test_the_log_ends_with_the_node_that_printed_last(workshop):
+    from bigpipe.orchestrator.running import records
+    from bigpipe.webpage.looking import run_now
+
+    assert workshop.command("run", "sizes.yaml").returncode == 0
+    (folder,) = (workshop.folder / "store" / "runs").iterdir()
+    for node, text, when in (("download", "goes on\n", 2e9), ("estimate", "over\n" * 300, 1e9)):
+        log = records.node_folder(folder, node) / "1" / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(text)
+        os.utime(log, (when, when))
+    lines = run_now(folder.name, workshop.folder / "store")["log"].splitlines()
+    assert lines[-2:] == ["── download", "goes on"]
+    assert len(lines) == 200
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_run_that_ignores_the_keyboard_is_cancelled_too(workshop):
+    """As a script's shell starts `bigpipe run &`."""
+    from bigpipe.webpage.looking import cancel, run_now
+
+    (workshop.folder / "slowkind.py").write_text(KIND)
+    workshop.manifest.write_text(SLOWLY)
+    deaf = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *BIGPIPE]
+    with start(workshop, "run", "recipe.yaml", command=deaf, stdout=DEVNULL, stderr=DEVNULL) as process:
+        try:
+            store = workshop.folder / "store"
+            run = until(lambda: list(store.glob("runs/*/run.json")))[0].parent.name
+            until(lambda: run_now(run, store)["rows"])
+            cancel(run, store)
+            assert process.wait(timeout=60) == 143
+            assert run_now(run, store)["record"].status == "interrupted"
+        finally:
+            process.kill()
+
+
+def test_the_graph_has_what_conditions_ask_too(workshop):
+    import bigpipe
+    from bigpipe.orchestrator.report import graph_json
+    from bigpipe.webpage.looking import recipe_graph
+
+    asking = '  shard: {uses: shard, inputs: download, when: "${stages.estimate.metrics.float32.weights} < 1GiB"}\n'
+    path = workshop.folder / "asks.yaml"
+    path.write_text(RECIPE.format(name="asks", model="model") + asking)
+    told = graph_json(bigpipe.load_manifest(path))["nodes"]
+    assert told["shard"]["after"] == ["download", "estimate"]
+    assert recipe_graph(told).count('class="edge"') == 3
+
+
+def test_a_recipe_beyond_the_end_of_the_list_is_shown_and_the_list_says_that_it_ends(workshop, page):
+    for number in range(201):
+        (workshop.folder / f"a{number:03}.yaml").write_text(RECIPE.format(name="m", model="model"))
+    assert "Only the first 200 are listed." in page.get("/recipes").text
+    assert page.get("/recipes/sizes.yaml").status == 200

@@ -49,7 +49,9 @@ def test_every_answer_is_sealed(page, path):
     "host", ["evil.example", "evil.example:80", "localhost.evil.example", "", "127.0.0.1.nip.io", "["]
 )
 def test_a_name_that_someone_points_here_is_refused(page, host):
-    assert page.get("/", Host=host).status == 421
+    told = page.get("/", Host=host)
+    assert told.status == 421
+    assert "by its address in digits" in told.text
 
 
 @pytest.mark.parametrize("host", ["localhost:9000", "127.0.0.1", "[::1]:8765"])
@@ -80,6 +82,7 @@ def test_a_form_without_our_token_is_refused(page):
         told = page.post("/answer", {"model": "model", "form_token": given})
         assert told.status == 400
         assert "form is not of this page" in told.text
+        assert "<main" not in told.text  # it takes a place in a page
     assert page.post("/answer", {"model": "model"}).status == 200
 
 
@@ -204,3 +207,22 @@ def test_a_child_nobody_waits_for_ends():
     with pytest.raises(Busy):
         asyncio.run(go())
     until(lambda: not alive(b"time.sleep(62.5)"), 5)
+
+
+def test_who_has_gone_while_waiting_waits_no_more():
+    async def leave() -> None:
+        await asyncio.sleep(0.1)
+
+    async def go() -> dict:
+        children = Children(Path.cwd(), at_once=1, waiting=1)
+        working = asyncio.ensure_future(children.ask(["-c", "import time; time.sleep(60)"], b"", "the first"))
+        await asyncio.sleep(0)
+        with pytest.raises(Busy, match="nobody waits"):
+            await children.ask(["-c", "print({})"], b"", "the second", leave)
+        assert children.asked == 1
+        following = asyncio.ensure_future(children.ask(["-c", "print({})"], b"", "the third"))
+        await asyncio.sleep(0)
+        working.cancel()
+        return await following
+
+    assert asyncio.run(go()) == {}

@@ -98,4 +98,13 @@ def test_a_port_that_is_taken_is_said(tmp_path):
         assert "cannot be listened on" in told.stderr
         assert "--port" in told.stderr
     assert workshop.command("ui", "nothing").returncode == 2
-    assert workshop.command("ui", "--host", "no such host").returncode == 2
+    assert "--port" in workshop.command("ui", "--port", "65536").stderr
+
+
+@pytest.mark.parametrize("host", ["no such host", "192.0.2.1", ""])
+def test_a_host_that_is_not_this_machine_is_said(tmp_path, host):
+    """192.0.2.1 is nobody's: https://datatracker.ietf.org/doc/html/rfc5737"""
+    told = Workshop(tmp_path).command("ui", "--host", host, "--port", "0")
+    assert told.returncode == 2
+    assert "--host" in told.stderr
+    assert "--port" not in told.stderr

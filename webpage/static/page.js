@@ -12,7 +12,10 @@ function question(form) {
 
   async function ask() {
     const fields = new URLSearchParams(new FormData(form));
-    if (!fields.get("model").trim() && !fields.get("config").trim()) return;
+    if (!fields.get("model").trim() && !fields.get("config").trim()) {
+      state.textContent = "name a model, or paste a config.json";
+      return;
+    }
     asking?.abort();
     const own = (asking = new AbortController());
     answer.classList.add("busy");
@@ -33,10 +36,12 @@ function question(form) {
   }
 
   function remember(fields) {
-    if (fields.get("config").trim()) return;
+    const shown = answer.querySelector("h2");
+    document.title = (shown ? shown.textContent + ": " : "") + "what a model needs";
+    const pasted = fields.get("config").trim(); // too long for an address
     fields.delete("form_token");
     for (const [name, value] of [...fields]) if (!value.trim()) fields.delete(name, value);
-    history.replaceState(null, "", "/?" + fields);
+    history.replaceState(null, "", pasted ? "/" : "/?" + fields);
   }
 
   const soon = () => {
@@ -78,20 +83,59 @@ function copies(within) {
 }
 
 function follow(place) {
+  // What did not change stays as it is: it may have the focus, be scrolled, be pressed or be read aloud just now.
   const events = new EventSource(place.dataset.events);
+  const lost = document.getElementById("lost");
+  const log = () => place.querySelector(".log");
+  const isLog = (part) => part.matches(".log");
+  const isRegion = (part) => part.matches("[role=region][aria-label]");
+  const named = (part) => part.tagName + (part.getAttribute("aria-label") || part.getAttribute("action") || part.getAttribute("role"));
+
+  function put(before, part) {
+    if (before.outerHTML === part.outerHTML) return;
+    if (isLog(part)) before.textContent = part.textContent;
+    else if (isRegion(part)) before.replaceChildren(...part.childNodes);
+    else before.replaceWith(part);
+  }
+
+  if (log()) log().scrollTop = log().scrollHeight;
   const show = (event) => {
-    const log = place.querySelector(".log");
-    const atEnd = !log || log.scrollTop + log.clientHeight >= log.scrollHeight - 4;
-    const focused = place.contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
-    place.replaceChildren(...parsed(event.data));
-    const next = place.querySelector(".log");
-    if (next && atEnd) next.scrollTop = next.scrollHeight;
-    if (focused) place.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+    const atEnd = !log() || log().scrollTop + log().clientHeight >= log().scrollHeight - 4;
+    const next = parsed(event.data).filter((part) => part.nodeType === Node.ELEMENT_NODE);
+    let before = place.firstElementChild;
+    for (const part of next) {
+      let same = before;
+      while (same && named(same) !== named(part)) same = same.nextElementSibling;
+      if (!same) {
+        place.insertBefore(part, before);
+        continue;
+      }
+      while (before !== same) {
+        const gone = before;
+        before = before.nextElementSibling;
+        gone.remove();
+      }
+      before = same.nextElementSibling;
+      put(same, part);
+    }
+    while (before) {
+      const gone = before;
+      before = before.nextElementSibling;
+      gone.remove();
+    }
+    if (log() && atEnd) log().scrollTop = log().scrollHeight;
+    document.title = document.title.replace(/: [^:]*$/, ": " + place.querySelector("[role=status] strong").textContent);
   };
   events.addEventListener("now", show);
   events.addEventListener("over", (event) => {
     events.close();
     show(event);
+  });
+  events.addEventListener("open", () => (lost.textContent = ""));
+  events.addEventListener("error", () => {
+    lost.textContent = events.readyState === EventSource.CLOSED
+      ? "This page hears nothing more of the run: load it again."
+      : "The page does not answer: is bigpipe ui still running?";
   });
 }
 
