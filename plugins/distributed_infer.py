@@ -167,6 +167,15 @@ def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
         yield _refusal((name,), idle[name], getattr(params, name))
 
 
+def makes_as_told(params: InferParams) -> bool:
+    """Return whether `max_new_tokens` alone bounds each answer. Of a function of the user's own only where somebody
+    wrote the field: it may not take it. Requests say their own lengths."""
+    task = _task(params)
+    own = "max_new_tokens" in params.model_fields_set
+    heeded = own if task is None else task.makes_tokens and not task.own_length
+    return heeded and params.row_format == "prompts"
+
+
 def _unanswered(params: InferParams) -> Iterator[InitErrorDetails]:
     """What requests cannot be answered with."""
     if params.row_format != "openai-batch":

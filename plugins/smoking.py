@@ -94,7 +94,11 @@ def dispatch(params: DispatchParams, context: ForecastContext) -> DispatchParams
 
 
 def infer(params: InferParams, context: ForecastContext) -> InferParams:
-    few = {"limit": min(params.limit or ROWS, ROWS), "max_new_tokens": min(params.max_new_tokens, TOKENS)}
+    from .distributed_infer import makes_as_told
+
+    few = {"limit": min(params.limit or ROWS, ROWS)}
+    if makes_as_told(params):  # requests say their own lengths
+        few["max_new_tokens"] = min(params.max_new_tokens, TOKENS)
     if params.micro_batches is not None:
         few["micro_batches"] = min(params.micro_batches, BATCH)
     return _with(params, batch_size=min(params.batch_size, BATCH), **few)
