@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.formats import known_modules
 from bigpipe.bigmodel.placement import devices_of, one_device
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.orchestrator.stage import SMOKE, ForecastContext, Params
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .evaluate import EvaluateParams
     from .finetune import FinetuneParams
     from .merge import MergeParams
+    from .quantize import QuantizeParams
     from .save import SaveParams
     from .shard import ShardParams
 
@@ -86,6 +88,19 @@ def _part(size: int, context: ForecastContext) -> int:
     described = context.described("model", ModelDescription)
     whole = described.nbytes if described else None
     return min(size, whole // 4 or 1) if whole else size
+
+
+def quantize(params: QuantizeParams, context: ForecastContext) -> QuantizeParams:
+    """Of the modules that are left alone, those that the small model has, too: it has fewer layers."""
+    model, named = single_model(context), (params.skip_modules, params.keep_in_fp32_modules)
+    if not any(named) or model is None or model.tensors is None:
+        return params
+    architecture = agreed(model, sources_of(context)).architecture
+    return _with(
+        params,
+        skip_modules=known_modules(params.skip_modules, architecture),
+        keep_in_fp32_modules=known_modules(params.keep_in_fp32_modules, architecture),
+    )
 
 
 def dispatch(params: DispatchParams, context: ForecastContext) -> DispatchParams:

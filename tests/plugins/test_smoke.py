@@ -26,6 +26,7 @@ from bigpipe.plugins.distributed_infer import STAGE as INFER, InferParams
 from bigpipe.plugins.download import STAGE as DOWNLOAD, DownloadParams
 from bigpipe.plugins.evaluate import STAGE as EVALUATE, EvaluateParams
 from bigpipe.plugins.finetune import STAGE as FINETUNE, FinetuneParams
+from bigpipe.plugins.quantize import STAGE as QUANTIZE, QuantizeParams
 from bigpipe.plugins.save import STAGE as SAVE, SaveParams
 
 LARGE = {"hidden_size": 160, "word_embed_proj_dim": 160, "ffn_dim": 640, "num_hidden_layers": 9,
@@ -151,6 +152,26 @@ def test_a_quantized_one_is_made_in_that_format(scheme: str, pickled: Path, tmp_
     assert format_of(made).name == scheme
     assert made.nbytes is not None
     assert made.nbytes < 500_000
+
+
+def test_modules_that_are_left_alone_are_those_that_the_small_model_has(pickled: Path, tmp_path: Path) -> None:
+    layer = "model.decoder.layers.8.fc1"
+    quantize_checkpoint(pickled, tmp_path / "quantized", scheme="nf4", skip_modules=["lm_head", layer])
+    made = describe_checkpoint(small_model(tmp_path / "quantized", tmp_path / "packed"))
+    assert format_of(made).name == "nf4"
+    plain = describe_checkpoint(small_model(pickled, tmp_path / "plain"))
+    wired = {"model": (Forecast(output=plain),)}
+    context = forecast_context(tmp_path, inputs=wired)
+
+    def small(**given: Any) -> QuantizeParams:
+        return QUANTIZE.smoke(QuantizeParams(scheme="nf4", **given), context)  # type: ignore[misc]
+
+    params = small(skip_modules=["lm_head", layer], keep_in_fp32_modules=["model.decoder.layers.0.fc2", layer])
+    assert params.skip_modules == ("lm_head",)
+    assert params.keep_in_fp32_modules == ("model.decoder.layers.0.fc2",)
+    assert small(skip_modules=[layer]).skip_modules == ()
+    assert small().model_fields_set == {"scheme"}
+    assert QUANTIZE.forecast(params, context).output is not None  # type: ignore[misc]
 
 
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/model", "r": 2, "target_modules": ["q_proj"]}
