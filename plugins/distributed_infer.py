@@ -255,6 +255,9 @@ class InferMetrics(Metrics):
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 
+EXTRAS = late("bigpipe.plugins.extras:of_inference")
+
+
 def _settled(params: InferParams) -> Stage[InferParams]:
     """With ranks and a model; where a server holds it, one process, and a model where it is that server's. A pipeline
     is placed by nobody, and takes no adapter."""
@@ -270,7 +273,7 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 prepare=late("bigpipe.plugins.pipelines:prepare"),
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
-            planning=Planning(check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts),
+            planning=Planning(check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts, extras=EXTRAS),
             packages=(*STAGE.packages, "diffusers"),
             settled=None,
         )
@@ -283,7 +286,7 @@ def _settled(params: InferParams) -> Stage[InferParams]:
         forecast=late("bigpipe.plugins.serving:forecast"),
         runs_in="process",
         ranks=Ranks(),
-        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart),
+        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart, extras=EXTRAS),
         packages=engine.packages,
         asks=not engine.takes_model,
         settled=None,
@@ -318,6 +321,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.inferring:check"),
         facts=dtype_facts,
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
+        extras=EXTRAS,
     ),
     settled=_settled,
     choices=(

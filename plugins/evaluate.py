@@ -125,7 +125,11 @@ STAGE = Stage(
         finish=late("bigpipe.plugins.evaluating:finish"),
         mixes=False,
     ),
-    planning=Planning(check=late("bigpipe.plugins.evaluating:check"), facts=dtype_facts),
+    planning=Planning(
+        check=late("bigpipe.plugins.evaluating:check"),
+        facts=dtype_facts,
+        extras=late("bigpipe.plugins.extras:of_evaluation"),
+    ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     smoke=late("bigpipe.plugins.smoking:evaluate"),
     reproducible=False,

@@ -137,6 +137,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.finetuning:check"),
         leads_to=late("bigpipe.plugins.finetuning:leads_to"),
         facts=facts,
+        extras=late("bigpipe.plugins.extras:of_training"),
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
     smoke=late("bigpipe.plugins.smoking:finetune"),

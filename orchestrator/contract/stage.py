@@ -234,6 +234,9 @@ class Planning(Generic[P]):
     leads_to: Callable[[P, Path], Sequence[Path]] | None = None
     """Files that the content of the params names, sounds of rows, by the manifest's directory: their content enters the
     key too. Raises UsageError for one that is not there."""
+    extras: Callable[[P, Path], Collection[str]] | None = None
+    """The extras of bigpipe that what the params name needs besides `packages`, by the manifest's directory: of files
+    in a format, of an address. An exported recipe installs them."""
     heeds_code: bool = False
     """The result is another one where code that came with a model may run: what the recipe trusts so enters the key."""
 
