@@ -164,6 +164,13 @@ class Log:
                 self._lost += len(texts)
 
 
+def last_lines(path: Path) -> list[str]:
+    """Return the last lines of a log that another machine writes; none where it is not to be read."""
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    return []
+
+
 class OutputReader:
     """One thread that reads all pipes of the running workers. Lines go to the log at once and wait for the thread that
     reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory. Should

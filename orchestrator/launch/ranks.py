@@ -23,8 +23,9 @@ from bigpipe.redaction import printable, redact
 
 from .acceleration import Acceleration, accelerate
 from .environment import worker_environment
-from .jobs import Failure, Job, Outcome
+from .jobs import AttemptFolder, Failure, Job, Outcome
 from .lifeline import GRACE_SECONDS
+from .output import Log
 from .processes import worker_command
 from .supervision import LOOK_SECONDS, Supervisor, how_it_ended, supervise
 
@@ -82,15 +83,22 @@ def start_here(
     tell: Callable[[str], None] = _to_standard_error,
 ) -> int:  # fmt: skip
     """Start this machine's ranks of a job that machine 0 calls to; return the exit status of their launcher. over:
-    called now and then; raises when the ranks are to end. tell: gets the lines that they print."""
+    called now and then; raises when the ranks are to end. tell: gets the lines that they print, which also go to this
+    machine's log of the attempt."""
     launch = surroundings.launch
     acceleration = Acceleration(launch, cpu=False, settings={})
     environment = worker_environment(stage, surroundings, parent)
+    log = Log(AttemptFolder(job_file.parent).log_of(launch.machine_rank))
+
+    def logged(line: str) -> None:
+        log.write(line)
+        tell(line)
+
     with running_program(
         worker_command(job_file, "launch", str(launch.machine_rank)),
         folder=surroundings.base,
         environment={**acceleration.environment(surroundings.machine), **environment},
-        output=_Lines(tell),
+        output=_Lines(logged),
         grace=GRACE_SECONDS,
         apart=True,  # it signs in, and who ends a worker ends its session; this process may share one with others
     ) as program:
@@ -148,7 +156,7 @@ class _Ranks:
                 "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME",
             )
         if missing:
-            raise self._supervisor.crash(f"rank {missing[0]}", code, missing[0])
+            raise self._crash(missing[0], code)
         return [found[rank] for rank in world]
 
     def _invite(self) -> None:
@@ -235,13 +243,12 @@ class _Ranks:
         failures = {rank: result.failure for rank, result in ended if result.failure is not None}
         told = self._told()
         silent = {rank: number for rank, number in told.codes.items() if rank not in failures}
-        crash = self._supervisor.crash
         errors = chain(
             (self._failed(rank, failure) for rank, failure in failures.items() if failure.expected),
-            (crash(f"rank {rank}", n, rank) for rank, n in silent.items() if n < 0 and n != -signal.SIGTERM),
-            (crash(f"rank {rank}", 0, rank) for rank in self._gone(told.codes) if rank not in results),
+            (self._crash(rank, number) for rank, number in silent.items() if number < 0 and number != -signal.SIGTERM),
+            (self._crash(rank, 0) for rank in self._gone(told.codes) if rank not in results),
             (self._failed(rank, failure) for rank, failure in failures.items()),
-            (crash(f"rank {rank}", number, rank) for rank, number in silent.items()),
+            (self._crash(rank, number) for rank, number in silent.items()),
         )
         return next(errors, None) or self._launch_error(told.failure, code, machine)
 
@@ -263,7 +270,14 @@ class _Ranks:
     def _failed(self, rank: int, failure: Failure) -> BigpipeError:
         if self._job.launch.num_processes > 1:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
-        return self._supervisor.error(failure)
+        return self._supervisor.error(failure, self._machine_of(rank))
+
+    def _crash(self, rank: int, code: int) -> StageFailed:
+        return self._supervisor.crash(f"rank {rank}", code, rank, self._machine_of(rank))
+
+    def _machine_of(self, rank: int) -> int:
+        """The machine whose log holds what a rank prints; of one that a person started, this one: nobody else does."""
+        return rank // self._acceleration.launch.local_processes if self._call else 0
 
     def _launch_error(self, told: Failure | None, code: int, machine: int) -> BigpipeError:
         node, dead = self._job.node, sorted(self._dead_since)
@@ -272,8 +286,8 @@ class _Ranks:
             return StageFailed(cause, f"its output is in {self._folder.log}")
         if told is None:
             there = f" on machine {machine}" if machine else ""
-            return self._supervisor.crash(f"the launcher of the ranks{there}", code)
+            return self._supervisor.crash(f"the launcher of the ranks{there}", code, machine=machine)
         if told.expected:
             return self._supervisor.error(told)
         cause = f"{node}: the ranks could not be launched: {told.cause.splitlines()[0]}"
-        return StageFailed(cause, f"the launcher's output is in {self._folder.log}")
+        return StageFailed(cause, f"the launcher's output is in {self._folder.log_of(machine)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from bigpipe.errors import DoesNotFit, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.types import Launch
 from bigpipe.orchestrator.launch import Meeting, Standing, attend, effective_launch, meeting as meetings, standing
 from bigpipe.orchestrator.launch.schedulers import node_names
+from bigpipe.orchestrator.report.inspection import log_lines
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
@@ -216,6 +218,17 @@ def test_an_error_on_another_machine_is_the_errors_of_the_run(tmp_path: Path) ->
     statuses, said = ended([machine(tmp_path, rank, "fail") for rank in (0, 1)])
     assert statuses == [4, 4], said
     assert "rank 1: 20 GiB do not fit" in said
+
+
+@pytest.mark.fault
+def test_the_trace_of_a_bug_on_another_machine_is_in_the_log_that_the_error_names(tmp_path: Path) -> None:
+    statuses, said = ended([machine(tmp_path, rank, "crash") for rank in (0, 1)])
+    assert statuses == [6, 6], said
+    (named,) = {Path(path) for path in re.findall(r"the traceback is in (\S+)", said)}
+    assert "Traceback" in named.read_text()
+    lines = [*log_lines("last", "work", tmp_path / "store")]
+    assert "── work, machine 1" in lines
+    assert any("Traceback" in line for line in lines)
 
 
 @pytest.mark.fault
