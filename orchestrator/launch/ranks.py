@@ -69,6 +69,7 @@ def _run_replacing(supervisor: Supervisor, acceleration: Acceleration) -> list[O
                 raise
         told = " and ".join(f"rank {rank} {how}" for rank, how in lost.items())
         supervisor.say(LogLine(job.node, f"{told}; the ranks are started again ({restart} of {restarts})"))
+        started.settle()
         job.folder.replace_ranks(lost)
     raise AssertionError  # `count` has no end
 
@@ -135,7 +136,21 @@ class _Ranks:
         self._call = 0
 
     def run(self) -> list[Outcome]:
-        """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first."""
+        """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first; ranks
+        on other machines are then told to end: they may hear of it by nothing else."""
+        try:
+            return self._run()
+        except BaseException:
+            if self._job.meeting is not None and self._call:
+                self._job.meeting.end(self._call)
+            raise
+
+    def settle(self) -> None:
+        """Wait until the ranks on other machines have ended, too: what they still write is not of the next ones."""
+        if self._job.meeting is not None and self._call:
+            self._job.meeting.settle(self._call, self._supervisor.check)
+
+    def _run(self) -> list[Outcome]:
         write_file(self._folder.acceleration, yaml.safe_dump(dict(self._acceleration.settings)), durable=False)
         if self._job.launch.num_machines > 1:
             self._invite()
