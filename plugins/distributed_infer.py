@@ -163,6 +163,9 @@ def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
         idle["apply_padding"] = (
             "ranks take from one queue, and have no shares to pad; say split: static, or leave it out"
         )
+    if "chat" in params.serving and params.task != "text-generation":
+        why = f"{params.task} asks no chats; leave it out"
+        yield _refusal(("serving", "chat"), why, params.serving["chat"])
     for name in (name for name in idle if name in params.model_fields_set):
         yield _refusal((name,), idle[name], getattr(params, name))
 

@@ -58,7 +58,7 @@ class Supervisor:
         conceal_environment({**job.parent_environment, **job.environment}, job.secrets)
         self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         self._tail = EventTail(job.folder.events)
-        self._bounds = Bounds(job.trust.limits)
+        self._bounds = Bounds(job.trust.limits, job.launch.local_ranks)
         self._kills = out_of_memory_kills()
         self._looked = 0.0
 
