@@ -163,8 +163,20 @@ def _idle(params: InferParams) -> Iterator[InitErrorDetails]:
         idle["apply_padding"] = (
             "ranks take from one queue, and have no shares to pad; say split: static, or leave it out"
         )
+    if "chat" in params.serving and params.task != "text-generation":
+        why = f"{params.task} asks no chats; leave it out"
+        yield _refusal(("serving", "chat"), why, params.serving["chat"])
     for name in (name for name in idle if name in params.model_fields_set):
         yield _refusal((name,), idle[name], getattr(params, name))
+
+
+def makes_as_told(params: InferParams) -> bool:
+    """Return whether `max_new_tokens` alone bounds each answer. Of a function of the user's own only where somebody
+    wrote the field: it may not take it. Requests say their own lengths."""
+    task = _task(params)
+    own = "max_new_tokens" in params.model_fields_set
+    heeded = own if task is None else task.makes_tokens and not task.own_length
+    return heeded and params.row_format == "prompts"
 
 
 def _unanswered(params: InferParams) -> Iterator[InitErrorDetails]:
@@ -247,6 +259,9 @@ class InferMetrics(Metrics):
     """Bytes by device: a GPU's number, or `cpu` for the resident memory of the largest rank."""
 
 
+EXTRAS = late("bigpipe.plugins.extras:of_inference")
+
+
 def _settled(params: InferParams) -> Stage[InferParams]:
     """With ranks and a model; where a server holds it, one process, and a model where it is that server's. A pipeline
     is placed by nobody, and takes no adapter."""
@@ -263,7 +278,10 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
             planning=Planning(
-                check=late("bigpipe.plugins.pipelines:check"), facts=dtype_facts, smaller=STAGE.planning.smaller
+                check=late("bigpipe.plugins.pipelines:check"),
+                facts=dtype_facts,
+                smaller=STAGE.planning.smaller,
+                extras=EXTRAS,
             ),
             packages=(*STAGE.packages, "diffusers"),
             settled=None,
@@ -277,7 +295,7 @@ def _settled(params: InferParams) -> Stage[InferParams]:
         forecast=late("bigpipe.plugins.serving:forecast"),
         runs_in="process",
         ranks=Ranks(),
-        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart, smaller=()),
+        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart, smaller=(), extras=EXTRAS),
         packages=engine.packages,
         asks=not engine.takes_model,
         settled=None,
@@ -314,6 +332,7 @@ STAGE = Stage(
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),
         smaller=("batch_size", "batch_tokens", "micro_batches", "max_new_tokens", "dtype"),
         heeds_code=True,
+        extras=EXTRAS,
     ),
     settled=_settled,
     choices=(

@@ -130,6 +130,7 @@ STAGE = Stage(
         facts=dtype_facts,
         smaller=("batch_size", "sequence_length", "dtype"),
         heeds_code=True,
+        extras=late("bigpipe.plugins.extras:of_evaluation"),
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     smoke=late("bigpipe.plugins.smoking:evaluate"),

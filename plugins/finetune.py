@@ -139,6 +139,7 @@ STAGE = Stage(
         facts=facts,
         smaller=("batch_size", "max_length", "dtype"),
         heeds_code=True,
+        extras=late("bigpipe.plugins.extras:of_training"),
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
     smoke=late("bigpipe.plugins.smoking:finetune"),

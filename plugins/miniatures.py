@@ -17,7 +17,7 @@ from bigpipe.bigmodel.checkpoint import (
     is_index,
     open_checkpoint,
 )
-from bigpipe.bigmodel.formats import BUILT_IN, format_of, plain_dtype
+from bigpipe.bigmodel.formats import BUILT_IN, format_of, known_modules, plain_dtype
 from bigpipe.bigmodel.hub import Brought, Choice, DirectorySource, HubSource, Source, Watch, describe_repository
 from bigpipe.bigmodel.quantization import Settings, quantize_described, understand
 from bigpipe.bigmodel.sources import Sources
@@ -97,6 +97,8 @@ def miniature(source: Source, sources: Sources) -> Miniature:
     except (UsageError, InvalidCheckpoint) as error:
         raise UsageError(f"{name}: no small model of its class can be built: {error.cause}", ELSEWHERE) from error
     form: FileFormat = "bin" if described.format == "bin" else "safetensors"
+    if settings is not None:
+        settings = replace(settings, skip_modules=known_modules(settings.skip_modules, architecture))
     model = SyntheticModel(config, architecture, dtype=_dtype(described), format=form)
     size = model.description.nbytes or 0
     if size > LARGEST:

@@ -52,7 +52,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     weights = _weights(model, dtype)
     if gpus:
         vram = dict.fromkeys(range(local), weights + runtime_of(len(model.tensors)).high)
-        return replace(known, ram=(RANK_BASE + CUDA_BASE) * local, vram=vram)
+        return replace(known, ram=(RANK_BASE + CUDA_BASE + _cast(model, dtype)) * local, vram=vram)
     return replace(known, ram=(RANK_BASE + weights) * local, vram={})
 
 
@@ -60,6 +60,13 @@ def _weights(model: ModelDescription, dtype: str) -> int:
     """Bytes of all parts, cast to `dtype`."""
     stored = (model.tensors or {}).values()
     return sum(math.prod(shape) * itemsize(dtype if found in CASTABLE else found) for found, shape in stored)
+
+
+def _cast(model: ModelDescription, dtype: str) -> int:
+    """Bytes of what is stored in another dtype than `dtype`: it is cast in RAM before the whole goes to a GPU. What is
+    stored as it is computed stays a window of its file."""
+    stored = (model.tensors or {}).values()
+    return sum(math.prod(shape) * itemsize(dtype) for found, shape in stored if found in CASTABLE and found != dtype)
 
 
 def prepare(params: InferParams, ctx: StageContext) -> None:

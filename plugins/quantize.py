@@ -81,5 +81,6 @@ STAGE = Stage(
     planning=Planning(check=late("bigpipe.plugins.quantizing:check"), facts=facts, heeds_code=True),
     passing=Passing(follows="model"),
     packages=("transformers",),
+    smoke=late("bigpipe.plugins.smoking:quantize"),
     title="Quantize a checkpoint to int8, nf4, fp4 or another format, streaming and without torch",
 )

@@ -95,6 +95,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.saving:check"),
         present=late("bigpipe.plugins.saving:present"),
         writes=late("bigpipe.plugins.saving:writes"),
+        extras=late("bigpipe.plugins.extras:of_destination"),
     ),
     smoke=late("bigpipe.plugins.smoking:save"),
     secrets=("HF_TOKEN",),

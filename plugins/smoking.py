@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.formats import known_modules
 from bigpipe.bigmodel.placement import devices_of, one_device
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.orchestrator.stage import SMOKE, ForecastContext, Params
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .evaluate import EvaluateParams
     from .finetune import FinetuneParams
     from .merge import MergeParams
+    from .quantize import QuantizeParams
     from .save import SaveParams
     from .shard import ShardParams
 
@@ -88,13 +90,30 @@ def _part(size: int, context: ForecastContext) -> int:
     return min(size, whole // 4 or 1) if whole else size
 
 
+def quantize(params: QuantizeParams, context: ForecastContext) -> QuantizeParams:
+    """Of the modules that are left alone, those that the small model has, too: it has fewer layers."""
+    model, named = single_model(context), (params.skip_modules, params.keep_in_fp32_modules)
+    if not any(named) or model is None or model.tensors is None:
+        return params
+    architecture = agreed(model, sources_of(context)).architecture
+    return _with(
+        params,
+        skip_modules=known_modules(params.skip_modules, architecture),
+        keep_in_fp32_modules=known_modules(params.keep_in_fp32_modules, architecture),
+    )
+
+
 def dispatch(params: DispatchParams, context: ForecastContext) -> DispatchParams:
     """The devices that are named and there are, each with a part of the model."""
     return _spread(_with(params, batch_size=min(params.batch_size, BATCH)), context)
 
 
 def infer(params: InferParams, context: ForecastContext) -> InferParams:
-    few = {"limit": min(params.limit or ROWS, ROWS), "max_new_tokens": min(params.max_new_tokens, TOKENS)}
+    from .distributed_infer import makes_as_told
+
+    few = {"limit": min(params.limit or ROWS, ROWS)}
+    if makes_as_told(params):  # requests say their own lengths
+        few["max_new_tokens"] = min(params.max_new_tokens, TOKENS)
     if params.micro_batches is not None:
         few["micro_batches"] = min(params.micro_batches, BATCH)
     return _with(params, batch_size=min(params.batch_size, BATCH), **few)

@@ -114,23 +114,27 @@ def _bind_scoring(endpoint: Endpoint, path: Path | None, options: TaskOptions, s
     assert SCORING.arguments is not None  # noqa: S101  it names the field
     column = str(getattr(SCORING.arguments.model_validate(options.arguments), "continuation"))  # noqa: B009
 
-    def read(text: str) -> tuple[list[float], list[bool]]:
-        """Of each token of a text: its log-probability, and whether it is the likeliest."""
+    def read(text: str) -> tuple[list[float], list[bool], list[Any]]:
+        """Of each token of a text: its log-probability, whether it is the likeliest, and what the server calls it."""
         question = {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
         limit = LEAST + (1 + len(text.encode())) * OF_A_TOKEN
-        return _logprobs(_listed(endpoint.ask("/completions", question, limit), "choices", 1)[0])
+        choice = _listed(endpoint.ask("/completions", question, limit), "choices", 1)[0]
+        return *_logprobs(choice), _tokens(choice)
 
     def answer(row: Row) -> Answer:
-        start = len(read(row.prompt)[0])
+        scored, _, alone = read(row.prompt)
+        start = len(scored)
         if not start:
             raise ValueError("the prompt is empty: nothing stands before the first token that would be scored")
         given = row.data[column]
         wholes = [read(row.prompt + more) for more in ([given] if isinstance(given, str) else given)]
-        if any(len(each) <= start for each, _ in wholes):
+        if any(len(each) <= start for each, *_ in wholes):
             raise ValueError(f"a continuation adds no token to the {start} of its prompt")
-        scores = [_score(each[start:], likeliest[start:]) for each, likeliest in wholes]
-        made = sum(len(each) - start for each, _ in wholes)
-        return Answer({"scores": scores}, made, sum(len(each) for each, _ in wholes))
+        for _, _, tokens in wholes:
+            _refuse_ends(row.prompt, alone, tokens)
+        scores = [_score(each[start:], likeliest[start:]) for each, likeliest, _ in wholes]
+        made = sum(len(each) - start for each, *_ in wholes)
+        return Answer({"scores": scores}, made, sum(len(each) for each, *_ in wholes))
 
     return lambda rows: [answer(row) for row in rows]
 
@@ -147,6 +151,23 @@ def _logprobs(choice: Mapping[str, Any]) -> tuple[list[float], list[bool]]:
         raise NoAnswer("the server gives log-probabilities above 0")
     best = [max(map(_number, top.values()), default=0.0) if isinstance(top, dict) else 0.0 for top in likeliest[1:]]
     return [0.0, *rest][: len(each)], [False, *(one >= top for one, top in zip(rest, best, strict=True))][: len(each)]
+
+
+def _tokens(choice: Mapping[str, Any]) -> list[Any]:
+    """Those of a text, in words; none where the server does not tell."""
+    told = choice["logprobs"].get("tokens")
+    return told if isinstance(told, list) else []
+
+
+def _refuse_ends(prompt: str, alone: Sequence[Any], whole: Sequence[Any]) -> None:
+    """Raise NoAnswer where the tokens of a prompt end with one that is none of its text, and that gives way to what
+    follows: nothing says which tokens are the continuation's then. alone: of the prompt; whole: with what follows."""
+    if not alone or len(whole) < len(alone) or alone[-1] != whole[-1] or alone[-1] == whole[len(alone) - 1]:
+        return
+    if not prompt.endswith(str(alone[-1])):
+        raise NoAnswer(
+            f"the server puts {str(alone[-1])!r:.40} behind every text, which a continuation is not scored by"
+        )
 
 
 def _score(each: Sequence[float], likeliest: Sequence[bool]) -> dict[str, Any]:

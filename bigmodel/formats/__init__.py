@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .bitsandbytes import PASTED
     from .format import PLAIN, Decoding, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
     from .four_bit import stored_offset
-    from .matrices import converted_modules, default_skips, matrix_shape, name_matcher, weight_of
+    from .matrices import converted_modules, default_skips, known_modules, matrix_shape, name_matcher, weight_of
     from .packed import PackedWeight, replace_linears, set_apart
     from .plain import decode, decoded, decoding_memory, left_out, plain_dtype, without_quantization
     from .recognition import EIGHT_BITS, castable, computable, format_of, recognise, uncomputable

@@ -47,6 +47,15 @@ def name_matcher(entries: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: any(rule.match(name) or name.endswith(entry) for rule, entry in rules)
 
 
+def known_modules(entries: Sequence[str] | None, architecture: Architecture) -> tuple[str, ...] | None:
+    """Return the entries that mean a module there is, read as `name_matcher` does; None, which says nothing, as it is.
+    Raise UsageError for what is no regular expression."""
+    if entries is None:
+        return None
+    names = [module.name for module in architecture.modules]
+    return tuple(entry for entry in entries if any(map(name_matcher([entry]), names)))
+
+
 def default_skips(architecture: Architecture) -> list[str]:
     names = {name for group in architecture.tied for name in group}
     parameters = [tensor.name for module in architecture.modules for tensor in module.tensors if not tensor.buffer]

@@ -237,6 +237,9 @@ class Planning(Generic[P]):
     smaller: tuple[str, ...] | None = None
     """Params that say how much is done at a time, or in how few bytes, what changes least first: which of them a plan
     tries, in this order, where the memory is not there. None: all, in the order of the params."""
+    extras: Callable[[P, Path], Collection[str]] | None = None
+    """The extras of bigpipe that what the params name needs besides `packages`, by the manifest's directory: of files
+    in a format, of an address. An exported recipe installs them."""
     heeds_code: bool = False
     """The result is another one where code that came with a model may run: what the recipe trusts so enters the key."""
 

@@ -96,6 +96,12 @@ class Launch(BaseModel):
         """Ranks on each machine."""
         return self.num_processes // self.num_machines
 
+    @property
+    def local_ranks(self) -> range:
+        """The global ranks on this machine."""
+        first = self.machine_rank * self.local_processes
+        return range(first, first + self.local_processes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:

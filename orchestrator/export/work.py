@@ -30,6 +30,8 @@ from bigpipe.orchestrator.recipe import Recipe
 from bigpipe.orchestrator.sinks import SINKS
 from bigpipe.versions import RUN, package_version
 
+COMPUTES = {"torch", "vllm"}
+"""Packages that use GPUs."""
 COMMAND_MEMORY = 256 * 2**20
 """Bytes of RAM for the command itself, beside the processes of a node."""
 
@@ -133,7 +135,7 @@ def work_of(session: Session, beside: Path | None) -> Work:
         secrets=secrets,
         settings=tuple(name for sink in recipe.sinks for name in SINKS[sink].settings if name not in secrets),
         tasks=tuple(_tasks(recipe, plan)),
-        requirement=_requirement(recipe),
+        requirement=_requirement(session),
         unknown=tuple(_unknown(plan)),
     )
 
@@ -144,13 +146,19 @@ def _found_from(manifest: Path, beside: Path | None) -> str:
     return manifest.name if found.parts[0] == ".." and not beside else found.as_posix()  # nothing is above the top
 
 
-def _requirement(recipe: Recipe) -> str:
-    """With the extras that its kinds and sinks need, and the version that wrote the file."""
+def _requirement(session: Session) -> str:
+    """With the extras that the recipe's kinds, what they name, and its sinks need, and the version that wrote the
+    file. What counts GPUs goes where something computes: without it none is seen."""
     from importlib.metadata import metadata
 
+    recipe = session.recipe
     packages = {name for node in recipe.nodes.values() for name in node.kind.packages}
     offered = set(metadata("bigpipe-ml").get_all("Provides-Extra") or ())
     extras = (packages & offered - set(RUN)) | ({"run"} if "torch" in packages else set())  # kinds that compute name it
+    extras |= {"gpu"} if packages & COMPUTES else set()
+    for node in recipe.nodes.values():
+        if node.kind.planning.extras is not None:
+            extras |= set(session.ask(node, node.kind.planning.extras, session.base))
     extras |= set(recipe.sinks)
     if recipe.remote and recipe.remote.address.startswith("s3:"):
         extras.add("s3")

@@ -49,8 +49,7 @@ class Acceleration:
     @property
     def local_ranks(self) -> range:
         """The global ranks on this machine."""
-        first = self.launch.machine_rank * self.launch.local_processes
-        return range(first, first + self.launch.local_processes)
+        return self.launch.local_ranks
 
     def environment(self, machine: Machine) -> dict[str, str]:
         """Variables for the ranks, where the user has not set them."""

@@ -7,6 +7,7 @@ numbers, whoever holds the interpreter's lock.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 from bigpipe.orchestrator.contract import Bounded, Event
 from bigpipe.programs import busy
@@ -17,16 +18,19 @@ from .processes import resident
 
 
 class Bounds:
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, here: Collection[int] | None = None) -> None:
+        """here: the ranks on this machine; None: all. The processes of others are other machines' to look at."""
+        self._limits, self._here = limits, here
         self._open: dict[tuple[int, int], tuple[Bounded, float, float, int]] = {}
         """Process and number → what it does, since when (of the monotonic clock), the seconds in which the process had
         had a processor then, and its resident bytes."""
 
     def take(self, event: Event) -> bool:
-        """Return whether this event is about a limit; it is then noted."""
+        """Return whether this event is about a limit; it is then noted, where its process is on this machine."""
         if not isinstance(event, Bounded):
             return False
+        if self._here is not None and event.rank not in self._here:
+            return True
         if event.seconds:
             self._open[event.pid, event.number] = event, time.monotonic(), busy(event.pid), resident(event.pid)
         else:

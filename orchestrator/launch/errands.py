@@ -27,6 +27,7 @@ from bigpipe.errors import Interrupted, UsageError
 from bigpipe.machine import Machine, detect
 from bigpipe.modules import import_attribute
 from bigpipe.orchestrator.contract import Assignment, Event, LogLine, Params, Stage
+from bigpipe.redaction import conceal_environment
 from bigpipe.versions import package_version
 
 from .executors import executor
@@ -225,6 +226,7 @@ def _attended(errand: Errand, job: Job, rank: int) -> Outcome:
     from .ranks import start_here
 
     assert errand.standing is not None  # noqa: S101  there are several machines
+    conceal_environment({**job.parent_environment, **job.environment}, job.secrets)  # what is printed is logged here
     launch = job.launch.model_copy(update={"machine_rank": rank})
     around = job.within(launch=launch).surroundings
 

@@ -7,6 +7,7 @@ All of it goes by files in the attempt's folder, never on a command line:
     processes/PID    every worker, for whoever must end it
     events/*.jsonl   what they tell while they go
     log.txt          what they printed
+    log-N.txt        what the ranks on machine N of several printed: two do not append to one file over a network
 
 Nothing is synced: after a power cut the attempt is made again anyway.
 """
@@ -60,6 +61,15 @@ class AttemptFolder:
         if mode == "rank":
             return self.path / f"rank-{rank}.json"
         return self.path / (f"outcome-{mode}-{rank}.json" if rank else f"outcome-{mode}.json")
+
+    def log_of(self, machine: int) -> Path:
+        """Return the file with what the workers on a machine printed; 0: the one that drives."""
+        return self.path / f"log-{machine}.txt" if machine else self.log
+
+    def logs(self) -> dict[int, Path]:
+        """Return the logs that there are, by machine, in their order."""
+        found = {int(path.stem.partition("-")[2] or 0): path for path in self.path.glob("log*.txt")}
+        return dict(sorted(found.items()))
 
     def output_pipe(self, rank: int) -> Path:
         return self.path / f"rank-{rank}.pipe"

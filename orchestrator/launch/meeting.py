@@ -9,6 +9,7 @@ write to the store may call.
     SESSION/joined-N        machine N is in this session
     SESSION/alive-N         a count that each machine keeps going
     SESSION/call-K.json     a job to start ranks of
+    SESSION/over-K          it came to nothing: the ranks are to end
     SESSION/done-K-N.json   the launcher there has ended, and how
     SESSION/end.json        the run has, and how
 """
@@ -21,8 +22,9 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ PATIENCE = 60.0
 """Seconds in which its count must change: file systems over a network tell late."""
 LEAVING = 5.0
 """Seconds that machine 0 waits for the others to read of the end, before it tidies up."""
+ENDING = 30.0
+"""Seconds in which the ranks of a call that is over should have ended."""
 SHARED = "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME"
 
 
@@ -94,21 +98,23 @@ def _every(seconds: float, do: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _beating(session: Path, rank: int) -> Iterator[None]:
-    count = iter(range(2**62))
-    with _every(BEATS, lambda: _write(session / f"alive-{rank}", next(count))):
+    beats = count()
+    with _every(BEATS, lambda: _write(session / f"alive-{rank}", next(beats))):
         yield
 
 
 class Meeting:
     """Machine 0's side."""
 
-    def __init__(self, folder: Path, place: Standing, count: int, limit: float) -> None:
-        """count: of the machines. limit: seconds until all of them must have come."""
+    def __init__(self, folder: Path, place: Standing, machines: int, limit: float) -> None:
+        """machines: how many. limit: seconds until all of them must have come."""
         self._folder, self._place, self._limit = folder, place, limit
         self._session = folder / secrets.token_hex(8)
-        self._others = range(1, count)
+        self._others = range(1, machines)
         self._welcomed: dict[int, str] = {}
         self._calls = 0
+        self._called: dict[int, str] = {}
+        """Who was called last, by the number that it came with."""
         self._pulses: dict[int, _Pulse] = {}
 
     status = 0
@@ -140,14 +146,19 @@ class Meeting:
                 _write(self._session / f"welcome-{rank}.json", here)
                 self._welcomed[rank] = here["number"]
 
-    def _joined(self, rank: int) -> bool:
-        return rank in self._welcomed and _read(self._session / f"joined-{rank}") == self._welcomed[rank]
+    def _joined(self, rank: int, welcomed: Mapping[int, str]) -> bool:
+        return rank in welcomed and _read(self._session / f"joined-{rank}") == welcomed[rank]
+
+    def _missing(self) -> list[int]:
+        """Who has not come. Who has is noted before it is looked for: one that comes again knows no earlier call."""
+        self._called = dict(self._welcomed)
+        return [rank for rank in self._others if not self._joined(rank, self._called)]
 
     def call(self, job_file: Path, node: str, check: Callable[[], None]) -> int:
         """Wait until all machines have come, call them to a job, and return the number of the call. check: may raise.
         Raise Transient, with the names of those missing, where they do not come in time."""
         deadline = time.monotonic() + self._limit
-        while missing := [rank for rank in self._others if not self._joined(rank)]:
+        while missing := self._missing():
             if time.monotonic() > deadline:
                 names = ", ".join(map(self._place.name, missing))
                 cause = f"{names} of {len(self._others) + 1} did not come within {self._limit:g} s"
@@ -164,7 +175,8 @@ class Meeting:
         of the others has gone."""
         found = {rank: _read(self._session / f"done-{call}-{rank}.json") for rank in self._others}
         for rank in self._others:
-            if found[rank] is None and (self._pulses[rank].stopped or not self._joined(rank)):
+            again = self._welcomed[rank] != self._called[rank]
+            if found[rank] is None and (again or self._pulses[rank].stopped or not self._joined(rank, self._called)):
                 cause = f"{self._place.name(rank)} has gone, or is not heard of for {PATIENCE:g} s"
                 raise StageFailed(cause, "look there; the same command continues where it stopped")
         return {rank: told["status"] for rank, told in found.items() if isinstance(told, dict)}
@@ -173,9 +185,28 @@ class Meeting:
         """Return whether the launchers on all other machines have ended. Raise StageFailed as `done`."""
         return len(self.done(call)) == len(self._others)
 
+    def end(self, call: int) -> None:
+        """Let the others end their ranks of a call: it came to nothing."""
+        with suppress(OSError, BigpipeError):  # the end of the run is told once more
+            _write(self._session / f"over-{call}", True)
+
+    def settle(self, call: int, check: Callable[[], None]) -> None:
+        """Wait until the others have ended their ranks of a call that is over, or have gone; `ENDING` seconds at the
+        most. check: may raise."""
+        deadline = time.monotonic() + ENDING
+        while time.monotonic() < deadline and self._at_work(call):
+            check()
+            time.sleep(LOOKS)
+
+    def _at_work(self, call: int) -> bool:
+        try:
+            return not self.has_all(call)
+        except StageFailed:
+            return False
+
     def _tidy_up(self) -> None:
         deadline = time.monotonic() + LEAVING
-        while any(self._joined(rank) for rank in self._others) and time.monotonic() < deadline:
+        while any(self._joined(rank, self._welcomed) for rank in self._others) and time.monotonic() < deadline:
             time.sleep(LOOKS)
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -188,7 +219,7 @@ def attend(
     ended with. start: (job file, node, a function to call now and then, which raises when it is over) → exit status.
     say: gets a line. check: called now and then; may raise. Raise Transient where machine 0 does not come in `limit` s,
     or has gone."""
-    session = _find_session(folder, place, limit, check)
+    session, number = _find_session(folder, place, limit, check)
     say(f"{place.name(place.rank)} waits for calls of {place.name(0)}")
     pulse = _Pulse(session / "alive-0")
 
@@ -199,14 +230,17 @@ def attend(
         if pulse.stopped:
             cause = f"{place.name(0)} has gone: nothing is heard of it for {PATIENCE:g} s"
             raise Transient(cause, "look there; the same command continues where it stopped")
+        if (session / f"over-{number}").exists():
+            raise _CallOver
 
     joined = session / f"joined-{place.rank}"
     with _beating(session, place.rank):
         try:
-            number = 1
             while True:
                 if (call := _read(session / f"call-{number}.json")) is not None:
-                    status = start(Path(call["job"]), call["node"], over)
+                    status = 1
+                    with suppress(_CallOver):
+                        status = start(Path(call["job"]), call["node"], over)
                     _write(session / f"done-{number}-{place.rank}.json", {"status": status})
                     number += 1
                 over()
@@ -217,13 +251,21 @@ def attend(
             joined.unlink(missing_ok=True)
 
 
+class _CallOver(Exception):
+    """The ranks of a call are to end; another call may come."""
+
+
 class _Over(Exception):
+    """The run has ended."""
+
     def __init__(self, status: int) -> None:
         super().__init__()
         self.status = status
 
 
-def _find_session(folder: Path, place: Standing, limit: float, check: Callable[[], None]) -> Path:
+def _find_session(folder: Path, place: Standing, limit: float, check: Callable[[], None]) -> tuple[Path, int]:
+    """Join; return the session's folder and the number of the first call that is for this machine: what was called
+    before it came was for another."""
     make_directory(folder, mode=0o700)
     here = {"number": secrets.token_hex(8), "host": host()}
     deadline, written = time.monotonic() + limit, folder / f"here-{place.rank}.json"
@@ -235,7 +277,9 @@ def _find_session(folder: Path, place: Standing, limit: float, check: Callable[[
                 _write(written, here)
         for welcome in folder.glob(f"*/welcome-{place.rank}.json"):
             if _read(welcome) == here:
-                _write(welcome.parent / f"joined-{place.rank}", here["number"])
-                return welcome.parent
+                session = welcome.parent
+                number = next(each for each in count(1) if not (session / f"call-{each}.json").exists())
+                _write(session / f"joined-{place.rank}", here["number"])
+                return session, number
         time.sleep(LOOKS)
     raise Transient(f"{place.name(0)} did not come within {limit:g} s", f"see that it runs there, and {SHARED}")

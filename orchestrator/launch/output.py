@@ -31,6 +31,8 @@ LONGEST_LINE = 64 * 1024
 PENDING_SECONDS = 30.0
 """A progress bar is redrawn in place and may never end its line: its state is logged this often."""
 LAST_LINES = 20
+LEFT_SECONDS = 2.0
+"""In which what the ended workers left in their pipes is read."""
 
 
 class EventWriter:
@@ -164,6 +166,13 @@ class Log:
                 self._lost += len(texts)
 
 
+def last_lines(path: Path) -> list[str]:
+    """Return the last lines of a log that another machine writes; none where it is not to be read."""
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    return []
+
+
 class OutputReader:
     """One thread that reads all pipes of the running workers. Lines go to the log at once and wait for the thread that
     reports to `take` them; only so many wait, so that a flood slows its writer down rather than filling memory. Should
@@ -194,7 +203,8 @@ class OutputReader:
         return [self._lines.get_nowait() for _ in range(self._lines.qsize())]
 
     def finish(self) -> list[tuple[int | None, str]]:
-        """Take what is left in the pipes, then close them; a process that escaped and holds one is not waited for."""
+        """Take what is left in the pipes, then close them; a process that escaped and holds one is not waited for, and
+        read for `LEFT_SECONDS` at the most."""
         self._stop.set()
         lines = self._waiting()
         while self._thread.is_alive():
@@ -209,13 +219,16 @@ class OutputReader:
             self._died = error
 
     def _read(self) -> None:
+        until: float | None = None
         while self._splitters:
             stopping = self._stop.is_set()
+            if stopping and until is None:
+                until = time.monotonic() + LEFT_SECONDS
             ready = self._selector.select(0.0 if stopping else 0.1)
             for key, _ in ready:
                 self._take(key.fd)
             self._log_pending()
-            if stopping and not ready:
+            if stopping and (not ready or (until is not None and time.monotonic() > until)):
                 break
         for descriptor in list(self._splitters):
             self._close(descriptor)

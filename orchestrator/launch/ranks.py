@@ -23,8 +23,9 @@ from bigpipe.redaction import printable, redact
 
 from .acceleration import Acceleration, accelerate
 from .environment import worker_environment
-from .jobs import Failure, Job, Outcome
+from .jobs import AttemptFolder, Failure, Job, Outcome
 from .lifeline import GRACE_SECONDS
+from .output import Log
 from .processes import worker_command
 from .supervision import LOOK_SECONDS, Supervisor, how_it_ended, supervise
 
@@ -68,6 +69,7 @@ def _run_replacing(supervisor: Supervisor, acceleration: Acceleration) -> list[O
                 raise
         told = " and ".join(f"rank {rank} {how}" for rank, how in lost.items())
         supervisor.say(LogLine(job.node, f"{told}; the ranks are started again ({restart} of {restarts})"))
+        started.settle()
         job.folder.replace_ranks(lost)
     raise AssertionError  # `count` has no end
 
@@ -82,15 +84,22 @@ def start_here(
     tell: Callable[[str], None] = _to_standard_error,
 ) -> int:  # fmt: skip
     """Start this machine's ranks of a job that machine 0 calls to; return the exit status of their launcher. over:
-    called now and then; raises when the ranks are to end. tell: gets the lines that they print."""
+    called now and then; raises when the ranks are to end. tell: gets the lines that they print, which also go to this
+    machine's log of the attempt."""
     launch = surroundings.launch
     acceleration = Acceleration(launch, cpu=False, settings={})
     environment = worker_environment(stage, surroundings, parent)
+    log = Log(AttemptFolder(job_file.parent).log_of(launch.machine_rank))
+
+    def logged(line: str) -> None:
+        log.write(line)
+        tell(line)
+
     with running_program(
         worker_command(job_file, "launch", str(launch.machine_rank)),
         folder=surroundings.base,
         environment={**acceleration.environment(surroundings.machine), **environment},
-        output=_Lines(tell),
+        output=_Lines(logged),
         grace=GRACE_SECONDS,
         apart=True,  # it signs in, and who ends a worker ends its session; this process may share one with others
     ) as program:
@@ -127,7 +136,21 @@ class _Ranks:
         self._call = 0
 
     def run(self) -> list[Outcome]:
-        """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first."""
+        """Launch, watch, and return the results in order of rank. Raise the error of the rank that failed first; ranks
+        on other machines are then told to end: they may hear of it by nothing else."""
+        try:
+            return self._run()
+        except BaseException:
+            if self._job.meeting is not None and self._call:
+                self._job.meeting.end(self._call)
+            raise
+
+    def settle(self) -> None:
+        """Wait until the ranks on other machines have ended, too: what they still write is not of the next ones."""
+        if self._job.meeting is not None and self._call:
+            self._job.meeting.settle(self._call, self._supervisor.check)
+
+    def _run(self) -> list[Outcome]:
         write_file(self._folder.acceleration, yaml.safe_dump(dict(self._acceleration.settings)), durable=False)
         if self._job.launch.num_machines > 1:
             self._invite()
@@ -148,7 +171,7 @@ class _Ranks:
                 "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME",
             )
         if missing:
-            raise self._supervisor.crash(f"rank {missing[0]}", code, missing[0])
+            raise self._crash(missing[0], code)
         return [found[rank] for rank in world]
 
     def _invite(self) -> None:
@@ -235,13 +258,12 @@ class _Ranks:
         failures = {rank: result.failure for rank, result in ended if result.failure is not None}
         told = self._told()
         silent = {rank: number for rank, number in told.codes.items() if rank not in failures}
-        crash = self._supervisor.crash
         errors = chain(
             (self._failed(rank, failure) for rank, failure in failures.items() if failure.expected),
-            (crash(f"rank {rank}", n, rank) for rank, n in silent.items() if n < 0 and n != -signal.SIGTERM),
-            (crash(f"rank {rank}", 0, rank) for rank in self._gone(told.codes) if rank not in results),
+            (self._crash(rank, number) for rank, number in silent.items() if number < 0 and number != -signal.SIGTERM),
+            (self._crash(rank, 0) for rank in self._gone(told.codes) if rank not in results),
             (self._failed(rank, failure) for rank, failure in failures.items()),
-            (crash(f"rank {rank}", number, rank) for rank, number in silent.items()),
+            (self._crash(rank, number) for rank, number in silent.items()),
         )
         return next(errors, None) or self._launch_error(told.failure, code, machine)
 
@@ -263,7 +285,14 @@ class _Ranks:
     def _failed(self, rank: int, failure: Failure) -> BigpipeError:
         if self._job.launch.num_processes > 1:
             failure = failure.model_copy(update={"cause": f"rank {rank}: {failure.cause}"})
-        return self._supervisor.error(failure)
+        return self._supervisor.error(failure, self._machine_of(rank))
+
+    def _crash(self, rank: int, code: int) -> StageFailed:
+        return self._supervisor.crash(f"rank {rank}", code, rank, self._machine_of(rank))
+
+    def _machine_of(self, rank: int) -> int:
+        """The machine whose log holds what a rank prints; of one that a person started, this one: nobody else does."""
+        return rank // self._acceleration.launch.local_processes if self._call else 0
 
     def _launch_error(self, told: Failure | None, code: int, machine: int) -> BigpipeError:
         node, dead = self._job.node, sorted(self._dead_since)
@@ -272,8 +301,8 @@ class _Ranks:
             return StageFailed(cause, f"its output is in {self._folder.log}")
         if told is None:
             there = f" on machine {machine}" if machine else ""
-            return self._supervisor.crash(f"the launcher of the ranks{there}", code)
+            return self._supervisor.crash(f"the launcher of the ranks{there}", code, machine=machine)
         if told.expected:
             return self._supervisor.error(told)
         cause = f"{node}: the ranks could not be launched: {told.cause.splitlines()[0]}"
-        return StageFailed(cause, f"the launcher's output is in {self._folder.log}")
+        return StageFailed(cause, f"the launcher's output is in {self._folder.log_of(machine)}")

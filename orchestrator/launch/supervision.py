@@ -25,7 +25,7 @@ from .bounds import Bounds
 from .environment import worker_environment
 from .jobs import Failure, Job, JobFile, Mode, Outcome
 from .lifeline import ORPHANED, UNTOLD
-from .output import EventTail, Log, OutputReader
+from .output import EventTail, Log, OutputReader, last_lines
 from .processes import Worker, out_of_memory_kills, peak_resident
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.05
@@ -58,7 +58,7 @@ class Supervisor:
         conceal_environment({**job.parent_environment, **job.environment}, job.secrets)
         self._deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         self._tail = EventTail(job.folder.events)
-        self._bounds = Bounds(job.trust.limits)
+        self._bounds = Bounds(job.trust.limits, job.launch.local_ranks)
         self._kills = out_of_memory_kills()
         self._looked = 0.0
 
@@ -112,13 +112,13 @@ class Supervisor:
             raise self.crash(f"the worker ({mode})", code)
         return found.model_copy(update={"peak_rss": max([found.peak_rss, *self.memory.values()])})
 
-    def error(self, failure: Failure) -> BigpipeError:
-        """Return the error that a worker ended with."""
-        return failure.error(self.job.node, self.log.path)
+    def error(self, failure: Failure, machine: int = 0) -> BigpipeError:
+        """Return the error that a worker on a machine ended with."""
+        return failure.error(self.job.node, self.job.folder.log_of(machine))
 
-    def crash(self, who: str, code: int, rank: int | None = None) -> StageFailed:
-        """Return the error for a process that ended without saying why."""
-        hint = f"its output is in {self.log.path}{self._last_lines()}"
+    def crash(self, who: str, code: int, rank: int | None = None, machine: int = 0) -> StageFailed:
+        """Return the error for a process on a machine that ended without saying why."""
+        hint = f"its output is in {self.job.folder.log_of(machine)}{self._last_lines(machine)}"
         if code == -signal.SIGKILL:
             hint = f"{self._who_kills(self.peak(rank))}; {hint}"
         if code == -signal.SIGBUS:
@@ -179,8 +179,9 @@ class Supervisor:
             return f"probably memory ran out ({sizes}): use a smaller batch, or fewer `--jobs`"
         return f"somebody killed it ({sizes})"
 
-    def _last_lines(self) -> str:
-        return "".join(f"\n    {line}" for line in self.log.last)
+    def _last_lines(self, machine: int = 0) -> str:
+        lines = self.log.last if machine == 0 else last_lines(self.job.folder.log_of(machine))
+        return "".join(f"\n    {line}" for line in lines)
 
 
 def how_it_ended(code: int) -> str:

@@ -104,7 +104,7 @@ def show_run(run: str, *, store: str | Path | None = None, screen: Screen = PLAI
 def log_lines(run: str, node: str | None, store: str | Path | None = None) -> Iterator[str]:
     """Return what the nodes of a run printed, each attempt under its own heading."""
     for name, attempt, path in records.log_files(open_store(store).runs, run, node):
-        yield heading(name, attempt)
+        yield heading(name, attempt, path)
         with records.reading(path) as lines:
             for line in lines:
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
@@ -122,9 +122,10 @@ def logged(run: str, node: str | None, *, store: str | Path | None = None) -> Js
     return {"schema": "bigpipe.log/1", "lines": lines}
 
 
-def heading(node: str, attempt: int) -> str:
-    """Return the line above what an attempt printed."""
-    return f"── {node}" + (f", attempt {attempt}" if attempt > 1 else "")
+def heading(node: str, attempt: int, log: Path) -> str:
+    """Return the line above what an attempt printed: on which machine, where that is not the one that drives."""
+    machine = log.stem.partition("-")[2]
+    return f"── {node}" + (f", attempt {attempt}" if attempt > 1 else "") + (f", machine {machine}" if machine else "")
 
 
 def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspection:

@@ -133,14 +133,14 @@ def follow_log(run: str, node: str | None = None, *, store: str | Path | None = 
     runs = open_store(store).runs
     run = records.load_run(runs, run).run
     read: dict[Path, int] = defaultdict(int)
-    shown: tuple[str, int] | None = None
+    shown: Path | None = None
     while True:
         over = records.load_run(runs, run).status != RUNNING  # what it wrote before it ended is there by then
         for name, attempt, path in records.log_files(runs, run, node):
             lines, read[path] = _further(path, read[path], whole=not over)
-            if lines and shown != (name, attempt):
-                shown = name, attempt
-                yield heading(name, attempt)
+            if lines and shown != path:
+                shown = path
+                yield heading(name, attempt, path)
             yield from lines
         if over:
             return

@@ -2,7 +2,7 @@
 
 run.json                  the record: what ran, what it was, how it ended; replaced at once as nodes end
 events.jsonl              every event
-nodes/NODE/ATTEMPT/       what the launcher left: log.txt, job.json, rank-N.json
+nodes/NODE/ATTEMPT/       what the launcher left: log.txt, log-N.txt of machine N of several, job.json, rank-N.json
 """
 
 from __future__ import annotations
@@ -315,15 +315,19 @@ def reading(log: Path) -> Iterator[BufferedReader]:
 
 
 def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[str, int, Path]]:
-    """(Node, attempt from 1, log file) of a run, nodes in the order of its record. UsageError for an unknown node."""
+    """(Node, attempt from 1, log file) of a run, nodes in the order of its record; of an attempt over several machines
+    one file for each. UsageError for an unknown node."""
+    from bigpipe.orchestrator.launch import AttemptFolder
+
     record = load_run(runs, run)
     if node is not None and node not in record.nodes:
         raise UsageError(f"run {record.run} has no node {node!r}", f"it has {', '.join(record.nodes)}")
     for name in [node] if node is not None else record.nodes:
         folder = node_folder(runs / record.run, name)
-        attempts = {int(log.parent.name): log for log in folder.glob("*/log.txt") if log.parent.name.isdecimal()}
+        attempts = {int(each.name): each for each in folder.glob("*") if each.name.isdecimal()}
         for attempt in sorted(attempts):
-            yield name, attempt, attempts[attempt]
+            for log in AttemptFolder(attempts[attempt]).logs().values():
+                yield name, attempt, log
 
 
 def diff(

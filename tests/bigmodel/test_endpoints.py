@@ -109,6 +109,18 @@ def test_continuations_are_scored_by_what_the_server_says_of_a_prompt(api: Api) 
     assert {asked.body["max_tokens"] for asked in api.asked} == {0}
 
 
+def test_scores_are_refused_where_a_token_is_put_behind_every_text(api: Api) -> None:
+    def ending(asked: Asked, reply: Reply) -> Reply:
+        told = json.loads(reply.body)
+        for name, value in (("tokens", "</s>"), ("token_logprobs", -1.0), ("top_logprobs", {"</s>": -1.0})):
+            told["choices"][0]["logprobs"][name].append(value)
+        return replace(reply, body=json.dumps(told).encode())
+
+    api.change = ending
+    with asking(api, "scoring") as answer, pytest.raises(NoAnswer, match="puts '</s>' behind every text"):
+        answer(rows("ab", continuation="cd"))
+
+
 def test_vectors_are_put_in_the_order_of_their_index(api: Api) -> None:
     with asking(api, "feature-extraction") as answer:
         found = answer(rows("a", "abc"))

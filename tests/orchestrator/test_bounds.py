@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_too_many_bytes():
         bounds.check()
     assert len(taken) == 2**26
     assert "trust: {limits: {memory: 2MiB}}" in caught.value.cure
+
+
+def test_a_process_of_another_machine_is_not_taken_for_one_here():
+    bounds = Bounds(Limits(), range(2))
+    assert bounds.take(replace(begun(memory=1, seconds=0.001), rank=2))
+    taken = b"x" * 2**24
+    sum(range(2_000_000))
+    bounds.check()
+    assert len(taken) == 2**24
 
 
 def test_what_has_come_to_its_end_is_free():

@@ -415,7 +415,37 @@ def test_what_is_installed_is_what_the_recipe_needs(words: Workshop) -> None:
     words.manifest.write_text(RECIPE.replace("secrets", "sinks: [mlflow]\nremote: s3://team/cache\nsecrets", 1))
     assert "pip install 'bigpipe-ml[mlflow,s3]==" in exported("github", words)
     found = commands.export("github", ROOT / "manifests/whisper_large_v2_lora_int8.yaml", offline=True).text
-    assert "pip install 'bigpipe-ml[peft,run]==" in found
+    assert "pip install 'bigpipe-ml[gpu,peft,run]==" in found
+
+
+@pytest.mark.parametrize(
+    ("task", "prompts", "more", "to", "extras"),
+    [
+        ("text-generation", "rows.jsonl", ", output_format: parquet", "s3://bucket/x", "gpu,parquet,run,s3"),
+        ("text-generation", "table.PARQUET", "", "out", "gpu,parquet,run"),
+        ("image-classification", "pictures/*.png", "", "out", "gpu,pictures,run"),
+        ("automatic-speech-recognition", "sounds", "", "simplecache::s3://bucket/x", "gpu,run,s3,sounds"),
+        ("automatic-speech-recognition", "sounds/*.wav", "", "hf://a/b", "gpu,run"),
+        ("text-generation", "rows.jsonl", ", engine: openai, serving: {url: 'http://x/v1', model: m}", "out", ""),
+    ],
+)
+def test_what_files_and_addresses_need_is_installed_too(
+    task: str, prompts: str, more: str, to: str, extras: str, workshop: Workshop
+) -> None:
+    for name in ("table.PARQUET", "pictures/a.png", "sounds/a.wav", "sounds/b.flac"):
+        (workshop.folder / name).parent.mkdir(exist_ok=True)
+        (workshop.folder / name).touch()
+    (workshop.folder / "rows.jsonl").write_text('{"prompt": "a"}')
+    wired = "" if "openai" in more else "inputs: model, "
+    workshop.manifest.write_text(f"""\
+version: 1
+stages:
+  model: {{uses: download, with: {{repo: org/model}}}}
+  answer: {{uses: distributed-infer, {wired}with: {{task: {task}, prompts: "{prompts}"{more}}}}}
+  save: {{uses: save, inputs: {{results: answer}}, with: {{to: "{to}"}}}}
+""")
+    listed = f"[{extras}]" if extras else ""
+    assert f"pip install 'bigpipe-ml{listed}==" in commands.export("github", workshop.manifest, offline=True).text
 
 
 def test_an_estimate_installs_no_library_whose_models_it_may_never_see(words: Workshop) -> None:

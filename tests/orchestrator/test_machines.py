@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import jsonschema
@@ -22,6 +24,7 @@ from bigpipe.errors import DoesNotFit, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.types import Launch
 from bigpipe.orchestrator.launch import Meeting, Standing, attend, effective_launch, meeting as meetings, standing
 from bigpipe.orchestrator.launch.schedulers import node_names
+from bigpipe.orchestrator.report.inspection import log_lines
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
@@ -168,25 +171,100 @@ def test_a_machine_that_has_gone_is_told_of(tmp_path: Path, how: str, monkeypatc
             meeting.has_all(call)
 
 
+def test_ranks_of_a_call_that_is_over_are_ended_for_the_next_one(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def start(job: Path, node: str, over: Any) -> int:
+        calls.append(node)
+        while node == "one":
+            over()
+            time.sleep(0.01)
+        return 0
+
+    other = threading.Thread(target=lambda: attend(tmp_path, PLACES[1], 10, start, lambda line: None), daemon=True)
+    other.start()
+    meeting = Meeting(tmp_path, PLACES[0], 2, limit=10)
+    with meeting.held():
+        first = meeting.call(tmp_path / "job", "one", quiet)
+        assert wait_for(lambda: calls == ["one"])
+        assert meeting.done(first) == {}
+        meeting.end(first)
+        meeting.settle(first, quiet)
+        assert meeting.done(first) == {1: 1}
+        second = meeting.call(tmp_path / "job", "two", quiet)
+        assert wait_for(lambda: meeting.has_all(second))
+        assert meeting.done(second) == {1: 0}
+    other.join(10)
+    assert calls == ["one", "two"]
+
+
+def test_a_machine_that_comes_again_does_no_earlier_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+    dies = threading.Event()
+
+    def attended(name: str) -> None:
+        def check() -> None:
+            if name == "first" and dies.is_set():
+                raise Transient("killed")
+
+        def start(job: Path, node: str, over: Any) -> int:
+            calls.append((name, node))
+            while node == "two" and name == "first":
+                over()
+                time.sleep(0.01)
+            return 0
+
+        with suppress(Transient):
+            attend(tmp_path, PLACES[1], 10, start, lambda line: None, check)
+
+    machines = [threading.Thread(target=attended, args=(name,), daemon=True) for name in ("first", "again")]
+    machines[0].start()
+    meeting = Meeting(tmp_path, PLACES[0], 2, limit=10)
+    with meeting.held():
+        one = meeting.call(tmp_path / "job", "one", quiet)
+        assert wait_for(lambda: meeting.has_all(one))
+        two = meeting.call(tmp_path / "job", "two", quiet)
+        assert wait_for(lambda: ("first", "two") in calls)
+        dies.set()
+        machines[0].join(10)
+        machines[1].start()
+        assert wait_for(lambda: list(tmp_path.glob("*/joined-1")))
+        with pytest.raises(StageFailed, match="has gone"):
+            meeting.done(two)  # it is not who was called
+        three = meeting.call(tmp_path / "job", "three", quiet)
+        assert wait_for(lambda: meeting.has_all(three))
+    machines[1].join(10)
+    assert calls == [("first", "one"), ("first", "two"), ("again", "three")]
+
+
 RECIPE = """
 version: 1
 name: two
 trust: {modules: [support]}
 stages:
   work:
-    uses: support.stages:RANKS
-    with: {do: DO, rank: 1, text: TEXT, seconds: 100}
+    uses: support.stages:$KIND
+    with: {do: $DO, rank: $RANK, text: $TEXT, seconds: $SECONDS}
     launch: {num_processes: 2, num_machines: 2, join_seconds: 60}
 """
 
 
 def machine(
-    folder: Path, rank: int, do: str = "succeed", text: str = "", options: tuple[str, ...] = ()
+    folder: Path,
+    number: int,
+    do: str = "succeed",
+    text: str = "",
+    options: tuple[str, ...] = (),
+    *,
+    kind: str = "RANKS",
+    rank: int | str = 1,
+    seconds: int = 100,
 ) -> subprocess.Popen[str]:
     """`bigpipe run` on a machine of two that SLURM started, by its addresses on the loopback device."""
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("DO", do).replace("TEXT", text or "''"))
-    given = {**SLURM, "SLURM_NODEID": str(rank), "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
+    filled = {"DO": do, "TEXT": text or "''", "KIND": kind, "RANK": str(rank), "SECONDS": str(seconds)}
+    recipe.write_text(Template(RECIPE).substitute(filled))
+    given = {**SLURM, "SLURM_NODEID": str(number), "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
     path = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
     return subprocess.Popen(
         [sys.executable, "-m", "bigpipe", "run", str(recipe), *options], cwd=folder, text=True,
@@ -223,6 +301,17 @@ def test_an_error_on_another_machine_is_the_errors_of_the_run(tmp_path: Path) ->
 
 
 @pytest.mark.fault
+def test_the_trace_of_a_bug_on_another_machine_is_in_the_log_that_the_error_names(tmp_path: Path) -> None:
+    statuses, said = ended([machine(tmp_path, rank, "crash") for rank in (0, 1)])
+    assert statuses == [6, 6], said
+    (named,) = {Path(path) for path in re.findall(r"the traceback is in (\S+)", said)}
+    assert "Traceback" in named.read_text()
+    lines = [*log_lines("last", "work", tmp_path / "store")]
+    assert "── work, machine 1" in lines
+    assert any("Traceback" in line for line in lines)
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_machine_that_is_killed_ends_the_run_on_the_other(tmp_path: Path, victim: int) -> None:
     processes = [machine(tmp_path, rank, "sleep") for rank in (0, 1)]
@@ -235,6 +324,14 @@ def test_a_machine_that_is_killed_ends_the_run_on_the_other(tmp_path: Path, vict
     assert "rank 1 died" in said or "has gone" in said, said
     assert time.monotonic() - begun < 90
     wait_for(lambda: not Path(f"/proc/{asleep.read_text()}").exists())
+
+
+@pytest.mark.fault
+def test_ranks_on_both_machines_start_anew_where_one_died(tmp_path: Path) -> None:
+    processes = [machine(tmp_path, rank, "once", kind="REPLACED", rank="null", seconds=1000) for rank in (0, 1)]
+    statuses, said = ended(processes)
+    assert statuses == [0, 0], said
+    assert "the ranks are started again (1 of 3)" in said
 
 
 @pytest.mark.fault

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,28 @@ def test_pipes_are_read_to_their_end_and_a_flood_loses_nothing_in_the_log(tmp_pa
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert "[rank 1] from a rank" in lines
     assert [line for line in lines if line.startswith("line")] == [f"line {number}" for number in range(30_000)]
+
+
+def test_a_process_that_escaped_and_prints_without_end_is_not_waited_for(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    reader, closed = OutputReader(Log(tmp_path / "log.txt"), {ours: None}), threading.Event()
+
+    def print_without_end() -> None:
+        with suppress(OSError):
+            while not closed.is_set():
+                os.write(theirs, b"y\n" * 2000)
+
+    writer = threading.Thread(target=print_without_end, daemon=True)
+    writer.start()
+    begun = time.monotonic()
+    finishing = threading.Thread(target=reader.finish, daemon=True)
+    finishing.start()
+    finishing.join(60)
+    closed.set()
+    assert not finishing.is_alive()
+    assert time.monotonic() - begun < 30
+    writer.join(10)
+    os.close(theirs)
 
 
 def test_reporters_see_no_secret_in_any_field_of_an_event() -> None:

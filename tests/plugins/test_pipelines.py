@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.contexts import MACHINE, check_context
+from support.contexts import MACHINE, check_context, forecast_context
 from support.hub import LoopbackHub
 from support.media import make_pipeline
 from support.models import make_checkpoint
 from support.workshop import Workshop
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
+from bigpipe.bigmodel.hub import describe_pipeline
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import Forecast, Gpu
 from bigpipe.plugins import pipelines
@@ -130,3 +132,17 @@ def test_without_diffusers_the_plan_says_what_to_install(
     with pytest.raises(UsageError, match="text-to-image needs diffusers, which is not installed") as refused:
         pipelines.check(InferParams(**asked), check_context(tmp_path, base=tmp_path, inputs={"model": (wired,)}))
     assert "bigpipe-ml[diffusers]" in str(refused.value.cure)
+
+
+def test_weights_that_are_cast_for_a_gpu_are_in_ram_before(folder: Path, tmp_path: Path) -> None:
+    model = describe_pipeline(folder)
+    machine = replace(MACHINE, gpus=(Gpu(0, "GPU", 2**34, 2**34),))
+    context = forecast_context(tmp_path, inputs={"model": (Forecast(output=Pipeline(model)),)}, machine=machine)
+
+    def ram(dtype: str | None) -> int:
+        params = InferParams.model_validate({"task": "text-to-image", "prompts": ["a"], "dtype": dtype})
+        return pipelines.forecast(params, context).ram or 0
+
+    floats = sum(math.prod(shape) for dtype, shape in (model.tensors or {}).values() if dtype == "float32")
+    assert ram(None) == ram("float32") > 0
+    assert ram("bfloat16") - ram("float32") == 2 * floats > 0

@@ -117,6 +117,7 @@ def test_a_plan_says_what_will_be_asked_and_asks_nothing(tmp_path: Path, api: Ap
     (recipe(None, dtype="float32"), "the server computes in what it does"),
     (recipe(None, batch_size=2), "is asked a prompt at a time"),
     (recipe(None, split="static"), "has no ranks"),
+    (recipe(None, task="scoring", max_new_tokens=None, serving={"chat": True}), "scoring asks no chats; leave it out"),
     (recipe(None, engine="transformers", serving={"url": "http://h"}), "engine transformers takes no argument"),
     (recipe(None, engine=None), "needs a checkpoint on its port 'model'"),
 ], ids=lambda value: value[:0] or None)  # fmt: skip

@@ -18,6 +18,7 @@ from support.workshop import Workshop, statuses
 from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
 from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.quantization import quantize_checkpoint
+from bigpipe.bigmodel.tasks import TASKS
 from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.orchestrator.stage import SMOKE, Forecast
 from bigpipe.plugins.dispatch import STAGE as DISPATCH, DispatchParams
@@ -25,6 +26,7 @@ from bigpipe.plugins.distributed_infer import STAGE as INFER, InferParams
 from bigpipe.plugins.download import STAGE as DOWNLOAD, DownloadParams
 from bigpipe.plugins.evaluate import STAGE as EVALUATE, EvaluateParams
 from bigpipe.plugins.finetune import STAGE as FINETUNE, FinetuneParams
+from bigpipe.plugins.quantize import STAGE as QUANTIZE, QuantizeParams
 from bigpipe.plugins.save import STAGE as SAVE, SaveParams
 
 LARGE = {"hidden_size": 160, "word_embed_proj_dim": 160, "ffn_dim": 640, "num_hidden_layers": 9,
@@ -152,6 +154,26 @@ def test_a_quantized_one_is_made_in_that_format(scheme: str, pickled: Path, tmp_
     assert made.nbytes < 500_000
 
 
+def test_modules_that_are_left_alone_are_those_that_the_small_model_has(pickled: Path, tmp_path: Path) -> None:
+    layer = "model.decoder.layers.8.fc1"
+    quantize_checkpoint(pickled, tmp_path / "quantized", scheme="nf4", skip_modules=["lm_head", layer])
+    made = describe_checkpoint(small_model(tmp_path / "quantized", tmp_path / "packed"))
+    assert format_of(made).name == "nf4"
+    plain = describe_checkpoint(small_model(pickled, tmp_path / "plain"))
+    wired = {"model": (Forecast(output=plain),)}
+    context = forecast_context(tmp_path, inputs=wired)
+
+    def small(**given: Any) -> QuantizeParams:
+        return QUANTIZE.smoke(QuantizeParams(scheme="nf4", **given), context)  # type: ignore[misc]
+
+    params = small(skip_modules=["lm_head", layer], keep_in_fp32_modules=["model.decoder.layers.0.fc2", layer])
+    assert params.skip_modules == ("lm_head",)
+    assert params.keep_in_fp32_modules == ("model.decoder.layers.0.fc2",)
+    assert small(skip_modules=[layer]).skip_modules == ()
+    assert small().model_fields_set == {"scheme"}
+    assert QUANTIZE.forecast(params, context).output is not None  # type: ignore[misc]
+
+
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/model", "r": 2, "target_modules": ["q_proj"]}
 
 
@@ -238,3 +260,45 @@ def test_rows_end_at_the_limit(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a\nb\nc\n")
     params = InferParams(task="text-generation", prompts="p.txt", limit=2)
     assert INFER.forecast(params, forecast_context(tmp_path, base=tmp_path)).metrics["prompts"] == 2
+
+
+@pytest.mark.parametrize("task", [*TASKS, "mine:answer"])
+def test_fields_that_a_task_does_not_heed_stay_unwritten(task: str, tmp_path: Path) -> None:
+    params = InferParams(task=task, prompts=["a"])
+    small = INFER.smoke(params, forecast_context(tmp_path))  # type: ignore[misc]
+    written = small.model_dump(exclude_unset=True, by_alias=True)
+    assert InferParams.model_validate(written).limit == 4
+    assert ("max_new_tokens" in written) == (task in MAKE_TOKENS)
+
+
+MAKE_TOKENS = ("text-generation", "text2text-generation", "image-text-to-text")
+
+
+def test_a_function_that_is_given_a_length_is_given_a_small_one(tmp_path: Path) -> None:
+    params = InferParams(task="mine:answer", prompts=["a"], max_new_tokens=64)
+    small = INFER.smoke(params, forecast_context(tmp_path))  # type: ignore[misc]
+    assert small.max_new_tokens == 4
+
+
+def test_tasks_without_a_length_functions_and_requests_run(workshop: Workshop, pickled: Path) -> None:
+    (workshop.folder / "mine.py").write_text("def answer(model, rows):\n    return [{'text': 'x'} for row in rows]\n")
+    body = {"model": "m", "prompt": "Hello", "max_tokens": 64}
+    request = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": body}
+    (workshop.folder / "requests.jsonl").write_text(json.dumps(request))
+    workshop.manifest.write_text(f"""\
+version: 1
+trust: {{modules: [mine]}}
+stages:
+  download: {{uses: download, with: {{path: {pickled}}}}}
+  features: {{uses: distributed-infer, inputs: download, with: {{task: feature-extraction, prompts: [one, two]}}}}
+  mine: {{uses: distributed-infer, inputs: download, with: {{task: "mine:answer", prompts: [one, two]}}}}
+  requests:
+    uses: distributed-infer
+    inputs: download
+    with: {{task: text-generation, prompts: requests.jsonl, row_format: openai-batch, max_new_tokens: 64}}
+""")
+    result = workshop.run(smoke=True)
+    assert result.exit_code == 0, result.errors
+    assert {name: result[name].metrics["prompts"] for name in ("features", "mine", "requests")} == {
+        "features": 2, "mine": 2, "requests": 1
+    }  # fmt: skip

@@ -96,6 +96,19 @@ def _choke(params: Action, context: StageContext) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
+def _die_once(params: Action, context: StageContext) -> None:
+    """Rank 0 is killed the first time, while rank 1 is at work."""
+    died = context.scratch / "died"
+    if died.exists():
+        return
+    if context.rank == 1:
+        _sleep(params, context)
+    while not (context.scratch / "asleep-1").exists():
+        time.sleep(0.05)
+    died.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _vanish(params: Action, context: StageContext) -> None:
     os._exit(0)
 
@@ -146,7 +159,7 @@ ACTIONS = {
     "succeed": _succeed, "talk": _talk, "fail": _fail_expected, "transient": _fail_transient, "crash": _fail_unexpected,
     "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "choke": _choke, "flood": _flood,
     "sleep": _sleep, "ignore": _ignore_sigterm, "child": _leave_a_child, "swell": _swell, "torch": _import_torch,
-    "barrier": _barrier,
+    "barrier": _barrier, "once": _die_once,
 }  # fmt: skip
 
 
@@ -207,3 +220,4 @@ def _settle(params: Action) -> Stage[Action]:
 
 SETTLED = _stage("settled", runs_in="process", settled=_settle)
 """With the text `here` it runs inline, has a port and foresees 7 seconds."""
+REPLACED = _stage("replaced", runs_in="ranks", ranks=Ranks(prepare=plan, finish=merge, replaced=True))

@@ -1,0 +1,66 @@
+"""The extras of bigpipe that a stage needs for the files and addresses that it names: their `Planning.extras`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import TASKS, find_task, named_files
+from bigpipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from .distributed_infer import InferParams
+    from .evaluate import EvaluateParams
+    from .finetune import FinetuneParams
+    from .save import SaveParams
+
+IN_S3 = ("s3", "s3a")
+"""Protocols of fsspec that s3fs reads and writes."""
+
+
+def of_inference(params: InferParams, base: Path) -> set[str]:
+    """Of prompts, of results, and of what the task reads; of a task of the user's own nobody knows that."""
+    endings = {*_endings(params.prompts, base)}
+    found = _tables(endings) | ({"parquet"} if params.output_format == "parquet" else set())
+    reads = find_task(params.task, Sources()).reads if params.task in TASKS else ()
+    if "picture" in reads:
+        found.add("pictures")
+    return found | (_sounds(endings) if "sound" in reads else set())
+
+
+def of_training(params: FinetuneParams, base: Path) -> set[str]:
+    """Of the rows, and of the sounds that they name."""
+    from .finetuning import leads_to
+
+    named = {path.suffix.lower() for path in leads_to(params, base)}
+    return _tables({*_endings(params.data, base), *_endings(params.eval_data, base)}) | _sounds(named)
+
+
+def of_evaluation(params: EvaluateParams, base: Path) -> set[str]:
+    """Of the files of rows."""
+    return _tables({*_endings(params.data, base)})
+
+
+def of_destination(params: SaveParams, base: Path) -> set[str]:
+    """Of the file system, that one goes through another (`simplecache::s3://…`) included."""
+    return {"s3" for part in params.to.split("::") if part.partition("://")[0] in IN_S3 and "://" in params.to}
+
+
+def _endings(named: Any, base: Path) -> Iterator[str]:
+    """In small letters; of the name itself, where no file is there yet."""
+    if isinstance(named, str):
+        try:
+            yield from (path.suffix.lower() for path in named_files(named, base))
+        except UsageError:
+            yield Path(named).suffix.lower()
+
+
+def _tables(endings: Iterable[str]) -> set[str]:
+    return {"parquet"} if ".parquet" in endings else set()
+
+
+def _sounds(endings: Iterable[str]) -> set[str]:
+    """.wav is read without a library."""
+    return {"sounds"} if any(ending != ".wav" for ending in endings) else set()
