@@ -19,11 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.architecture import architecture_of, describe_architecture
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.footprint import Workload
-from bigpipe.bigmodel.formats import agree, default_skips, format_of, set_apart
+from bigpipe.bigmodel.formats import agree, default_skips, format_of, packed_modules, set_apart
 from bigpipe.bigmodel.inference import MISSING, Bound, Found, WorkPlan, compute_share, gather, plan_work
 from bigpipe.bigmodel.placement import Placement
 from bigpipe.bigmodel.sources import Sources
@@ -166,10 +166,13 @@ def _layer_loss(
 ) -> LayerLoss:
     losses = [window["layers"] for window in windows if "layers" in window]
     _, packed = set_apart(model.tensors or {}, format_of(model))
+    if not packed:
+        return lose_least(losses, question.per_layer_bound, (), ())
+    architecture = architecture_of(model, sources)
     skipped = (model.quantization or {}).get("llm_int8_skip_modules")
-    if skipped is None and packed:
-        skipped = default_skips(describe_architecture(dict(model.config or {}), custom=model.custom, sources=sources))
-    return lose_least(losses, question.per_layer_bound, skipped or (), packed)
+    if skipped is None:
+        skipped = default_skips(architecture)
+    return lose_least(losses, question.per_layer_bound, skipped, packed_modules(model, architecture, sources.memo))
 
 
 @checked(
