@@ -43,8 +43,7 @@ def check(params: EvaluateParams, ctx: CheckContext) -> None:
     model = models["model"]
     attached(ctx, model)
     if model is not None and model.config is not None:
-        with about("inputs.model"):
-            question(params).check(model, models.get("baseline"), sources_of(ctx))
+        question(params).check(model, models.get("baseline"), sources_of(ctx))
 
 
 def _read(params: EvaluateParams, ctx: CheckContext) -> str:

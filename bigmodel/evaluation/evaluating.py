@@ -86,9 +86,10 @@ class Question:
 
     def check(self, model: ModelDescription, baseline: ModelDescription | None, sources: Sources) -> tuple[int, int]:
         """Return tokens of a window, and between the begins of two, which both models can read. baseline: None where
-        there is none, or it is not known yet. Raise UsageError for what is known to be wrong."""
+        there is none, or it is not known yet. Raise UsageError for what is known to be wrong, with the field that it is
+        about: `inputs.baseline` where that cannot be evaluated."""
         described = {"model": model} if baseline is None else {"model": model, "baseline": baseline}
-        known = {who: check_model(each, sources) for who, each in described.items()}
+        known = {who: check_model(each, sources, who) for who, each in described.items()}
         if baseline is not None:
             check_pair(known["model"], known["baseline"])
         limits = {who: positions_of(described[who], architecture) for who, architecture in known.items()}
