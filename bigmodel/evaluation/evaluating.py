@@ -114,8 +114,9 @@ def prepare(
     asked: str = "",
 ) -> WorkPlan:
     """Read the text, cut it into windows and share out those that nobody has finished in `folder`. asked: what numbers
-    depend on besides the tokens, where one folder may see several of it. Raise UsageError for a text that is too short,
-    and for a baseline that reads it as other tokens."""
+    depend on besides the tokens, where one folder may see several of it. together: batches that go through streamed
+    layers together, at most: each rank has some. Raise UsageError for a text that is too short, and for a baseline that
+    reads it as other tokens."""
     if question.per_layer and baseline is None:
         cure = "give the model it was made from as the baseline, or leave it out"
         raise UsageError("per_layer compares modules with a baseline's, and there is none", cure, field="per_layer")
@@ -138,7 +139,7 @@ def prepare(
     rows = plan_windows(tokens, length, stride, asked)
     return plan_work(
         folder, rows, lambda row: row.data["end"] - row.data["begin"], batch_size=question.batch_size, ranks=ranks,
-        together=lambda batching: together,
+        together=lambda batching: min(together, math.ceil(len(batching.sizes) / ranks)),
     )  # fmt: skip
 
 
