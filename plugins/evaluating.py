@@ -10,7 +10,6 @@ from bigpipe.bigmodel.evaluation import (
     conclude,
     prepare as prepare_windows,
     read_texts,
-    together_windows,
     write_report,
 )
 from bigpipe.bigmodel.formats import computable
@@ -20,11 +19,10 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_size
 
 from .evaluate import EvaluateMetrics, EvaluateParams
-from .evaluation_needs import PORTS, Sides, question, sides_of, with_memory, workload
+from .evaluation_needs import PORTS, Sides, question, sides_of, together_of, with_memory
 from .library import about, sources_of, tell_pace
-from .placed import computed_in
 from .ranked import check_weights, load_on_rank, placement_of
-from .wired import agreed, attached, require_class, single_model
+from .wired import attached, require_class, single_model
 
 REPORT_BYTES = 64 * 2**10
 
@@ -43,8 +41,7 @@ def check(params: EvaluateParams, ctx: CheckContext) -> None:
     model = models["model"]
     attached(ctx, model)
     if model is not None and model.config is not None:
-        with about("inputs.model"):
-            question(params).check(model, models.get("baseline"), sources_of(ctx))
+        question(params).check(model, models.get("baseline"), sources_of(ctx))
 
 
 def _read(params: EvaluateParams, ctx: CheckContext) -> str:
@@ -71,7 +68,7 @@ def forecast(params: EvaluateParams, ctx: ForecastContext) -> Forecast:
     told = f"{format_size(size)} of text{most} over {counted(ctx.launch.num_processes, 'rank')}"
     known = Forecast(download_bytes=0, write_bytes=REPORT_BYTES, summary=told)
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
-        return with_memory(params, ctx, known)
+        return with_memory(params, ctx, known, min(size, params.max_tokens or size))
     return known
 
 
@@ -85,19 +82,10 @@ def prepare(params: EvaluateParams, ctx: StageContext) -> None:
     sources, sides = sources_of(ctx), _wired(params, ctx)
     plan = prepare_windows(
         ctx.scratch, question(params), ctx.input("model"), ctx.input("baseline") if len(sides) > 1 else None, ctx.base,
-        sources, ranks=ctx.launch.num_processes, together=_together(params, sides, ctx), bounded=ctx.bounded,
+        sources, ranks=ctx.launch.num_processes, together=together_of(params, sides, ctx).count, bounded=ctx.bounded,
     )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {counted(len(plan.chunks), 'batch', 'es')} were finished before")
-
-
-def _together(params: EvaluateParams, sides: Sides, ctx: StageContext) -> int:
-    placed = [
-        (where, agreed(model, sources_of(ctx)).architecture, computed_in(model, where, ctx, params.dtype))
-        for model, where in sides
-    ]
-    work = workload(params, [model for model, _ in sides], ctx)
-    return together_windows(placed, work, ctx.machine, ctx.launch.local_processes, ctx.memo)
 
 
 def run(params: EvaluateParams, ctx: StageContext) -> StageResult:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from bigpipe.bigmodel.checkpoint import ModelDescription
-from bigpipe.bigmodel.evaluation import Known, Question, at_work, comparing, place_pair
+from bigpipe.bigmodel.evaluation import Known, Question, at_work, comparing, place_pair, together_windows
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import format_of
-from bigpipe.bigmodel.placement import Placement, beyond_headroom
+from bigpipe.bigmodel.placement import Placement, Together, beyond_headroom
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
@@ -29,8 +30,9 @@ def question(params: EvaluateParams) -> Question:
     return Question(**params.model_dump(exclude={"dtype"}))
 
 
-def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -> Forecast:
-    """What both models take. Nothing where one is not known yet."""
+def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast, tokens: int) -> Forecast:
+    """What both models, an adapter and the batches under way take. Nothing where a model is not known yet. tokens: of
+    the text, at most."""
     models = [single_model(ctx, port) for port in PORTS if port in ctx.inputs]
     placed = ctx.input("placement")
     placement = ctx.described("placement", Placement)
@@ -43,19 +45,20 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast) -
     except DoesNotFit as error:
         return replace(known, misfits=(Misfit.of(error),))
     local = ctx.launch.local_processes
-    held = [held_in_ram(model, where, params.dtype, ctx) for model, where in sides]
-    beside = attached(ctx, models[0])
-    held.append(sum(beside.nbytes.values()) if beside else 0)
-    ram = RANK_BASE + (CUDA_BASE if each else sum(held) + _at_work(params, sides, ctx))
+    held = sum(held_in_ram(model, where, params.dtype, ctx) for model, where in sides)
+    beside = sum(adapter.nbytes.values()) if (adapter := attached(ctx, models[0])) else 0
+    beside += _foreseen_together(params, sides, ctx, tokens).more
+    ram = RANK_BASE + (CUDA_BASE if each else held + beside + _at_work(params, sides, ctx))
     vram = None  # of a GPU that it finds by itself nobody knows
     if placement or not each:
-        of_a_rank = _vram(params, sides, ctx)
+        of_a_rank = _vram(params, sides, ctx, beside)
         vram = {rank * each + gpu: size for rank in range(local) for gpu, size in of_a_rank.items()}
     return replace(known, ram=ram * local, vram=vram, misfits=misfits)
 
 
-def _vram(params: EvaluateParams, sides: Sides, ctx: ForecastContext) -> Counter[int]:
-    """Per GPU of a rank: what its models are placed with, and what a batch of windows takes beyond that."""
+def _vram(params: EvaluateParams, sides: Sides, ctx: ForecastContext, beside: int) -> Counter[int]:
+    """Per GPU of a rank: what its models are placed with, and what a batch of windows takes beyond that. beside: an
+    adapter and further batches, on the first."""
     found: Counter[int] = Counter()
     for model, where in sides:
         gpus = {device: need.total for device, need in where.needs.items() if isinstance(device, int)}
@@ -67,7 +70,8 @@ def _vram(params: EvaluateParams, sides: Sides, ctx: ForecastContext) -> Counter
         found.update({gpu: size + more.get(gpu, 0) for gpu, size in gpus.items()})
     if found:
         first = agreed(sides[0][0], sources_of(ctx)).architecture
-        found[min(found)] += comparing(first, workload(params, [model for model, _ in sides], ctx), len(sides))
+        work = workload(params, [model for model, _ in sides], ctx)
+        found[min(found)] += beside + comparing(first, work, len(sides))
     return found
 
 
@@ -96,6 +100,25 @@ def workload(
     """Return that of a batch of windows. models: the one that is evaluated, and its baseline where there is one."""
     asked, baseline = question(params), models[1] if len(models) > 1 else None
     return asked.workload(asked.check(models[0], baseline, sources_of(ctx))[0])
+
+
+def together_of(params: EvaluateParams, sides: Sides, ctx: ForecastContext | StageContext) -> Together:
+    """Return how many batches go through streamed layers together, at most, and what each holds while it waits."""
+    placed = [
+        (where, agreed(model, sources_of(ctx)).architecture, computed_in(model, where, ctx, params.dtype))
+        for model, where in sides
+    ]
+    work = workload(params, [model for model, _ in sides], ctx)
+    return together_windows(placed, work, ctx.machine, ctx.launch.local_processes, ctx.memo)
+
+
+def _foreseen_together(params: EvaluateParams, sides: Sides, ctx: ForecastContext, tokens: int) -> Together:
+    """No more of them than a rank has. A token rarely has less than a byte."""
+    models = [model for model, _ in sides]
+    _, stride = question(params).check(models[0], models[1] if len(models) > 1 else None, sources_of(ctx))
+    batches = math.ceil(math.ceil(tokens / stride) / params.batch_size)
+    found = together_of(params, sides, ctx)
+    return replace(found, count=max(1, min(found.count, math.ceil(batches / ctx.launch.num_processes))))
 
 
 def _at_work(params: EvaluateParams, sides: Sides, ctx: ForecastContext | StageContext) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.training import (
     TrainedAdapter,
     Work,
+    check_adapter,
     check_model,
     check_rows,
     finish_ranks,
@@ -69,6 +70,9 @@ def prepare(params: FinetuneParams, ctx: StageContext) -> None:
     if architecture is not None and "adapter" not in ctx.inputs:
         with about("lora.target_modules"):
             foreseen_adapter(model, architecture, training_of(params), sources)
+    elif architecture is not None:
+        with about("inputs.adapter"):
+            check_adapter(describe_adapter(ctx.input("adapter")), model, architecture, sources.memo)
 
 
 def run(params: FinetuneParams, ctx: StageContext) -> StageResult:

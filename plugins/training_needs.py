@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bigpipe.bigmodel.adapters import bind
 from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription, describe_adapter
 from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.tasks import Row
@@ -13,6 +12,7 @@ from bigpipe.bigmodel.training import (
     Lora,
     Training,
     TrainingMemory,
+    check_adapter,
     computing_dtype,
     foreseen_adapter,
     input_column_of,
@@ -76,8 +76,8 @@ def _ram(memory: TrainingMemory, ranks: int) -> int:
 
 
 def foreseen(params: FinetuneParams, ctx: CheckContext) -> tuple[ModelDescription, AdapterDescription] | None:
-    """The model, and the adapter that will come of it; None where one of them is not known yet. Raise UsageError for an
-    adapter that was made for another model."""
+    """The model, and the adapter that will come of it; None where one of them is not known yet. Raise UsageError and
+    InvalidCheckpoint for an adapter that training does not go on from."""
     model, wired = single_model(ctx), wired_adapters(ctx)
     if (
         model is None
@@ -91,7 +91,7 @@ def foreseen(params: FinetuneParams, ctx: CheckContext) -> tuple[ModelDescriptio
     if not wired:
         return model, foreseen_adapter(model, architecture, training_of(params), sources_of(ctx))
     with about("inputs.adapter"):
-        bind(wired[0], model, architecture, ctx.memo)
+        check_adapter(wired[0], model, architecture, ctx.memo)
     return model, wired[0]
 
 

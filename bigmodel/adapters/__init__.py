@@ -15,7 +15,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .attaching import Attachment, attach, attachment, read_tensors
-    from .changes import Bound, bind, copies
+    from .changes import PREFIX, Bound, bind, copies, require_made_for
     from .merging import (
         Merge,
         MergedCheckpoint,

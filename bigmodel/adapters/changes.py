@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,6 +88,16 @@ def bind(
     return list(binding.changes(*_sorted_apart(adapter)))
 
 
+def require_made_for(
+    adapter: AdapterDescription, described: ModelDescription, architecture: Architecture, memo: Path | None = None
+) -> None:
+    """Raise as `bind` does for a method that is not done here, and for an adapter that was made for another model, but
+    not for what alone cannot be merged: matrices of parameters, of convolutions, and of weights that are put together
+    as a model is loaded."""
+    binding = _Binding(adapter, read_lora(adapter), agree(described, architecture, memo).architecture, {})
+    binding.compare(*_sorted_apart(adapter))
+
+
 def _sorted_apart(adapter: AdapterDescription) -> tuple[dict[str, _OfModule], dict[str, Held]]:
     """Return what it holds by module, and the tensors that replace others by the names of those."""
     modules: dict[str, _OfModule] = {}
@@ -124,12 +134,27 @@ class _Binding:
         for name in sorted(modules, key=order.__getitem__):
             yield from self._of_module(self.architecture.by_name[name], modules[name])
 
+    def compare(self, modules: Mapping[str, _OfModule], whole: Mapping[str, Held]) -> None:
+        """Raise UsageError for names that the model does not have, and for shapes that are not those of its own;
+        InvalidCheckpoint for another rank than the config's."""
+        # The matrices of several parameters of one module are named as if they lay within each other
+        named = [(name.replace(".base_layer", ""), parts) for name, parts in modules.items()]
+        self._refuse_unknown([name for name, _ in named], whole)
+        for name, parts in named:
+            module = self.architecture.by_name[name]
+            embedding = parts.pair("lora_embedding_A", "lora_embedding_B")
+            pair, weight = embedding or parts.pair("lora_A.weight", "lora_B.weight"), _matrix(module)
+            if pair is not None and weight is not None:
+                self._turned(module, weight, pair, embedding is not None)
+        for target, (name, _, shape) in whole.items():
+            self._require_shape(target, name, shape)
+
     def _refuse_parameters(self, modules: Mapping[str, _OfModule]) -> None:
         if self.lora.parameters:
             cause = f"{self.adapter.where}: target_parameters ({first_few(self.lora.parameters)}) is not merged here"
             raise UsageError(cause, "merge it with peft (`merge_and_unload`), and bring the model that it saves")
 
-    def _refuse_unknown(self, modules: Mapping[str, _OfModule], whole: Mapping[str, object]) -> None:
+    def _refuse_unknown(self, modules: Collection[str], whole: Collection[str]) -> None:
         known = self._specs
         strange = [name for name in modules if name not in self.architecture.by_name]
         strange += [name for name in whole if name not in known]
@@ -163,15 +188,17 @@ class _Binding:
         return str(sources[0]), len(group) > 1
 
     def _replaced(self, target: str, name: str, dtype: str, shape: Shape) -> Bound:
-        spec = self._specs[target]
-        if shape != spec.shape:
-            raise self._other(target, spec.shape, f"{name} is {list(shape)}")
+        self._require_shape(target, name, shape)
         stored, tied = self._stored(target)
         if not shape:
             raise UsageError(f"{self.adapter.where}: {name} is a single number, which is not merged here", "use peft")
         # What lies under an adapter is the model's own, which peft leaves tied.
         apart = tied and target in self.architecture.aliases and ".base_layer." not in name
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
+
+    def _require_shape(self, target: str, name: str, shape: Shape) -> None:
+        if shape != (wanted := self._specs[target].shape):
+            raise self._other(target, wanted, f"{name} is {list(shape)}")
 
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
         """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they
@@ -185,8 +212,8 @@ class _Binding:
                 yield Bound(name, self._stored(target)[0], Unchanged(), (), apart=True)
 
     def _of_module(self, module: ModuleSpec, parts: _OfModule) -> Iterator[Bound]:
-        weight = next((tensor for tensor in module.tensors if tensor.name == f"{module.name}.weight"), None)
-        if weight is None or len(weight.shape) != 2:
+        weight = _matrix(module)
+        if weight is None:
             cause = f"{self.adapter.where}: changes {module.name}, a {module.class_name}, which is not merged here"
             raise UsageError(cause, "merge it with peft (`merge_and_unload`)")
         stored, _ = self._stored(weight.name)
@@ -214,19 +241,24 @@ class _Binding:
         pair: tuple[Held, Held],
         embedding: bool,
     ) -> tuple[LowRank, tuple[Part, Part]]:
-        (a_name, a_dtype, a_shape), (b_name, b_dtype, b_shape) = pair
+        (a_name, a_dtype, _), (b_name, b_dtype, _) = pair
+        turned, (rows, columns) = self._turned(module, weight, pair, embedding), weight.shape
+        one = Pair(self.lora.rank(module.name), a_dtype, b_dtype, self.lora.scaling(module.name))
+        return LowRank(rows, columns, (one,), turned=turned, rounded=embedding), ((0, a_name), (0, b_name))
+
+    def _turned(self, module: ModuleSpec, weight: TensorSpec, pair: tuple[Held, Held], embedding: bool) -> bool:
+        """Is the weight held as [inputs, outputs]? Raise UsageError where a pair's matrices are for another one, and
+        InvalidCheckpoint where they are not of the config's rank."""
+        (a_name, _, a_shape), (_, _, b_shape) = pair
         turned = embedding or module.class_name == "Conv1D"
-        rows, columns = weight.shape
-        inputs, outputs = (rows, columns) if turned else (columns, rows)
-        rank = self.lora.rank(module.name)
+        inputs, outputs = weight.shape if turned else weight.shape[::-1]
         if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != inputs or b_shape[0] != outputs:
             raise self._other(module.name, weight.shape, f"its matrices are {list(a_shape)} and {list(b_shape)}")
-        if a_shape[0] != rank or b_shape[1] != rank:
+        if not a_shape[0] == b_shape[1] == (rank := self.lora.rank(module.name)):
             where = self.adapter.where
             cause = f"{where}: {a_name} is {list(a_shape)}, and its config says rank {rank} for {module.name}"
             raise InvalidCheckpoint(cause, "its adapter_config.json belongs to other weights: fetch both again")
-        one = Pair(rank, a_dtype, b_dtype, self.lora.scaling(module.name))
-        return LowRank(rows, columns, (one,), turned=turned, rounded=embedding), ((0, a_name), (0, b_name))
+        return turned
 
     def _check_magnitude(self, module: ModuleSpec, magnitude: Held, change: LowRank) -> None:
         name, _, shape = magnitude
@@ -263,6 +295,12 @@ class _Binding:
         return UsageError(
             f"{self.adapter.where} was made for another model: {cause}", "give the model that it was trained on"
         )
+
+
+def _matrix(module: ModuleSpec) -> TensorSpec | None:
+    """The weight of a module that holds a matrix."""
+    weight = next((tensor for tensor in module.tensors if tensor.name == f"{module.name}.weight"), None)
+    return weight if weight is not None and len(weight.shape) == 2 else None
 
 
 def combined(adapters: list[list[Bound]], weights: tuple[float, ...], combination: str) -> list[Bound]:

@@ -23,7 +23,7 @@ from bigpipe.bigmodel.architecture import architecture_of
 from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint
 from bigpipe.bigmodel.execution import as_placement, load
 from bigpipe.bigmodel.footprint import Workload
-from bigpipe.bigmodel.formats import agree, default_skips, format_of, set_apart
+from bigpipe.bigmodel.formats import agree, default_skips, format_of, packed_modules, set_apart
 from bigpipe.bigmodel.inference import MISSING, Bound, Found, WorkPlan, compute_share, gather, plan_work
 from bigpipe.bigmodel.placement import Placement, as_map
 from bigpipe.bigmodel.sources import Sources
@@ -89,9 +89,10 @@ class Question:
 
     def check(self, model: ModelDescription, baseline: ModelDescription | None, sources: Sources) -> tuple[int, int]:
         """Return tokens of a window, and between the begins of two, which both models can read. baseline: None where
-        there is none, or it is not known yet. Raise UsageError for what is known to be wrong."""
+        there is none, or it is not known yet. Raise UsageError for what is known to be wrong, with the field that it is
+        about: `inputs.baseline` where that cannot be evaluated."""
         described = {"model": model} if baseline is None else {"model": model, "baseline": baseline}
-        known = {who: check_model(each, sources) for who, each in described.items()}
+        known = {who: check_model(each, sources, who) for who, each in described.items()}
         if baseline is not None:
             check_pair(known["model"], known["baseline"])
         limits = {who: positions_of(described[who], architecture) for who, architecture in known.items()}
@@ -116,8 +117,9 @@ def prepare(
     asked: str = "",
 ) -> WorkPlan:
     """Read the text, cut it into windows and share out those that nobody has finished in `folder`. asked: what numbers
-    depend on besides the tokens, where one folder may see several of it. Raise UsageError for a text that is too short,
-    and for a baseline that reads it as other tokens."""
+    depend on besides the tokens, where one folder may see several of it. together: batches that go through streamed
+    layers together, at most: each rank has some. Raise UsageError for a text that is too short, and for a baseline that
+    reads it as other tokens."""
     if question.per_layer and baseline is None:
         cure = "give the model it was made from as the baseline, or leave it out"
         raise UsageError("per_layer compares modules with a baseline's, and there is none", cure, field="per_layer")
@@ -140,7 +142,7 @@ def prepare(
     rows = plan_windows(tokens, length, stride, asked)
     return plan_work(
         folder, rows, lambda row: row.data["end"] - row.data["begin"], batch_size=question.batch_size, ranks=ranks,
-        together=lambda batching: together,
+        together=lambda batching: min(together, math.ceil(len(batching.sizes) / ranks)),
     )  # fmt: skip
 
 
@@ -169,10 +171,13 @@ def _layer_loss(
 ) -> LayerLoss:
     losses = [window["layers"] for window in windows if "layers" in window]
     _, packed = set_apart(model.tensors or {}, format_of(model))
+    if not packed:
+        return lose_least(losses, question.per_layer_bound, (), ())
+    architecture = architecture_of(model, sources)
     skipped = (model.quantization or {}).get("llm_int8_skip_modules")
-    if skipped is None and packed:
-        skipped = default_skips(architecture_of(model, sources))
-    return lose_least(losses, question.per_layer_bound, skipped or (), packed)
+    if skipped is None:
+        skipped = default_skips(architecture)
+    return lose_least(losses, question.per_layer_bound, skipped, packed_modules(model, architecture, sources.memo))
 
 
 @checked(

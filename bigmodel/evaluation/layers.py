@@ -115,7 +115,8 @@ def lose_least(
     found: Iterable[Losses], bound: float | None, kept: Sequence[str], quantized: Collection[str]
 ) -> LayerLoss:
     """Return what the modules lose, from what `take` gave of each batch. bound: of `total`; None is half of what it is.
-    kept: modules that were left as they are. quantized: those that need not be left so."""
+    kept: modules that were left as they are. quantized: those that need not be left so; all by the names that
+    the class has."""
     errors, squares = Counter[str](), Counter[str]()
     for losses in found:
         for name, (error, square) in losses.items():

@@ -10,7 +10,7 @@ from typing import Any
 from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Budget, Workload
-from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, batches_together, place_model
+from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, Together, batches_together, place_model
 from bigpipe.errors import DoesNotFit
 from bigpipe.machine import Machine
 
@@ -80,17 +80,20 @@ def _held(placement: Placement, device: Device) -> int:
 
 def together_windows(
     placements: list[tuple[Placement, Architecture, str]], work: Workload, machine: Machine, processes: int, memo: Path
-) -> int:
-    """Return how many batches of windows go through streamed layers together. placements: of each model, with what it
-    is and the dtype that it computes in."""
-    streamed = [each for each in placements if each[0].streamed_bytes_per_token]
-    if not streamed:
-        return 1
-    wanted = max(
-        batches_together(placement, architecture, work, dtype, machine, processes=processes, memo=memo).count
-        for placement, architecture, dtype in streamed
-    )
-    return min(wanted, max(1, WAITING // logits_bytes(streamed[0][1], work))) if len(placements) > 1 else wanted
+) -> Together:
+    """Return how many batches of windows go through streamed layers together, and what each holds while it waits: of a
+    pair also the baseline's logits. placements: of each model, with what it is and the dtype that it computes in."""
+    found = [
+        batches_together(placement, architecture, work, dtype, machine, processes=processes, memo=memo, caching=False)
+        for placement, architecture, dtype in placements
+        if placement.streamed_bytes_per_token
+    ]
+    if not found:
+        return Together()
+    logits = logits_bytes(placements[0][1], work) if len(placements) > 1 else 0
+    most = max(each.count for each in found)
+    count = min(most, max(1, WAITING // logits)) if logits else most
+    return Together(count, max(each.size for each in found) + logits)
 
 
 def logits_bytes(architecture: Architecture, work: Workload) -> int:

@@ -24,7 +24,7 @@ from bigpipe.bigmodel.tasks import (
     require_tokenizer,
     vocabulary,
 )
-from bigpipe.errors import UsageError
+from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.modules import foreign
 
 EVALUATE = Asking("evaluation", "take a model of transformers that goes on with a text, such as OPT, GPT-2 or Llama")
@@ -191,11 +191,15 @@ def check_windows(readers: Mapping[str, int | None], length: int | None, stride:
     return settled, stride or max(1, settled // 2)
 
 
-def check_model(model: ModelDescription, sources: Sources) -> Architecture | None:
-    """Return what the model consists of; None where that is not known yet. Raise UsageError for a model that does not
-    go on with a text, or has no tokenizer."""
-    require_tokenizer(model, EVALUATE)
-    return require_going_on(model, sources, EVALUATE)
+def check_model(model: ModelDescription, sources: Sources, who: str = "model") -> Architecture | None:
+    """Return what the model consists of; None where that is not known yet. who: `model`, or `baseline`. Raise
+    UsageError, with the field `inputs.WHO`, for one that does not go on with a text, or has no tokenizer."""
+    try:
+        require_tokenizer(model, EVALUATE, f"the {who}")
+        return require_going_on(model, sources, EVALUATE)
+    except BigpipeError as error:
+        error.field = error.field or f"inputs.{who}"
+        raise
 
 
 def tokens_of(architecture: Architecture | None) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .agreement import Agreement, agree, cure_of_missing, match_stored, refuse_strangers
+    from .agreement import Agreement, agree, cure_of_missing, match_stored, packed_modules, refuse_strangers
     from .bitsandbytes import PASTED
     from .format import PLAIN, Decoding, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
     from .four_bit import stored_offset

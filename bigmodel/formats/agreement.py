@@ -186,6 +186,18 @@ def match_stored(
     return matching
 
 
+def packed_modules(described: ModelDescription, architecture: Architecture, memo: Path | None = None) -> set[str]:
+    """Return the modules whose weights are stored packed, by the names that the class has: many checkpoints are stored
+    without its prefix. The tensors must be known; memo as for `agree`."""
+    _, packed = set_apart(described.tensors or {}, format_of(described))
+    made = match_stored(described, architecture, memo).made if packed else {}
+    return {
+        name.removesuffix(".weight")
+        for name, stored in made.items()
+        if any(source.removesuffix(".weight") in packed for source in stored)
+    }
+
+
 def _asked(
     names: Collection[str], described: ModelDescription, architecture: Architecture, memo: Path | None
 ) -> Matching | None:

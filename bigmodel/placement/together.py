@@ -62,21 +62,23 @@ def batches_together(
     processes: int = 1,
     memo: Path | None = None,
     stored: Format = PLAIN,
+    caching: bool = True,
 ) -> Together:
     """Return how many batches should go through the streamed layers of a placement together.
 
     workload: of one batch; beams count as its rows. dtype: what is computed in. machine: on which a GPU that is not
     there has no room, so that one batch goes alone. asked: so many, whatever would be best. processes: that share the
     machine, each with a model of its own. memo: where the speeds of this machine are kept; None: those of an ordinary
-    one. stored: the format that the model's matrices are packed in.
+    one. stored: the format that the model's matrices are packed in. caching: does a batch keep keys and values?
     """
     main = main_of(placement.device_map.values())
-    size = _size(Budget(architecture, dtype, workload), main)
+    size = _size(Budget(architecture, dtype, workload), main, caching)
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
     speeds = (memo and speeds_of(machine, memo)) or Speeds()
     useful = _useful(placement, architecture, workload.batch_size, dtype, speeds)
-    first = placement.needs[main].total + beyond_headroom(placement, architecture, dtype, workload, stored)[main]
+    beyond = beyond_headroom(placement, architecture, dtype, workload, stored, caching=caching)
+    first = placement.needs[main].total + beyond[main]
     there = memory_of(machine).get(main, 0) / (processes if main == "cpu" else 1)
     most = 1 + max(0, int((there - first) // max(size, 1)))
     if most < useful:
@@ -96,8 +98,9 @@ def _useful(placement: Placement, architecture: Architecture, rows: int, dtype: 
     return next((n for n in range(1, most) if n * computing >= moving * moved.share(n * rows)), most)
 
 
-def _size(budget: Budget, main: Device) -> int:
+def _size(budget: Budget, main: Device, caching: bool) -> int:
     """Bytes that a batch holds while it waits. Each goes through the layers in a thread of its own, for which cuBLAS
     takes a workspace of its own."""
     states = budget.workload.batch_size * budget.length * budget.shape.hidden * budget.itemsize
-    return budget.cache.bytes + HELD * states + (WORKSPACE if isinstance(main, int) else 0)
+    kept = budget.cache.bytes if caching else 0
+    return kept + HELD * states + (WORKSPACE if isinstance(main, int) else 0)

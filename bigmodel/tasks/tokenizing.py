@@ -60,13 +60,14 @@ class Asking:
 TASK = Asking()
 
 
-def require_tokenizer(model: ModelDescription, asking: Asking = TASK) -> None:
-    """Raise UsageError for a model of a class of its own, and for one that comes without a tokenizer."""
+def require_tokenizer(model: ModelDescription, asking: Asking = TASK, called: str = "the model") -> None:
+    """Raise UsageError for a model of a class of its own, and for one that comes without a tokenizer. called: what an
+    error calls it that is not here yet."""
     if model.own_class is not None:
         raise asking.refuse_other(f"the class {model.own_class}")
     names = names_of(model)
     if names is not None and not _any(names, TOKENIZER_FILES):
-        raise UsageError(f"{asking.what} needs a tokenizer, and {model.path or 'the model'} has none", DOWNLOAD)
+        raise UsageError(f"{asking.what} needs a tokenizer, and {model.path or called} has none", DOWNLOAD)
 
 
 def require_template(model: ModelDescription) -> Callable[[Row], None]:

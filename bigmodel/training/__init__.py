@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .adapting import require_peft
+    from .adapting import check_adapter, require_peft
     from .examples import TASKS, check_model, check_rows, input_column_of, read_data, require_sound_reader, sounds_of
     from .finetuning import TrainedAdapter, Work, computing_dtype, finetune, finish_ranks, train_rank
     from .forecast import TrainingMemory, foreseen_adapter, parameters_of, stored_beside, training_memory

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.adapters import copies, read_tensors
+from bigpipe.bigmodel.adapters import PREFIX, copies, read_tensors, require_made_for
 from bigpipe.bigmodel.checkpoint import open_adapter
+from bigpipe.bigmodel.formats import packed_modules
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.files import make_directory, write_file
 
@@ -23,6 +24,9 @@ from .targets import default_targets
 
 if TYPE_CHECKING:
     import torch
+
+    from bigpipe.bigmodel.architecture import Architecture
+    from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -37,6 +41,21 @@ def require_peft() -> None:
     """Raise UsageError where peft is not installed."""
     if find_spec("peft") is None:
         raise UsageError("finetune needs peft, which is not installed", "pip install 'bigpipe-ml[peft]'")
+
+
+def check_adapter(
+    adapter: AdapterDescription, model: ModelDescription, architecture: Architecture, memo: Path | None = None
+) -> None:
+    """Raise UsageError and InvalidCheckpoint, before a model is loaded, for an adapter that training does not go on
+    from: of a method that is not done here, made for another model, or with weights of the model's own that are
+    quantized in this one. What peft makes of its config is compared again once the model is there."""
+    require_made_for(adapter, model, architecture, memo)
+    held = [name.removeprefix(PREFIX).replace(".base_layer.", ".").removesuffix(".weight") for name in copies(adapter)]
+    if packed := sorted(packed_modules(model, architecture, memo).intersection(held)):
+        cause = (
+            f"{adapter.where} holds weights of the model itself, which are quantized in this one: {first_few(packed)}"
+        )
+        raise UsageError(cause, "wire the model as it was before it was quantized")
 
 
 def attach(model: Any, training: Training, adapter: Path | None = None) -> Any:
@@ -107,7 +126,6 @@ def _continued(model: Any, adapter: Path) -> Any:
         raise InvalidCheckpoint(cause, "wire the model it was trained on") from error
     own = dict(made.named_parameters(remove_duplicate=False))
     held = {name: own[name] for name in copies(opened.described) if name in own}
-    _refuse_packed(held, file)
     wanted = {name: tuple(value.shape) for name, value in (held | adapter_tensors(made)).items()}
     if differing := sorted(there.items() ^ wanted.items()):
         names = list(dict.fromkeys(name for name, _ in differing))
@@ -115,12 +133,6 @@ def _continued(model: Any, adapter: Path) -> Any:
         raise InvalidCheckpoint(cause, "wire the model it was trained on")
     load_tensors(made, read_tensors(opened))
     return made
-
-
-def _refuse_packed(held: Mapping[str, torch.Tensor], file: Path) -> None:
-    if packed := [name for name, value in held.items() if not value.is_floating_point()]:
-        cause = f"{file} holds weights of the model itself, which are quantized in this one: {first_few(packed)}"
-        raise UsageError(cause, "wire the model as it was before it was quantized")
 
 
 def copies_in(adapter: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import position_limit, read_limit
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.execution import HostMemory, as_placement, load
 from bigpipe.bigmodel.placement import HALVES, stored_dtype
 from bigpipe.bigmodel.sources import Sources
@@ -30,7 +30,7 @@ from bigpipe.sizes import counted
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
-from .adapting import attach, copies_in, require_peft, trained, trained_on, write_adapter
+from .adapting import attach, check_adapter, copies_in, require_peft, trained, trained_on, write_adapter
 from .examples import (
     Examples,
     check_model,
@@ -274,8 +274,8 @@ def finetune(
     progress: called with steps done, all steps, and loss and speed in words.
 
     Random numbers of this process go on afterwards as if none had been drawn. Raise UsageError for data or a model that
-    the task is not for, InvalidCheckpoint for files that are damaged, StageFailed for a loss or gradients that are
-    no numbers, with the step.
+    the task is not for, and for an adapter that is not gone on from, InvalidCheckpoint for files that are damaged,
+    StageFailed for a loss or gradients that are no numbers, with the step.
     """
     require("finetune", "torch", "transformers", "accelerate")
     require_peft()
@@ -293,6 +293,8 @@ def finetune(
     architecture = check_model(task, described, [*rows, *others], sources)
     if architecture is not None and adapter is None:
         foreseen_adapter(described, architecture, asked, sources)
+    elif architecture is not None and adapter is not None:
+        check_adapter(describe_adapter(Path(adapter)), described, architecture, sources.memo)
     work = Work(
         model=path, training=asked, rows=rows, eval_rows=others, input_column=given,
         adapter=Path(adapter) if adapter is not None else None, dtype=dtype, base_model=base_model, revision=revision,

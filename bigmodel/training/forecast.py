@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.adapters import copies
+from bigpipe.bigmodel.adapters import PREFIX, copies
 from bigpipe.bigmodel.architecture import Architecture, text_config
 from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, itemsize, tensor_nbytes
 from bigpipe.bigmodel.execution import cast_bytes
@@ -21,10 +21,6 @@ from .targets import find_targets, unknown_ends
 
 PER_PARAMETER = 16
 """Of an adapter, in float32: itself, its gradient, and Adam's two moments."""
-
-
-PREFIX = "base_model.model."
-"""What peft puts before the names of a model's modules."""
 
 
 def foreseen_adapter(

@@ -132,7 +132,7 @@ def _why(judge: NodeState) -> str:
 
 def tried(states: States, state: NodeState) -> list[dict[str, str]]:
     """Return per choice, in order: its `value`, the node that `judge`s it, what it came to (`taken`, `left`, `may`: not
-    decided yet, `not run`), and `why`."""
+    decided yet, `not run`: its turn has not come), and `why`."""
     first = state.node.first
     if first is None:
         return []
@@ -141,7 +141,8 @@ def tried(states: States, state: NodeState) -> list[dict[str, str]]:
     rows = []
     for choice in first.choices:
         found = seen.get(choice.value)
-        came_to, why = words[found] if found else "not run", _why(states[choice.judge]) * (found is Verdict.LEFT)
+        came_to = words.get(found, "not run") if found else "not run"
+        why = _why(states[choice.judge]) * (found is Verdict.LEFT)
         rows.append({"value": choice.value, "judge": choice.judge, "came_to": came_to, "why": why})
     may = [row for row in rows if row["came_to"] in ("may", "taken")]
     if len(may) > 1:

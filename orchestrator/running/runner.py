@@ -414,6 +414,8 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
     states = run.states.nodes
     if run.offering is not None:
         run.offering.finish()
+    # Before what is pending ends as skipped: a variant whose turn did not come was not left
+    tried = {name: fallback.tried(run.states, state) for name, state in states.items() if state.node.first}
     for state in states.values():
         if state.status is Status.PENDING:
             schedule.end(run.states, state, Status.SKIPPED, "the run stopped before its turn")
@@ -432,7 +434,7 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
     result = RunResult(
         run=run.id, status=status, nodes=states, session=run.session, seconds=seconds, errors=tuple(errors),
         gates={name: judge_gates(run.states, state) for name, state in states.items() if state.node.gates},
-        tried={name: fallback.tried(run.states, state) for name, state in states.items() if state.node.first},
+        tried=tried,
     )  # fmt: skip
     run.recorder.finish(status, result.ran(), seconds)
     _remember(run, {name: state.key for name, state in states.items() if state.key and state.status in GOOD})

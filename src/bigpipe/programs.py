@@ -219,13 +219,19 @@ def _laid_out(name: str, base: Path) -> Iterator[tuple[PurePosixPath, Path]]:
 
 def content_below(folder: Path, *, links: bool = True) -> list[str]:
     """Return the relative paths of all files below a directory, sorted, but for what tools noted down. links: to
-    folders are followed; a second way in is not taken. Raise OSError for a directory that cannot be read."""
+    folders are followed, but not to one that lies above the link, on the way there: that would be a circle. Raise
+    OSError for a directory that cannot be read."""
     found: list[str] = []
-    seen, top = set(), os.fspath(folder)
+    top = os.fspath(folder)
+    around = {top: {os.path.realpath(top)}}  # directory → the real paths of it and of those above it
     for place, folders, names in os.walk(top, onerror=_raise, followlinks=links):
-        seen.add(os.path.realpath(place))
-        own = [name for name in folders if name not in NOTES]
-        folders[:] = sorted(name for name in own if os.path.realpath(os.path.join(place, name)) not in seen)
+        above, kept = around.pop(place), []
+        for name in sorted(set(folders) - NOTES):
+            inner = os.path.join(place, name)
+            if (real := os.path.realpath(inner)) not in above:
+                around[inner] = above | {real}
+                kept.append(name)
+        folders[:] = kept
         inside = place.removeprefix(top).lstrip(os.sep)
         found += [os.path.join(inside, name) for name in names] if inside else names
     return sorted(found)

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import given, strategies as some
+from safetensors.torch import load_file, save_file
 from support.contexts import MACHINE
 from support.models import make_checkpoint, save_model, tiny_model
 from support.own_code import make_own_model
@@ -263,6 +264,25 @@ def test_what_is_left_is_told_where_leaving_modules_does_not_bring_it_under_the_
     assert "even with skip_modules: [a] it would be 50.000%, not 10.000%: what is not quantized loses" in told[0.1]
     assert "for 50.000% together, quantize with skip_modules: [a]" in told[0.5]
     assert "skip_modules" not in render(replace(whole, layers=lose_least(losses, 0.1, (), ())))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom"])
+def test_modules_to_leave_are_named_where_they_are_stored_without_the_prefix_of_their_class(
+    tmp_path: Path, text: Path, architecture: str
+) -> None:
+    """As those of openai-community/gpt2 and bigscience/bloom-560m are."""
+    source = make_checkpoint(tmp_path / "source", architecture)
+    file = source / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    bigpipe.quantize_checkpoint(source, tmp_path / "int8", scheme="int8")
+    found = bigpipe.evaluate(tmp_path / "int8", text, baseline=source, sequence_length=32, per_layer=True).layers
+    assert found is not None
+    assert found.left <= found.bound < found.total
+    skipped = found.skip_modules or ()
+    assert "lm_head" in skipped
+    assert [name for name in skipped if name.startswith("transformer.h.")]
+    bigpipe.quantize_checkpoint(source, tmp_path / "less", scheme="int8", skip_modules=skipped)
 
 
 def test_streamed_models_give_the_same_numbers(model: Path, other: Path, text: Path) -> None:

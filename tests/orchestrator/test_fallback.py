@@ -100,6 +100,14 @@ def test_a_broken_stage_is_no_verdict(workshop, on_fail):
     }  # fmt: skip
 
 
+def test_a_variant_whose_turn_did_not_come_before_the_run_stopped_was_not_left(workshop):
+    broken = FALL.replace("stages:\n", "stages:\n  boom: {uses: flaky, with: {fatal: true}}\n")
+    result = workshop.run(broken, jobs=1)
+    assert (result.exit_code, workshop.ran) == (6, ["boom"])
+    assert gist(result) == {"dddd": "not run", "ccc": "not run", "bb": "not run"}
+    assert {row["why"] for row in result.tried["use"]} == {""}
+
+
 def test_a_plan_says_what_may_be(workshop):
     workshop.manifest.write_text(FALL)
     plan = bigpipe.plan(workshop.manifest)

@@ -165,6 +165,22 @@ def test_what_is_laid_out_is_what_is_in_the_key_where_links_lead_in_a_circle(wor
     assert (result.path("it") / "there").read_text() == "./src/a.py"
 
 
+def test_a_folder_that_several_links_lead_to_is_there_whole_under_each_name(tmp_path):
+    """Whichever name sorts first, and beside links that lead in a circle."""
+    project = tmp_path / "project"
+    for name in ("pkg/x.py", "pkg/sub/y.py", "../shared/deep/z.json"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("")
+    for name, target in (("alias", "pkg"), ("one", "../shared"), ("two", "../shared"), ("pkg/sub/up", "../..")):
+        (project / name).symlink_to(target)
+    whole = ["sub/y.py", "x.py"]
+    links = ["one/deep/z.json", "two/deep/z.json"]
+    assert content_below(project) == [
+        *(f"alias/{name}" for name in whole), links[0], *(f"pkg/{name}" for name in whole), links[1]
+    ]  # fmt: skip
+    assert content_below(project, links=False) == [f"pkg/{name}" for name in whole]
+
+
 @pytest.mark.parametrize(
     "files", ["[conf, ../conf]", "['conf/*', ../conf/x]", "[conf, ../../conf]", "[../../conf, conf/x]"]
 )

@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.adapters import tuned
-from support.contexts import forecast_context
+from support.contexts import forecast_context, inputs
 from support.inferring import as_rank, context
 from support.launching import MACHINE
 from support.models import make_checkpoint, save_model, tiny_model
@@ -246,6 +247,41 @@ def test_a_plan_refuses_a_baseline_of_another_vocabulary(shop: Workshop, tmp_pat
     assert done.returncode == 2, done.stdout
     assert "the baseline has a vocabulary of 272 tokens, and the model one of 264" in done.stderr
     assert "recipe.yaml:6:" in done.stderr
+
+
+def test_a_plan_refuses_a_baseline_that_cannot_be_evaluated_at_its_own_place(
+    shop: Workshop, tmp_path: Path, model: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", "t5")
+    line = "  evaluate: {uses: evaluate, inputs: {model: one, baseline: two}, with: {data: text.txt}}"
+    shop.manifest.write_text(
+        f'version: 1\nname: odd\nstages:\n  one: {{uses: download, with: {{path: "{model}"}}}}\n'
+        f'  two: {{uses: download, with: {{path: "{other}"}}}}\n{line}\n'
+    )
+    done = shop.command("plan", "recipe.yaml")
+    assert done.returncode == 2, done.stdout
+    assert f"recipe.yaml:6:{line.index('two') + 1}: " in done.stderr
+    assert "T5ForConditionalGeneration does no evaluation: it reads a prompt apart" in done.stderr
+
+
+@pytest.mark.parametrize("who", ["model", "baseline"])
+def test_a_stage_and_python_say_which_of_both_cannot_be_evaluated(tmp_path: Path, model: Path, who: str) -> None:
+    """Also that it is the one without a tokenizer where its files are not here yet."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    paths = {"model": model, "baseline": model}
+    wired = {port: (Forecast(output=describe_checkpoint(path)),) for port, path in paths.items()}
+    bare = replace(describe_checkpoint(model), path=None, names=("config.json", "model.safetensors"))
+    asked, given = EvaluateParams(data="text.txt"), {**wired, who: (Forecast(output=bare),)}
+    with pytest.raises(UsageError, match=f"evaluation needs a tokenizer, and the {who} has none") as refused:
+        evaluating.check(asked, forecast_context(tmp_path, base=tmp_path, inputs=given))
+    assert refused.value.field == f"inputs.{who}"
+    both = {**paths, who: make_checkpoint(tmp_path / "bert", "bert")}
+    with pytest.raises(UsageError, match="BertForMaskedLM does no evaluation: it makes no text") as refused:
+        bigpipe.evaluate(both["model"], tmp_path / "text.txt", baseline=both["baseline"])
+    assert refused.value.field == f"inputs.{who}"
+    with pytest.raises(UsageError, match="it makes no text") as refused:
+        evaluating.prepare(asked, context(tmp_path / "stage", model, base=tmp_path, inputs=inputs(**both)))
+    assert refused.value.field == f"inputs.{who}"
 
 
 def test_a_plan_takes_a_baseline_that_is_not_known_yet(tmp_path: Path, model: Path) -> None:

@@ -16,8 +16,10 @@ from support.media import make_whisper, tones, write_wav
 from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
-from bigpipe.bigmodel.checkpoint import describe_checkpoint
-from bigpipe.bigmodel.training import TrainedAdapter
+from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription, describe_checkpoint
+from bigpipe.bigmodel.quantization import quantize_checkpoint
+from bigpipe.bigmodel.training import TrainedAdapter, check_adapter
 from bigpipe.errors import GateFailed, UsageError
 from bigpipe.orchestrator.contract.events import Event, LogLine, Progress
 from bigpipe.orchestrator.launch.executors import executor
@@ -214,6 +216,62 @@ def test_a_plan_refuses_what_peft_does_not_adapt_and_foresees_what_it_does(tmp_p
     wired = {"model": (Forecast(output=describe_checkpoint(mixture)),)}
     said = training_needs.forecast(params(), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
     assert "4 modules" in said.summary
+
+
+def goes_on(folder: Path, model: ModelDescription, adapter: AdapterDescription) -> AdapterDescription:
+    """What a plan foresees of a `finetune` that goes on from an adapter."""
+    wired = {"model": (Forecast(output=model),), "adapter": (Forecast(output=adapter),)}
+    finetuning.check(params(), check_context(folder, inputs=wired))
+    found = training_needs.forecast(params(), forecast_context(folder, inputs=wired, machine=MACHINE)).output
+    assert isinstance(found, AdapterDescription)
+    return found
+
+
+def test_a_plan_goes_on_from_adapters_that_finetune_makes_and_merge_does_not_take(tmp_path: Path) -> None:
+    """Of experts that a class holds in one parameter."""
+    mixture = describe_checkpoint(make_checkpoint(tmp_path / "mixtral", "mixtral"))
+    shapes = {"self_attn.q_proj.lora_A": (8, 32), "self_attn.q_proj.lora_B": (32, 8)}
+    for module, inputs, outputs in (("mlp.experts.base_layer", 32, 128), ("mlp.experts", 64, 32)):
+        shapes |= {f"{module}.lora_A": (4 * 8, inputs), f"{module}.lora_B": (outputs, 4 * 8)}
+    prefix = "base_model.model.model.layers"
+    tensors = {
+        f"{prefix}.{layer}.{name}.weight": ("float32", each) for layer in (0, 1) for name, each in shapes.items()
+    }
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
+    config |= {"target_parameters": ["gate_up_proj", "down_proj"]}
+    made = AdapterDescription(config=config, tensors=tensors)
+    assert goes_on(tmp_path, mixture, made).tensors == tensors
+    other = {name.replace("layers.1", "layers.7"): each for name, each in (made.tensors or {}).items()}
+    with pytest.raises(UsageError, match=r"made for another model: MixtralForCausalLM has no .*layers\.7") as error:
+        goes_on(tmp_path, mixture, replace(made, tensors=other))
+    assert error.value.field == "inputs.adapter"
+
+
+def test_an_adapter_of_a_convolution_is_gone_on_from_though_it_is_not_merged(tmp_path: Path) -> None:
+    path = tmp_path / "whisper"
+    make_whisper(path)
+    architecture = describe_architecture(path)
+    name = next(module.name for module in architecture.modules if module.name.endswith("encoder.conv1"))
+    outputs, inputs, width = architecture.by_name[name].tensors[0].shape
+    shapes = {"lora_A": (4, inputs, width), "lora_B": (outputs, 4, 1)}
+    tensors = {f"base_model.model.{name}.{part}.weight": ("float32", shape) for part, shape in shapes.items()}
+    adapter = AdapterDescription(config={"peft_type": "LORA", "r": 4, "target_modules": ["conv1"]}, tensors=tensors)
+    check_adapter(adapter, describe_checkpoint(path), architecture)
+
+
+def test_a_plan_refuses_weights_of_the_model_beside_an_adapter_where_they_are_quantized(tmp_path: Path) -> None:
+    plain = make_checkpoint(tmp_path / "model", "llama")
+    quantize_checkpoint(plain, tmp_path / "int8", scheme="int8", skip_modules=[])
+    prefix, pair = "base_model.model.lm_head", {"lora_A": (4, 32), "lora_B": (264, 4)}
+    tensors = {f"{prefix}.{name}.weight": ("float32", shape) for name, shape in pair.items()}
+    tensors[f"{prefix}.base_layer.weight"] = ("float32", (264, 32))
+    adapter = AdapterDescription(config={"peft_type": "LORA", "r": 4, "target_modules": ["lm_head"]}, tensors=tensors)
+    goes_on(tmp_path, describe_checkpoint(plain), adapter)
+    with pytest.raises(
+        UsageError, match="weights of the model itself, which are quantized in this one: lm_head"
+    ) as error:
+        goes_on(tmp_path, describe_checkpoint(tmp_path / "int8"), adapter)
+    assert error.value.field == "inputs.adapter"
 
 
 @pytest.mark.parametrize(

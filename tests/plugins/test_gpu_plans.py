@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.placement import Placement, batches_together, place
+from bigpipe.bigmodel.training import Lora, Training, foreseen_adapter
 from bigpipe.errors import DoesNotFit
 from bigpipe.orchestrator.stage import Forecast, ForecastContext, Gpu, Launch
 from bigpipe.plugins import dispatch_needs, evaluating, inference_needs, training_needs
@@ -147,6 +149,41 @@ def test_windows_take_their_logits_of_a_gpu(tmp_path: Path, model: Path) -> None
     assert alone[0] - need.total == forwards[0] - need.activations + slices
     assert wide[0] - need.total == forwards[1] - need.activations + slices
     assert both[0] - 2 * need.total == 2 * (forwards[0] - need.activations) + slices + 4 * logits
+
+
+def test_an_adapter_takes_its_bytes_of_a_gpu_that_was_placed_without_it(tmp_path: Path, model: Path) -> None:
+    described = describe_checkpoint(model)
+    training = Training(max_steps=1, lora=Lora(r=4, target_modules=("q_proj",)))
+    adapter = foreseen_adapter(described, describe_architecture(model), training)
+    placed = planned(tmp_path, model, place(model, device_map=0, sequence_length=128, machine=H200))
+    for kind in (infer, evaluate):
+        beside = replace(placed, inputs={**placed.inputs, "adapter": (Forecast(output=adapter),)})
+        without, found = kind(placed).vram, kind(beside).vram
+        assert without is not None
+        assert found == {0: without[0] + 2 * 4 * 4 * (32 + 32)}  # two layers, rank 4, float32
+
+
+@pytest.mark.parametrize("main", [0, "cpu"])
+def test_windows_that_go_through_streamed_layers_together_take_memory_each(
+    tmp_path: Path, model: Path, main: Any
+) -> None:
+    """Hidden states, and the baseline's logits that wait; of a text with one window there is one batch."""
+    rest = "disk" if main == "cpu" else "cpu"
+    placement = place(model, device_map={"": main, "model.decoder.layers": rest}, machine=H200)
+    ctx = planned(tmp_path, model, placement, machine=MACHINE if main == "cpu" else H200)
+    ctx = replace(ctx, inputs={**ctx.inputs, "baseline": ctx.inputs["model"]})
+    asked = {"dtype": "float32", "sequence_length": 16, "stride": 16}
+    one, many = (evaluate(ctx, max_tokens=tokens, **asked) for tokens in (16, None))
+    taken = [found.ram if main == "cpu" else (found.vram or {}).get(0) for found in (one, many)]
+    assert None not in taken
+    states, logits, workspace = 4 * 16 * 32 * 4, 16 * 264 * 4, 0 if main == "cpu" else 32 * 2**20
+    count = batches_together(
+        placement, describe_architecture(model), Workload(sequence_length=16, all_logits=True), "float32", ctx.machine,
+        memo=ctx.memo, caching=False,
+    ).count  # fmt: skip
+    assert count > 1
+    more = min(count, math.ceil(len(TEXT) / 16)) - 1
+    assert taken[1] - taken[0] == more * (states + logits + workspace)
 
 
 def test_each_batch_that_goes_along_has_a_workspace_of_its_own_on_a_gpu(model: Path) -> None:
