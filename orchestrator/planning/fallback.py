@@ -35,7 +35,8 @@ class Verdict(StrEnum):
 
 def verdict(states: States, choice: Choice) -> Verdict:
     judge = states[choice.judge]
-    if judge.status in GOOD and not judge.left:
+    again = bool(judge.demanded_by) and judge.record is not None and judge.status is not Status.FAILED
+    if (judge.status in GOOD or again) and not judge.left:  # bytes that are made again: its gates are judged
         undecided = states.foreseen and any(gate.verdict is None for gate in judge_gates(states, judge))
         return Verdict.OPEN if undecided else Verdict.PASSED
     if judge.status is Status.FAILED or (judge.status is Status.SKIPPED and broken_above(judge)):

@@ -332,3 +332,30 @@ def test_a_graph_of_a_run_in_json(workshop):
     named_alike = "version: 1\nname: y\nstages: {use: {uses: write, with: {text: a}}}\n"
     (workshop.folder / "other.yaml").write_text(named_alike)
     assert workshop.command("graph", "other.yaml", "--run", "last").returncode == 2
+
+
+DEMANDED = """\
+version: 1
+params: {join: "-"}
+stages:
+  make: {uses: write, matrix: {text: [dddd, ccc]}, with: {text: "${matrix.text}"}}
+  check: {uses: join, cache: false, inputs: {first: make}, gates: ["characters <= 3"], with: {squeeze: true}}
+  use: {uses: join, inputs: {first: make}, first: {axis: text, of: check}, with: {separator: "${params.join}"}}
+  also:
+    uses: join
+    inputs: {first: make, rest: [check]}
+    first: {axis: text, of: check}
+    with: {separator: "${params.join}"}
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_verdict_stands_while_dropped_bytes_of_its_judge_are_made_again(workshop, jobs):
+    assert workshop.run(DEMANDED, jobs=jobs).exit_code == 0
+    result = workshop.run(params={"join": "+"}, jobs=jobs)
+    assert result.exit_code == 0
+    assert {name: {row["value"]: row["came_to"] for row in rows} for name, rows in result.tried.items()} == {
+        name: {"dddd": "left", "ccc": "taken"} for name in ("use", "also")
+    }
+    told = "takes text ccc; dddd is left: gate characters <= 3: 4"
+    assert {result.nodes[name].verdict for name in ("use", "also")} == {told}
