@@ -139,7 +139,7 @@ class _Binding:
         InvalidCheckpoint for another rank than the config's."""
         # The matrices of several parameters of one module are named as if they lay within each other
         named = [(name.replace(".base_layer", ""), parts) for name, parts in modules.items()]
-        self._refuse_unknown([name for name, _ in named], whole)
+        self._refuse_unknown(dict.fromkeys(name for name, _ in named), whole)
         for name, parts in named:
             module = self.architecture.by_name[name]
             embedding = parts.pair("lora_embedding_A", "lora_embedding_B")
