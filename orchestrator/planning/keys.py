@@ -334,7 +334,7 @@ class _Walk:
         if not path.is_dir():
             cause = "is a file, not a directory" if path.exists() else "is not there"
             raise self._wrong(where, value, f"the directory {value} {cause}")
-        found = content_below(path, links=links)
+        found = content_below(path, links=links, field=where)
         return digest_of("tree", [[name, self.memo.sha256(os.path.join(path, name))] for name in found])
 
     def code(self, value: str, where: str) -> str:

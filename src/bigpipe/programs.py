@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import os
 import signal
@@ -25,6 +26,8 @@ AFTER_ITS_END = 1.0
 """Seconds in which the rest of the output is read; something that a program left running may hold it open."""
 NOTES = frozenset({".git", ".cache", "__pycache__"})
 """Directories that hold what tools noted down."""
+MOST_AGAIN = 10_000
+"""Folders that links lead to once more, in all: among folders that link to each other the ways multiply."""
 ENDS_THE_GROUP = "import os, signal, sys; sys.stdin.buffer.read(); os.killpg(0, signal.SIGKILL)"
 """What a program's keeper does: waits until nobody can write to it, then ends the group that both are in."""
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -193,12 +196,13 @@ def laid_out(files: Sequence[str], base: Path) -> dict[PurePosixPath, Path]:
     found: dict[PurePosixPath, Path] = {}
     folders: dict[PurePosixPath, Path] = {}
     for number, name in enumerate(files):
-        for place, source in _laid_out(name, base):
+        field = f"files[{number}]"
+        for place, source in _laid_out(name, base, field):
             taken = next((above for above in (place, *place.parents) if above in found), place)
             other = found.get(taken) or folders.get(taken)
             if other is not None and not _is_same(other, source):
                 cause = f"{other} and {source} would both lie at {taken} in the working directory"
-                raise UsageError(cause, "rename one of them, or name one alone", field=f"files[{number}]")
+                raise UsageError(cause, "rename one of them, or name one alone", field=field)
             found[place] = source
             folders.update(dict.fromkeys(place.parents, source))
     return found
@@ -208,29 +212,40 @@ def _is_same(one: Path, other: Path) -> bool:
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
-def _laid_out(name: str, base: Path) -> Iterator[tuple[PurePosixPath, Path]]:
+def _laid_out(name: str, base: Path, field: str) -> Iterator[tuple[PurePosixPath, Path]]:
     path = base / name
     if path.is_dir():
-        yield from ((laid_out_at(os.path.join(name, inside)), path / inside) for inside in content_below(path))
+        below = content_below(path, field=field)
+        yield from ((laid_out_at(os.path.join(name, inside)), path / inside) for inside in below)
     else:
         found = [name] if path.is_file() else sorted(glob.glob(name, root_dir=base, recursive=True))
         yield from ((laid_out_at(each), base / each) for each in found if (base / each).is_file())
 
 
-def content_below(folder: Path, *, links: bool = True) -> list[str]:
+def content_below(folder: Path, *, links: bool = True, field: str | None = None) -> list[str]:
     """Return the relative paths of all files below a directory, sorted, but for what tools noted down. links: to
-    folders are followed, but not to one that lies above the link, on the way there: that would be a circle. Raise
-    OSError for a directory that cannot be read."""
+    folders are followed, but not to one that lies above the link, on the way there: that would be a circle. field: what
+    names the directory, for errors. Raise OSError for a directory that cannot be read, and UsageError where links lead
+    to folders once more `MOST_AGAIN` times."""
     found: list[str] = []
-    top = os.fspath(folder)
-    around = {top: {os.path.realpath(top)}}  # directory → the real paths of it and of those above it
+    top, real_top = os.fspath(folder), os.path.realpath(folder)
+    around = {top: (real_top, frozenset([real_top]))}  # directory → its real path, and those of it and of those above
+    known, again, real_of = {real_top}, 0, functools.cache(os.path.realpath)
     for place, folders, names in os.walk(top, onerror=_raise, followlinks=links):
-        above, kept = around.pop(place), []
+        (real_place, above), kept = around.pop(place), []
         for name in sorted(set(folders) - NOTES):
+            own = os.path.join(real_place, name)
+            real = real_of(own)
+            if real in above or (real != own and not links):
+                continue
+            again += real in known
+            if again > MOST_AGAIN:
+                cause = f"{folder}: links lead to the same folders in more than {MOST_AGAIN:,} ways"
+                raise UsageError(cause, "name the folders that are meant, in place of what holds them", field=field)
+            known.add(real)
             inner = os.path.join(place, name)
-            if (real := os.path.realpath(inner)) not in above:
-                around[inner] = above | {real}
-                kept.append(name)
+            around[inner] = real, above | {real}
+            kept.append(name)
         folders[:] = kept
         inside = place.removeprefix(top).lstrip(os.sep)
         found += [os.path.join(inside, name) for name in names] if inside else names

@@ -181,6 +181,29 @@ def test_a_folder_that_several_links_lead_to_is_there_whole_under_each_name(tmp_
     assert content_below(project, links=False) == [f"pkg/{name}" for name in whole]
 
 
+def linked_to_each_other(folder: Path, count: int) -> Path:
+    """Each of the packages has a file, and a link to each of the others, as a workspace of npm has them."""
+    for name in range(count):
+        (folder / f"p{name}").mkdir(parents=True)
+        (folder / f"p{name}/a.js").write_text("")
+        for other in range(count):
+            if other != name:
+                (folder / f"p{name}/to{other}").symlink_to(f"../p{other}")
+    return folder
+
+
+def test_folders_that_link_to_each_other_are_named_in_each_way_as_far_as_that_ends(workshop):
+    assert len(content_below(linked_to_each_other(workshop.folder / "few", 6))) == 1956
+    many = linked_to_each_other(workshop.folder / "many", 12)
+    assert len(content_below(many, links=False)) == 12
+    with pytest.raises(UsageError, match="links lead to the same folders in more than 10,000 ways") as refused:
+        content_below(many)
+    assert "name the folders that are meant" in refused.value.cure
+    workshop.manifest.write_text(recipe("['true']", "produces: report, files: [many]"))
+    with pytest.raises(UsageError, match=r"recipe\.yaml:4:\d+: .*many: links lead to the same folders"):
+        bigpipe.plan(workshop.manifest, store=workshop.folder / "store")
+
+
 @pytest.mark.parametrize(
     "files", ["[conf, ../conf]", "['conf/*', ../conf/x]", "[conf, ../../conf]", "[../../conf, conf/x]"]
 )
