@@ -148,14 +148,15 @@ def _found_from(manifest: Path, beside: Path | None) -> str:
 
 def _requirement(session: Session) -> str:
     """With the extras that the recipe's kinds, what they name, and its sinks need, and the version that wrote the
-    file. What counts GPUs goes where something computes: without it none is seen."""
+    file. What counts GPUs goes where something computes or asks for some: without it none is seen."""
     from importlib.metadata import metadata
 
     recipe = session.recipe
     packages = {name for node in recipe.nodes.values() for name in node.kind.packages}
     offered = set(metadata("bigpipe-ml").get_all("Provides-Extra") or ())
     extras = (packages & offered - set(RUN)) | ({"run"} if "torch" in packages else set())  # kinds that compute name it
-    extras |= {"gpu"} if packages & COMPUTES else set()
+    asked = any(node.resources.gpus or node.resources.gpu_memory for node in recipe.nodes.values())
+    extras |= {"gpu"} if asked or packages & COMPUTES else set()
     for node in recipe.nodes.values():
         if node.kind.planning.extras is not None:
             extras |= set(session.ask(node, node.kind.planning.extras, session.base))

@@ -448,6 +448,17 @@ stages:
     assert installed == "bigpipe-ml" + (f"[{extras}]" if extras else "")
 
 
+@pytest.mark.parametrize(
+    ("resources", "extras"), [("", ""), (", resources: {gpus: 0}", ""), (", resources: {gpus: 1}", "[gpu]"),
+                              (", resources: {gpu_memory: 8GiB}", "[gpu]")],
+)  # fmt: skip
+def test_what_counts_gpus_is_installed_where_a_tool_asks_for_some(words: Workshop, resources: str, extras: str) -> None:
+    (words.folder / "train.py").write_text("")
+    tool = "uses: command, with: {argv: ['${python}', train.py], files: [train.py], produces: directory}"
+    words.manifest.write_text(f"version: 1\nname: tool\nstages:\n  tool: {{{tool}{resources}}}\n")
+    assert re.findall(r"pip install '?([^=]+)==", exported("github", words)) == [f"bigpipe-ml{extras}"]
+
+
 def test_an_estimate_installs_no_library_whose_models_it_may_never_see(words: Workshop) -> None:
     words.manifest.write_text("version: 1\nname: look\nstages:\n  look: {uses: estimate, with: {path: model}}\n")
     make_checkpoint(words.folder / "model", "opt")
