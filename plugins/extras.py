@@ -27,6 +27,9 @@ def of_inference(params: InferParams, base: Path) -> set[str]:
     reads = find_task(params.task, Sources()).reads if params.task in TASKS else ()
     if "picture" in reads:
         found.add("pictures")
+    if isinstance(params.prompts, list):
+        rows = (row.get(params.column) if isinstance(row, dict) else row for row in params.prompts)
+        endings = {Path(row).suffix.lower() for row in rows if isinstance(row, str)}
     return found | (_sounds(endings) if "sound" in reads else set())
 
 

@@ -421,12 +421,15 @@ def test_what_is_installed_is_what_the_recipe_needs(words: Workshop) -> None:
 @pytest.mark.parametrize(
     ("task", "prompts", "more", "to", "extras"),
     [
-        ("text-generation", "rows.jsonl", ", output_format: parquet", "s3://bucket/x", "gpu,parquet,run,s3"),
-        ("text-generation", "table.PARQUET", "", "out", "gpu,parquet,run"),
-        ("image-classification", "pictures/*.png", "", "out", "gpu,pictures,run"),
-        ("automatic-speech-recognition", "sounds", "", "simplecache::s3://bucket/x", "gpu,run,s3,sounds"),
-        ("automatic-speech-recognition", "sounds/*.wav", "", "hf://a/b", "gpu,run"),
-        ("text-generation", "rows.jsonl", ", engine: openai, serving: {url: 'http://x/v1', model: m}", "out", ""),
+        ("text-generation", "'rows.jsonl'", ", output_format: parquet", "s3://bucket/x", "gpu,parquet,run,s3"),
+        ("text-generation", "'table.PARQUET'", "", "out", "gpu,parquet,run"),
+        ("image-classification", "'pictures/*.png'", "", "out", "gpu,pictures,run"),
+        ("automatic-speech-recognition", "'sounds'", "", "simplecache::s3://bucket/x", "gpu,run,s3,sounds"),
+        ("automatic-speech-recognition", "'sounds/*.wav'", "", "hf://a/b", "gpu,run"),
+        ("automatic-speech-recognition", "[sounds/b.flac]", "", "out", "gpu,run,sounds"),
+        ("automatic-speech-recognition", "[{heard: sounds/b.OGG}]", ", column: heard", "out", "gpu,run,sounds"),
+        ("automatic-speech-recognition", "[sounds/a.wav, {prompt: sounds/a.WAV}]", "", "out", "gpu,run"),
+        ("text-generation", "'rows.jsonl'", ", engine: openai, serving: {url: 'http://x/v1', model: m}", "out", ""),
     ],
 )
 def test_what_files_and_addresses_need_is_installed_too(
@@ -441,7 +444,7 @@ def test_what_files_and_addresses_need_is_installed_too(
 version: 1
 stages:
   model: {{uses: download, with: {{repo: org/model}}}}
-  answer: {{uses: distributed-infer, {wired}with: {{task: {task}, prompts: "{prompts}"{more}}}}}
+  answer: {{uses: distributed-infer, {wired}with: {{task: {task}, prompts: {prompts}{more}}}}}
   save: {{uses: save, inputs: {{results: answer}}, with: {{to: "{to}"}}}}
 """)
     (installed,) = re.findall(r"pip install '?([^=]+)==", exported("github", workshop, offline=True))
