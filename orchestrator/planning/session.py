@@ -105,12 +105,13 @@ class Session:
         """Return the machine that a node is planned for, without GPUs where its `config_file` says `use_cpu`. Raise
         DoesNotFit where none of a cluster has its labels, UsageError for a `config_file` that cannot be used."""
         if self.cluster is None or node.kind.runs_in == "inline":
-            return replace(self.machine, gpus=()) if self._on_cpu(node) else self.machine
+            return replace(self.machine, gpus=()) if self.on_cpu(node) else self.machine
         from .spreading import planned_for
 
         return planned_for(self.cluster, self.asking(node)).machine
 
-    def _on_cpu(self, node: Node) -> bool:
+    def on_cpu(self, node: Node) -> bool:
+        """Return whether a node's `config_file` says `use_cpu`. Raise UsageError for one that cannot be used."""
         if node.launch.config_file is None:
             return False
         from bigpipe.orchestrator.launch import runs_on_cpu
@@ -123,7 +124,7 @@ class Session:
 
     def asking(self, node: Node) -> Node:
         """Return the node as it asks for a machine of a cluster: for no GPU where its ranks are to run on the CPU."""
-        if not self._on_cpu(node):
+        if not self.on_cpu(node):
             return node
         return replace(node, resources=node.resources.model_copy(update={"gpus": 0}))
 

@@ -118,7 +118,8 @@ def smaller(session: Session, folder: Path) -> tuple[Session, Smoke]:
 
 
 def _plain(node: Node, folder: Path, session: Session) -> Node:
-    """Without conditions, and with few ranks on this machine; what it holds is as little as its forecast says."""
+    """Without conditions, and with few ranks on this machine; what it holds is as little as its forecast says. A
+    launch file is heeded where it says `use_cpu` alone: which GPUs it names, and what for, is of the whole run."""
     launch, gpus = session.surroundings(node).launch, len(session.machine_of(node).gpus)
     ranks = min(launch.num_processes, RANKS, gpus or RANKS)
     first = node.first.choices[0] if node.first else None
@@ -130,7 +131,7 @@ def _plain(node: Node, folder: Path, session: Session) -> Node:
         inputs=first.inputs if first else node.inputs,
         needs=first.needs if first else node.needs,
         launch=Launch(
-            config_file=node.launch.config_file,
+            config_file=node.launch.config_file if session.on_cpu(node) else None,
             num_processes=ranks,
             num_machines=1,
             machine_rank=0,

@@ -92,7 +92,8 @@ stages:
 @pytest.mark.parametrize("use_cpu", [True, False])
 def test_a_smoke_run_has_the_gpus_that_the_launch_file_leaves(workshop: Workshop, use_cpu: bool) -> None:
     machines = {"num_machines": 3, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
-    (workshop.folder / "mine.yaml").write_text(yaml.safe_dump({"num_processes": 6, "use_cpu": use_cpu, **machines}))
+    written = {"num_processes": 6, "use_cpu": use_cpu, "gpu_ids": "4,5", "distributed_type": "DEEPSPEED", **machines}
+    (workshop.folder / "mine.yaml").write_text(yaml.safe_dump(written))
     make_checkpoint(workshop.folder / "model", "opt")
     workshop.manifest.write_text(RECIPE)
     session = open_session(workshop.manifest, params={}, given_machine=machine_with(1))
@@ -101,6 +102,7 @@ def test_a_smoke_run_has_the_gpus_that_the_launch_file_leaves(workshop: Workshop
     assert len(around.machine.gpus) == (0 if use_cpu else 1)
     assert (around.launch.num_processes, around.launch.num_machines) == (2 if use_cpu else 1, 1)
     assert around.launch.main_process_ip is None
+    assert around.launch.config_file == ("mine.yaml" if use_cpu else None), "GPUs 4 and 5 need not be here"
 
 
 @pytest.mark.parametrize("use_cpu", [True, False])
