@@ -119,7 +119,10 @@ class Supervisor:
     def crash(self, who: str, code: int, rank: int | None = None, machine: int = 0) -> StageFailed:
         """Return the error for a process on a machine that ended without saying why."""
         hint = f"its output is in {self.job.folder.log_of(machine)}{self._last_lines(machine)}"
-        if code == -signal.SIGKILL:
+        elsewhere = machine != 0 or (rank is not None and rank not in self.job.launch.local_ranks)
+        if code == -signal.SIGKILL and elsewhere:
+            hint = f"memory ran out on its machine, if `dmesg` there says so; else somebody killed it; {hint}"
+        elif code == -signal.SIGKILL:
             hint = f"{self._who_kills(self.peak(rank))}; {hint}"
         if code == -signal.SIGBUS:
             hint = f"a file that it had mapped was cut short, or its disk failed; {hint}"

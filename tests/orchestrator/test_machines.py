@@ -18,12 +18,13 @@ from typing import Any
 
 import jsonschema
 import pytest
-from support.launching import TESTS, wait_for
+from support.launching import TESTS, make_job, wait_for
 
 from bigpipe.errors import DoesNotFit, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.types import Launch
 from bigpipe.orchestrator.launch import Meeting, Standing, attend, effective_launch, meeting as meetings, standing
 from bigpipe.orchestrator.launch.schedulers import node_names
+from bigpipe.orchestrator.launch.supervision import supervise
 from bigpipe.orchestrator.report.inspection import log_lines
 
 SLURM = {
@@ -235,6 +236,19 @@ def test_a_machine_that_comes_again_does_no_earlier_call(tmp_path: Path, monkeyp
         assert wait_for(lambda: meeting.has_all(three))
     machines[1].join(10)
     assert calls == [("first", "one"), ("first", "two"), ("again", "three")]
+
+
+@pytest.mark.parametrize("machine", [1, 0])
+def test_what_killed_a_rank_elsewhere_is_not_told_by_the_memory_here(tmp_path: Path, machine: int) -> None:
+    """machine: whose log holds what it prints; 0: a person started it."""
+    two = Launch(num_processes=2, num_machines=2, main_process_ip="10.0.0.1", main_process_port=29500)
+    (tmp_path / "attempt").mkdir()
+    supervisor = supervise(make_job(tmp_path, "RANKS", launch=two))
+    told = supervisor.crash("rank 1", -signal.SIGKILL, 1, machine)
+    assert "rank 1 was ended by SIGKILL" in told.cause
+    assert "memory ran out on its machine, if `dmesg` there says so; else somebody killed it" in told.cure
+    assert "peaked" not in told.cure
+    assert "its memory peaked at" in supervisor.crash("rank 0", -signal.SIGKILL, 0).cure
 
 
 RECIPE = """
