@@ -238,6 +238,41 @@ def test_a_machine_that_comes_again_does_no_earlier_call(tmp_path: Path, monkeyp
     assert calls == [("first", "one"), ("first", "two"), ("again", "three")]
 
 
+def test_a_call_that_came_and_was_over_between_two_looks_is_found_by_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, looking, between, statuses = meetings._read, threading.Event(), threading.Event(), list[int]()
+
+    def look(path: Path) -> Any:
+        if path.name == "call-1.json" and not between.is_set():
+            looking.set()
+            return between.wait(10) and None
+        return read(path)
+
+    def start(job: Path, node: str, over: Any) -> int:
+        over()
+        return 0
+
+    monkeypatch.setattr(meetings, "_read", look)
+    other = threading.Thread(
+        target=lambda: statuses.append(attend(tmp_path, PLACES[1], 10, start, lambda line: None)), daemon=True
+    )
+    other.start()
+    meeting = Meeting(tmp_path, PLACES[0], 2, limit=10)
+    with meeting.held():
+        first = meeting.call(tmp_path / "job", "one", quiet)
+        meeting.end(first)
+        assert looking.wait(10)
+        between.set()
+        meeting.settle(first, quiet)
+        assert meeting.done(first) == {1: 1}
+        second = meeting.call(tmp_path / "job", "two", quiet)
+        assert wait_for(lambda: meeting.has_all(second))
+        assert meeting.done(second) == {1: 0}
+    other.join(10)
+    assert statuses == [0]
+
+
 @pytest.mark.parametrize("machine", [1, 0])
 def test_what_killed_a_rank_elsewhere_is_not_told_by_the_memory_here(tmp_path: Path, machine: int) -> None:
     """machine: whose log holds what it prints; 0: a person started it."""
