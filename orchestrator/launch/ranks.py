@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from bigpipe.errors import BigpipeError, StageFailed
 from bigpipe.files import write_file
 from bigpipe.orchestrator.contract import LogLine, Stage, Surroundings
 from bigpipe.programs import running_program
-from bigpipe.redaction import printable, redact
+from bigpipe.redaction import printable
 
 from .acceleration import Acceleration, accelerate
 from .environment import worker_environment
 from .jobs import AttemptFolder, Failure, Job, Outcome
 from .lifeline import GRACE_SECONDS
-from .output import Log
+from .output import LineSplitter, Log
 from .processes import worker_command
 from .supervision import LOOK_SECONDS, Supervisor, how_it_ended, supervise
 
@@ -95,33 +95,39 @@ def start_here(
         log.write(line)
         tell(line)
 
-    with running_program(
-        worker_command(job_file, "launch", str(launch.machine_rank)),
-        folder=surroundings.base,
-        environment={**acceleration.environment(surroundings.machine), **environment},
-        output=_Lines(logged),
-        grace=GRACE_SECONDS,
-        apart=True,  # it signs in, and who ends a worker ends its session; this process may share one with others
-    ) as program:
+    with (
+        closing(_Lines(logged)) as lines,
+        running_program(
+            worker_command(job_file, "launch", str(launch.machine_rank)),
+            folder=surroundings.base,
+            environment={**acceleration.environment(surroundings.machine), **environment},
+            output=lines,
+            grace=GRACE_SECONDS,
+            apart=True,  # it signs in, and who ends a worker ends its session; this process may share one with others
+        ) as program,
+    ):
         while (ended := program.ended(LOOK_SECONDS)) is None:
             over()
     return ended.status
 
 
 class _Lines:
-    """Passes on whole lines, secrets masked."""
+    """Passes on whole lines, secrets masked; of one that is drawn again and again its last state."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
-        self._begun = b""
+        self._splitter = LineSplitter()
 
-    def write(self, data: bytes) -> None:
-        *lines, self._begun = (self._begun + data).split(b"\n")
-        for line in lines:
-            self._tell(redact(line.decode("utf-8", "replace")))
+    def write(self, data: bytes, *, final: bool = False) -> None:
+        for line in self._splitter.feed(data, final=final):
+            self._tell(line)
 
     def flush(self) -> None:
         """Every line was passed on when it was whole."""
+
+    def close(self) -> None:
+        """Pass on a last line that has no end."""
+        self.write(b"", final=True)
 
 
 class _Ranks:

@@ -180,13 +180,14 @@ def _start(argv: Sequence[str], folder: Path, environment: Mapping[str, str], ap
 
 
 def _pass_on(source: BinaryIO, target: Output, last: deque[bytes]) -> None:
-    while data := os.read(source.fileno(), 65536):
-        with contextlib.suppress(OSError):  # whoever read it is gone: that is no reason to stop the program
-            target.write(data)
-            target.flush()
-        first, *more = data.split(b"\n")
-        last[-1] = (last[-1] + first)[-4096:]
-        last.extend(line[-4096:] for line in more)
+    with source:
+        while data := os.read(source.fileno(), 65536):
+            with contextlib.suppress(OSError):  # whoever read it is gone: that is no reason to stop the program
+                target.write(data)
+                target.flush()
+            first, *more = data.split(b"\n")
+            last[-1] = (last[-1] + first)[-4096:]
+            last.extend(line[-4096:] for line in more)
 
 
 def laid_out(files: Sequence[str], base: Path) -> dict[PurePosixPath, Path]:

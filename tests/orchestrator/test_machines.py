@@ -22,7 +22,16 @@ from support.launching import TESTS, make_job, wait_for
 
 from bigpipe.errors import DoesNotFit, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.contract.types import Launch
-from bigpipe.orchestrator.launch import Meeting, Standing, attend, effective_launch, meeting as meetings, standing
+from bigpipe.orchestrator.launch import (
+    Meeting,
+    Standing,
+    attend,
+    effective_launch,
+    meeting as meetings,
+    ranks,
+    standing,
+)
+from bigpipe.orchestrator.launch.jobs import AttemptFolder
 from bigpipe.orchestrator.launch.schedulers import node_names
 from bigpipe.orchestrator.launch.supervision import supervise
 from bigpipe.orchestrator.report.inspection import log_lines
@@ -284,6 +293,20 @@ def test_what_killed_a_rank_elsewhere_is_not_told_by_the_memory_here(tmp_path: P
     assert "memory ran out on its machine, if `dmesg` there says so; else somebody killed it" in told.cure
     assert "peaked" not in told.cure
     assert "its memory peaked at" in supervisor.crash("rank 0", -signal.SIGKILL, 0).cure
+
+
+def test_the_log_of_ranks_elsewhere_has_the_last_state_of_a_bar_and_a_line_without_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printing = "import sys; sys.stdout.write('1%\\r2%\\r3%\\nwhat(): no memory')"
+    monkeypatch.setattr(ranks, "worker_command", lambda *given: [sys.executable, "-c", printing])
+    launch = Launch(num_processes=2, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1", main_process_port=1)
+    job, told = make_job(tmp_path, "RANKS", launch=launch), list[str]()
+    folder = AttemptFolder(tmp_path / "attempt")
+    folder.path.mkdir()
+    status = ranks.start_here(job.stage, job.surroundings, os.environ, folder.job, quiet, told.append)
+    assert (status, told) == (0, ["3%", "what(): no memory"])
+    assert folder.log_of(1).read_text() == "3%\nwhat(): no memory\n"
 
 
 RECIPE = """
