@@ -231,7 +231,7 @@ def content_below(folder: Path, *, links: bool = True, field: str | None = None)
     found: list[str] = []
     top, real_top = os.fspath(folder), os.path.realpath(folder)
     around = {top: (real_top, frozenset([real_top]))}  # directory → its real path, and those of it and of those above
-    known, again, real_of = {real_top}, 0, functools.cache(os.path.realpath)
+    known, again, real_of = {real_top}, 0, functools.cache(lambda path: str(os.path.realpath(path)))
     for place, folders, names in os.walk(top, onerror=_raise, followlinks=links):
         (real_place, above), kept = around.pop(place), []
         for name in sorted(set(folders) - NOTES):
