@@ -223,7 +223,7 @@ def _laid_out(name: str, base: Path, field: str) -> Iterator[tuple[PurePosixPath
         yield from ((laid_out_at(each), base / each) for each in found if (base / each).is_file())
 
 
-def content_below(folder: Path, *, links: bool = True, field: str | None = None) -> list[str]:
+def content_below(folder: Path, *, links: bool = True, field: str = "") -> list[str]:
     """Return the relative paths of all files below a directory, sorted, but for what tools noted down. links: to
     folders are followed, but not to one that lies above the link, on the way there: that would be a circle. field: what
     names the directory, for errors. Raise OSError for a directory that cannot be read, and UsageError where links lead
