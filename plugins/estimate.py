@@ -196,7 +196,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="estimate",
-    version=5,
+    version=6,
     params=EstimateParams,
     metrics=EstimateMetrics,
     inputs={"model": Port("checkpoint", optional=True)},

@@ -8,8 +8,8 @@ from typing import Any
 
 from .texts import text_config
 
-ENCODER = re.compile(r"(?:\w+\.){0,2}(?:\w+_)?encoder\.")
-"""Of an encoder-decoder: T5's `encoder.`, BART's `model.encoder.`."""
+ENCODER = re.compile(r"(?:(?!\w*decoder\.)\w+\.){0,2}(?:\w+_)?encoder\.")
+"""Of an encoder-decoder: T5's `encoder.`, BART's `model.encoder.`; not the `decoder.bert.encoder.` of a BERT."""
 SHARED = re.compile(r"(?:\w+\.)?shared\.")
 TOWER = re.compile(
     r"(?:\w+\.){0,2}(?:vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|qformer)\."

@@ -13,6 +13,9 @@ OFFSET = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ro
                     "longformer", "mpnet", "ibert", "esm", "luke", "lilt", "markuplm", "xmod"})  # fmt: skip
 """Model types that number positions from behind the padding token's, so that the table has so many less for tokens."""
 
+SENSES = frozenset({"image_size", "num_channels", "num_mel_bins", "conv_dim", "feature_projection_input_dim"})
+"""Fields of configs of what sees or hears: positions there are none of a text, whatever other fields are called."""
+
 CAUSAL_AS_DECODER = frozenset({
     "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
     "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
@@ -71,13 +74,13 @@ def position_limit(config: Config) -> int | None:
 
 def read_limit(config: Config) -> int | None:
     """Return the most tokens that a complete config's positions are made for, of a text that is read; None where there
-    is no last one. An encoder-decoder's encoder may have positions of its own; all others have those of
-    `position_limit`."""
+    is no last one. An encoder-decoder's encoder may have positions of its own; all others, and one whose encoder sees
+    or hears, have those of `position_limit`."""
     encoder, own = config.get("encoder"), config.get("max_encoder_position_embeddings")
     if not config.get("is_encoder_decoder"):
         return position_limit(config)
     if isinstance(encoder, Mapping) and encoder:
-        return position_limit(encoder)
+        return position_limit(config if SENSES & encoder.keys() else encoder)
     return own if type(own) is int else position_limit(config)
 
 

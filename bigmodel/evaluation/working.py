@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -39,11 +39,16 @@ class Pair:
     """Window → the baseline's logits [scored, vocabulary], from the baseline's forward to the model's."""
     losses: dict[int, Losses] = field(default_factory=dict)
     """First window of a batch → what `layers` found in its forward, as long."""
+    afresh: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """Model, by its `id` → what makes it as it was before it read any window, from `bind_windows` on."""
 
 
 def bind_windows(pair: Pair, plan: WorkPlan, ids: array[int], seed: int = 0) -> Bound:
     """Return what answers windows, batch by batch: each is read by the baseline, then by the model, and their logits
-    are let go. Where layers are streamed, as many batches as the plan says go through them together."""
+    are let go. Each finds nothing of those before it. Where layers are streamed, as many batches as the plan says go
+    through them together."""
+    models = [model for model in (pair.model, pair.baseline) if model is not None]
+    pair.afresh = {id(model): loaded(model).stream.afresh(model) for model in models}
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         with _failing(rows):
@@ -68,7 +73,7 @@ def _look_ahead(pair: Pair, rows: Sequence[Row], ids: array[int], seed: int) -> 
 
     with torch.no_grad(), _failing(rows):
         for alike in _alike(rows):
-            found = _logits(pair.baseline, alike, ids, seed)
+            found = _logits(pair, pair.baseline, alike, ids, seed)
             pair.waiting.update(zip((row.index for row in alike), found, strict=True))
             if pair.layers is not None:
                 pair.losses[alike[0].index] = pair.layers.take()
@@ -83,7 +88,7 @@ def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
 def _answer(pair: Pair, rows: Sequence[Row], ids: array[int], seed: int) -> Iterator[Answer]:
     import torch
 
-    logits = _logits(pair.model, rows, ids, seed)
+    logits = _logits(pair, pair.model, rows, ids, seed)
     for row, own in zip(rows, logits, strict=True):
         window, held = window_of(row), None if pair.baseline is None else pair.waiting.pop(row.index)
         wanted = torch.tensor(ids[window.scored : window.end])
@@ -91,7 +96,7 @@ def _answer(pair: Pair, rows: Sequence[Row], ids: array[int], seed: int) -> Iter
         yield Answer({**measure(own, wanted, window.scored, held), **layers}, window.tokens, window.end - window.begin)
 
 
-def _logits(model: Any, rows: Sequence[Row], ids: array[int], seed: int) -> list[torch.Tensor]:
+def _logits(pair: Pair, model: Any, rows: Sequence[Row], ids: array[int], seed: int) -> list[torch.Tensor]:
     """Of the scored tokens of each window, [scored, vocabulary], as the model computes them."""
     import torch
 
@@ -99,6 +104,7 @@ def _logits(model: Any, rows: Sequence[Row], ids: array[int], seed: int) -> list
     torch.manual_seed(seed + rows[0].index)
     tokens = torch.tensor([list(ids[window.begin : window.end]) for window in windows])
     given = tokens.to(loaded(model).homes.main)
+    pair.afresh[id(model)]()
     found = model(input_ids=given, **_without_cache(model)).logits
     return [logits[_places(window)] for logits, window in zip(found, windows, strict=True)]
 

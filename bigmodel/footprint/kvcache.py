@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bigpipe.bigmodel.architecture import Architecture, encodes, text_config
+from bigpipe.bigmodel.architecture import Architecture, encodes, position_limit, text_config
 
 Config = Mapping[str, Any]
 
@@ -69,8 +69,8 @@ def cache_of(
 def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output_length: int | None = None) -> Cache:
     """The cache of a generating model with a complete config, `itemsize` bytes per key element.
 
-    Encoder-decoders: `length` tokens of input and `output_length` of output (None: as many), for the cross and the
-    self attention.
+    Encoder-decoders: `length` tokens of input and `output_length` of output (None: as many; no more than the decoder's
+    positions are made for), for the cross and the self attention.
     """
     text = text_config(config)
     if encodes(config):
@@ -206,7 +206,7 @@ def _encoder_decoder(text: Config, batch_size: int, length: int, itemsize: int, 
     groups = int(_first(text, "num_key_value_heads") or heads)
     crossed = int(_first(text, "cross_num_key_value_heads") or groups) * int(_first(text, "cross_head_dim") or size)
     seen = int(text.get("max_source_positions") or length) if text.get("num_mel_bins") else length
-    answer = min(output_length, int(text.get("max_target_positions") or output_length))
+    answer = min(output_length, position_limit(text) or output_length)
     kinds = text.get("layer_types") or ["full_attention"] * layers
     kept = [min(answer, _window(text, kind, answer)) for kind in kinds]
     width = 2 * itemsize * batch_size

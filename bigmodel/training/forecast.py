@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigpipe.bigmodel.adapters import PREFIX, copies
-from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.architecture import Architecture, position_limit, text_config
 from bigpipe.bigmodel.checkpoint import CASTABLE, AdapterDescription, ModelDescription, itemsize, tensor_nbytes
 from bigpipe.bigmodel.execution import cast_bytes
 from bigpipe.bigmodel.footprint import Budget, Workload, activations_kept, capped_length
@@ -93,14 +93,14 @@ def training_memory(
 ) -> TrainingMemory:
     """Return what a step takes. parameters: of the adapter. dtype: computed in. longest: tokens of the longest row;
     given: of the longest input that an encoder reads (sounds have one length); what is more than `max_length`, or the
-    model's positions, is cut.
+    positions of the half that it is for, is cut.
     """
     stored = sum(tensor_nbytes(own, shape) for own, shape in (model.tensors or {}).values())
     cast = cast_bytes(model, dtype)
     packed = stored - _cast_from(model, dtype)
-    length, read = (
-        capped_length(architecture, min(training.max_length, max(tokens, 1))) for tokens in (longest, given)
-    )
+    made = position_limit(architecture.config) or training.max_length
+    length = min(training.max_length, max(longest, 1), made)
+    read = capped_length(architecture, min(training.max_length, max(given, 1)))
     scheme = format_of(model)
     work = Workload(batch_size=training.batch_size, sequence_length=length, all_logits=True)
     budget = Budget(architecture, dtype if scheme is PLAIN else scheme.name, work)

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, strategies as some
 from safetensors.torch import load_file, save_file
 from support.contexts import MACHINE
-from support.models import make_checkpoint, save_model, tiny_model
+from support.models import make_checkpoint, save_model, tiny_config, tiny_model
 from support.own_code import make_own_model
 from support.plain_perplexity import all_logits, divergences, ids_of, load_plainly, perplexity, windows
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import bigpipe
@@ -291,6 +291,29 @@ def test_streamed_models_give_the_same_numbers(model: Path, other: Path, text: P
     assert bigpipe.evaluate(
         model, text, baseline=other, sequence_length=32, batch_size=2, placement=placement
     ) == whole  # fmt: skip
+
+
+def test_a_window_has_the_numbers_that_it_has_alone_beside_longer_ones(tmp_path: Path) -> None:
+    """Dynamic rotary positions keep the frequencies of the longest text so far, and the last window is shorter."""
+    scaled = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}
+    config = tiny_config("llama", max_position_embeddings=16, rope_parameters=scaled, initializer_range=0.5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, baseline = (save_model(LlamaForCausalLM(config).eval(), tmp_path / name) for name in ("a", "b"))
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and looked at the dog, who slept; " * 3)
+    alone, beside = (
+        bigpipe.evaluate(
+            model, tmp_path / "text.txt", baseline=baseline, sequence_length=96, stride=96, batch_size=size
+        )
+        for size in (1, 4)
+    )  # fmt: skip
+    assert alone.comparison is not None
+    assert beside.comparison is not None
+    assert beside.perplexity.value == pytest.approx(alone.perplexity.value, rel=1e-4)
+    assert beside.comparison.kl.mean.value == pytest.approx(alone.comparison.kl.mean.value, rel=1e-4)
+    assert beside.comparison.baseline_perplexity.value == pytest.approx(
+        alone.comparison.baseline_perplexity.value, rel=1e-4
+    )
 
 
 def test_rows_and_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:

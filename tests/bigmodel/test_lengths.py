@@ -76,6 +76,10 @@ def test_what_positions_are_made_for(config: dict[str, Any], limit: int | None) 
         (PAIR, 4096),
         ({"is_encoder_decoder": True, "max_position_embeddings": 1024}, 1024),
         ({"is_encoder_decoder": True, "encoder": {"model_type": "t5"}, "max_position_embeddings": 512}, None),
+        # TrOCR and Speech2Text before a text's decoder: what sees or hears has no positions of texts
+        ({**PAIR, "encoder": {"model_type": "vit", "image_size": 224}}, 512),
+        ({**PAIR, "encoder": {"model_type": "wav2vec2", "conv_dim": [512], "vocab_size": 32}}, 512),
+        ({**PAIR, "encoder": {"num_mel_bins": 80, "max_target_positions": 1024}}, 512),
         ({"max_position_embeddings": 4096}, 4096),
     ],
 )
@@ -144,6 +148,8 @@ def test_an_encoder_decoder_reads_and_makes_as_much_as_each_half_has_positions_f
         list(task.checked({}, [Row(0, "a", {"prompt": "a"})], described, Sources(), 20))
     read = bigpipe.estimate(path, dtypes=["float32"], sequence_length=500)
     assert read.workload.sequence_length == 48
+    keys_and_values, float32 = 2 * config.decoder_layers * config.d_model, 4
+    assert read["float32"].cache.bytes == keys_and_values * float32 * (20 + 48)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.measured import GOOD_HALVES, HERE, knowing, rates
 from support.models import make_checkpoint, save_model
-from transformers import AlbertConfig, AlbertForMaskedLM
+from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
@@ -78,10 +78,22 @@ def test_the_layers_of_albert_are_moved_as_often_as_they_run(tmp_path: Path) -> 
     assert state.streamed > 2 * sum(group.moved() for group in state.stream._order)
 
 
-@pytest.mark.parametrize("architecture", ["t5", "bart", "opt"])
+def bert_to_bert(folder: Path) -> Path:
+    small = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 264,
+    }  # fmt: skip
+    halves = BertConfig(**small), BertConfig(**small, is_decoder=True, add_cross_attention=True)
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*halves)).eval()
+    tokens = {"decoder_start_token_id": 1, "pad_token_id": 0}
+    model.config.update(tokens)
+    model.generation_config.update(**tokens, eos_token_id=None)
+    return save_model(model, folder)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart", "opt", "a BERT before a BERT"])
 def test_a_limit_counts_what_reading_and_each_token_made_really_move(tmp_path: Path, architecture: str) -> None:
     """Only the encoder of an encoder-decoder reads; only its decoder runs for each further token."""
-    folder = make_checkpoint(tmp_path, architecture)
+    folder = bert_to_bert(tmp_path) if " " in architecture else make_checkpoint(tmp_path, architecture)
     placement, described = place(folder, device_map={"": "disk"}), describe_architecture(folder)
     model = load(folder, placement)
     stream, tokens = loaded(model).stream, torch.full((1, 1), 5)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.adapters import loaded, tuned, with_adapter
 from support.media import make_whisper, tones, write_wav
 from support.models import make_checkpoint, save_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LEDConfig, LEDForConditionalGeneration
 
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
@@ -171,6 +171,25 @@ def test_what_gradients_through_packed_matrices_take_is_foreseen(models: dict[st
         plain = activations("plain", **how)
         assert activations("int8", **how) - plain == size * matrix + kept
         assert activations("nf4", **how) - plain == (6 if size == 4 else 2) * matrix
+
+
+def test_what_is_learnt_and_what_is_read_are_foreseen_up_to_the_positions_of_each(tmp_path: Path) -> None:
+    config = LEDConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=264, attention_window=8, max_encoder_position_embeddings=48,
+        max_decoder_position_embeddings=20, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    path = save_model(LEDForConditionalGeneration(config), tmp_path)
+    model, architecture = describe_checkpoint(path), describe_architecture(path)
+    training = Training(task="seq2seq-lm", max_steps=1)
+
+    def activations(learnt: int, read: int) -> int:
+        return training_memory(
+            model, architecture, 0, training, "float32", learnt, gpu=False, given=read
+        ).activations  # fmt: skip
+
+    assert activations(400, 48) == activations(20, 48) > activations(19, 48)
+    assert activations(20, 400) == activations(20, 48) > activations(20, 47)
 
 
 def test_a_state_of_another_kind_of_device_is_not_gone_on_from(tmp_path: Path, models: dict[str, Path]) -> None:

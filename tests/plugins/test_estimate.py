@@ -196,6 +196,18 @@ def test_a_directory_with_a_config_only(workshop):
     assert report(result)["source"] == "config"
 
 
+def test_its_version_is_of_the_numbers_that_it_gives(workshop):
+    """A store that was made by another version had 4,096 tokens of MPT: its results are not these."""
+    (workshop.folder / "model").mkdir()
+    config = {"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 64, "n_heads": 4, "n_layers": 2,
+              "vocab_size": 160, "max_seq_len": 2048}  # fmt: skip
+    (workshop.folder / "model" / "config.json").write_text(json.dumps(config))
+    context = forecast_context(workshop.folder, base=workshop.folder)
+    params = EstimateParams(path="model", dtypes=("float32",), sequence_length=4096)
+    assert STAGE.forecast(params, context).metrics["float32"]["kv_cache"] == 2 * 2 * 64 * 2048 * 4
+    assert STAGE.version == 6
+
+
 def test_what_is_not_known_yet_is_said(tmp_path):
     inputs = {"model": (Forecast(),)}
     context = forecast_context(tmp_path, inputs=inputs)
