@@ -77,12 +77,14 @@ def _tell(model: Any, config: Mapping[str, Any]) -> None:
 
 
 def _of_transformers(config: Mapping[str, Any]) -> Any:
-    """As transformers holds it. What it does not know, a format of others, is a bare one that says the same."""
+    """As transformers holds it, which names dtypes without `torch.`. What it does not know, a format of others, is a
+    bare one that says the same."""
     from transformers.quantizers.auto import AutoQuantizationConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    config = {name: value.removeprefix("torch.") if isinstance(value, str) else value for name, value in config.items()}
     try:
-        return AutoQuantizationConfig.from_dict(dict(config))
+        return AutoQuantizationConfig.from_dict(config)
     except (ValueError, TypeError):
         bare = QuantizationConfigMixin(quant_method=config.get("quant_method"))
         vars(bare).update(config)

@@ -138,4 +138,4 @@ def test_an_answer_that_is_no_json_is_an_error_of_its_row(tmp_path: Path) -> Non
 
     compute_share(tmp_path, 0, 1, lambda: Bound(answer), max_errors=1)
     merge_results(tmp_path, tmp_path, max_errors=1)
-    assert "Out of range float" in str(lines(tmp_path)[1]["error"])
+    assert "score is nan, which no result can hold" in str(lines(tmp_path)[1]["error"])
