@@ -9,14 +9,22 @@ import pytest
 from support.models import make_checkpoint
 from support.tuning import STEPS, train, write_rows
 
+import bigpipe
+
 pytest.importorskip("peft")
 ROWS = ["the cat sat on the mat", "hello world", "paris is in france", "a cat is in paris", "on and on", "a mat!"]
 KILLED_AFTER = (0, 3, 4, 9, STEPS)
 """Before the first step, between two states, at a state, late, and when only the adapter is left to be written."""
 
 
-def test_five_kills_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scheme", [None, pytest.param("int8", marks=pytest.mark.fault), pytest.param("nf4", marks=pytest.mark.fault)]
+)
+def test_five_kills_change_nothing(tmp_path: Path, scheme: str | None) -> None:
     model = make_checkpoint(tmp_path / "model", "opt")
+    if scheme is not None:
+        bigpipe.quantize_checkpoint(model, tmp_path / scheme, scheme=scheme)
+        model = tmp_path / scheme
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     train(tmp_path / "whole", model, rows)
     begun = [train(tmp_path / "killed", model, rows, kill_after=step)[0] for step in KILLED_AFTER]
