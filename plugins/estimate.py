@@ -19,8 +19,6 @@ from bigpipe.orchestrator.stage import (
     CheckContext,
     Folder,
     ForecastContext,
-    Json,
-    Machine,
     Metrics,
     OneOf,
     Params,
@@ -31,7 +29,6 @@ from bigpipe.orchestrator.stage import (
     late,
 )
 from bigpipe.sizes import counted, format_size
-from bigpipe.versions import package_version
 
 Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
 SOME = Field(min_length=1)
@@ -179,11 +176,6 @@ def unmeasured(params: EstimateParams, ports: Collection[str], metric: str) -> t
     return None
 
 
-def facts(params: EstimateParams, machine: Machine) -> Mapping[str, Json]:
-    """Where one of these is missing, its models are told by their tensors' names alone."""
-    return {name: version for name in ("diffusers", "timm") if (version := package_version(name))}
-
-
 def result_line(metrics: Mapping[str, Any]) -> str:
     """`float16 24.8 GiB, int8 12.4 GiB to infer, 2 more dtypes`, in the order of `EstimateMetrics`."""
     budgets = {**metrics, **metrics.get("formats", {})}
@@ -208,7 +200,6 @@ STAGE = Stage(
         pin=pin,
         pin_asks=("repo", "revision"),
         reads=reads,
-        facts=facts,
         heeds_code=True,
     ),
     runs_in="inline",
