@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from subprocess import PIPE
 
 import pytest
 
@@ -12,6 +15,15 @@ from bigpipe.errors import InvalidCheckpoint
 from bigpipe.orchestrator.contract import Bounded, LogLine
 from bigpipe.orchestrator.launch.bounds import Bounds
 from bigpipe.trust import Limits, took_too_long
+
+GROWS = """
+import sys
+print("ready", flush=True)
+sys.stdin.readline()
+taken = b"x" * 2**26
+print("taken", flush=True)
+sys.stdin.readline()
+"""
 
 
 def begun(number: int = 0, **limits: float) -> Bounded:
@@ -42,13 +54,20 @@ def test_who_waits_for_a_processor_may_wait_ten_times_as_long():
 
 
 def test_too_many_bytes():
+    """In a process of its own: of one that has grown old, the kernel may take back as much as is taken here."""
     bounds = Bounds(Limits(memory=2**20))
-    bounds.take(begun(memory=2**20))
-    bounds.check()
-    taken = b"x" * 2**26
-    with pytest.raises(InvalidCheckpoint, match=r"the tokenizer takes more than 1\.0 MiB") as caught:
+    with subprocess.Popen([sys.executable, "-c", GROWS], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        bounds.take(replace(begun(memory=2**20), pid=process.pid))
         bounds.check()
-    assert len(taken) == 2**26
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "taken\n"
+        with pytest.raises(InvalidCheckpoint, match=r"the tokenizer takes more than 1\.0 MiB") as caught:
+            bounds.check()
+        process.stdin.close()
     assert "trust: {limits: {memory: 2MiB}}" in caught.value.cure
 
 
