@@ -7,6 +7,8 @@ and another one goes on. Once all wait, what comes first in order is brought, an
     lane 2             layer 0 ·                      layer 1 ·
     lane 3                       layer 0 ·                      layer 1 ·
              └ brought           dropped ┘  └ brought           dropped ┘
+
+Lanes can also meet: each waits at the same place, and something is done once for all that do.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Semaphore, Thread, local
 from typing import Generic, TypeVar
 
@@ -35,6 +38,15 @@ class Lane(Generic[Need]):
     """Why what it waits for could not be brought."""
 
 
+@dataclass(slots=True)
+class Waiting(Generic[Need]):
+    """For one need."""
+
+    arrive: Callable[[int], None]
+    """What is done before they go on, by one of them or of others; called with how many they are."""
+    lanes: list[Lane[Need]] = field(default_factory=list)
+
+
 class _Ended(BaseException):
     """Another lane failed. No handler of errors catches it."""
 
@@ -53,7 +65,7 @@ class Lanes(Generic[Need]):
         self._own = local()
         self._here: Counter[Need] = Counter()
         """What was brought, and how many lanes are within it or let in."""
-        self._waiting: dict[Need, list[Lane[Need]]] = {}
+        self._waiting: dict[Need, Waiting[Need]] = {}
         self._ready: deque[Lane[Need]] = deque()
         self._over = Semaphore(0)
         """Released when no lane is left that could go on."""
@@ -94,8 +106,13 @@ class Lanes(Generic[Need]):
         if need in self._here:
             self._here[need] += 1
         else:
-            self._wait(lane, need)
+            self._wait(lane, need, partial(self._let_in, need))
         lane.within.append(need)
+
+    def meet(self, need: Need, together: Callable[[], None]) -> None:
+        """Wait until no other lane can go on to what comes before; then do this once for all that wait here. Raise what
+        it raised. It is never brought nor dropped."""
+        self._wait(self._lane(), need, lambda count: together())
 
     def leave(self, need: Need) -> None:
         """Nothing where the lane did not enter."""
@@ -116,9 +133,9 @@ class Lanes(Generic[Need]):
             lane = self._own.lane = Lane()
         return lane
 
-    def _wait(self, lane: Lane[Need], need: Need) -> None:
+    def _wait(self, lane: Lane[Need], need: Need, arrive: Callable[[int], None]) -> None:
         resume = self._suspend()
-        self._waiting.setdefault(need, []).append(lane)
+        self._waiting.setdefault(need, Waiting(arrive)).lanes.append(lane)
         self._pass_on()
         lane.turn.acquire()
         resume()
@@ -149,16 +166,19 @@ class Lanes(Generic[Need]):
         """Give the turn to a lane that can go on; where all wait, to those that wait for what comes first."""
         if not self._ready and self._waiting:
             need = min(self._waiting, key=self._order)
-            lanes = self._waiting.pop(need)
+            waiting = self._waiting.pop(need)
             if not self._errors:
-                self._let_in(lanes, need)
-            self._ready.extend(lanes)
+                self._do(waiting)
+            self._ready.extend(waiting.lanes)
         (self._ready.popleft().turn if self._ready else self._over).release()
 
-    def _let_in(self, lanes: list[Lane[Need]], need: Need) -> None:
+    def _do(self, waiting: Waiting[Need]) -> None:
         try:
-            self._bring(need)
-            self._here[need] = len(lanes)
+            waiting.arrive(len(waiting.lanes))
         except Exception as error:
-            for lane in lanes:
+            for lane in waiting.lanes:
                 lane.failure = error
+
+    def _let_in(self, need: Need, count: int) -> None:
+        self._bring(need)
+        self._here[need] = count

@@ -27,6 +27,7 @@ from bigpipe.bigmodel.placement import INDIVISIBLE
 
 from .crossing import Copy, Crossing, copy_at_once
 from .experts import ExpertWeights, chosen_experts
+from .gathered import Trials, gathered
 from .homes import Homes
 from .kept import KeptStates
 from .lanes import Item, Lanes
@@ -75,9 +76,12 @@ class WeightStream:
         self.files = MappedFiles()
         self.bytes_read = 0
         """Stored bytes that went through since the model was loaded."""
-        self._lanes: Lanes[WeightGroup] = Lanes(self._bring, self._drop, lambda group: self._order[group])
-        self._order: dict[WeightGroup, int] = {}
+        self._lanes: Lanes[Any] = Lanes(self._bring, self._drop, lambda need: self._order.get(need.module, 0))
+        self._order: dict[torch.nn.Module, int] = {}
         """The order of modules: the first guess of the order in which they run."""
+        self._groups: list[WeightGroup] = []
+        """Those of which all weights come and go."""
+        self._trials = Trials()
         self._successor: dict[WeightGroup, WeightGroup] = {}
         self._last: WeightGroup | None = None
         self._ahead: WeightGroup | None = None
@@ -93,7 +97,7 @@ class WeightStream:
     def add(self, groups: Sequence[WeightGroup]) -> None:
         """Hook the groups in."""
         whole = [group for group in groups if group.table is None]
-        self._order.update(zip(whole, range(len(whole)), strict=True))
+        self._groups += whole
         always = [group for group in whole if not group.experts and not group.among]
         self._successor.update(zip(always, [*always[1:], *always[:1]], strict=True))
         for group in groups:
@@ -107,8 +111,10 @@ class WeightStream:
     def together(self, model: torch.nn.Module, work: Callable[[Item], None], items: Iterable[Item], count: int) -> None:
         """Do the work of each item, up to `count` of them side by side, each with forwards of the model: its groups are
         filled once for all. Each item finds the model's modules as they are now, and gives what it gives alone."""
+        self._order = {module: number for number, module in enumerate(model.modules())}
         try:
-            self._lanes.run(work, items, count, self._kept(model).suspend)
+            with gathered(_outside_experts(model), self._lanes, self._trials) if count > 1 else nullcontext():
+                self._lanes.run(work, items, count, self._kept(model).suspend)
         finally:
             self._wanted.clear()
 
@@ -122,7 +128,7 @@ class WeightStream:
         return restore
 
     def _kept(self, model: torch.nn.Module) -> KeptStates:
-        return KeptStates(model, {(slot.module, slot.attribute) for group in self._order for slot in group.slots})
+        return KeptStates(model, {(slot.module, slot.attribute) for group in self._groups for slot in group.slots})
 
     def _enter(self, group: WeightGroup, module: torch.nn.Module, arguments: Any) -> None:
         self._lanes.enter(group)
@@ -296,6 +302,12 @@ def _listed_experts(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, i
         children = [child for child in module.children() if any(True for _ in child.parameters())]
         if not module._parameters and len(children) > 1 and lists_experts(name, type(module).__name__):
             yield from ((child, len(children)) for child in children)
+
+
+def _outside_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return all modules but those of experts, to which rows come in another number each time."""
+    experts = {inner for module, _ in _listed_experts(model) for inner in module.modules()}
+    return [module for module in model.modules() if module not in experts]
 
 
 def follow_devices(model: torch.nn.Module, homes: Homes, tables: Collection[torch.nn.Module] = ()) -> None:

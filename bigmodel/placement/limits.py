@@ -3,9 +3,9 @@
     t ≥ max(bytes moved / bandwidth, 2 · active weights · tokens / FLOP/s, bytes of weights read / memory bandwidth)
 
 since reading ahead, multiplying and fetching from memory go on beside each other. A pass over the streamed weights
-serves all batches that are together; every batch fetches each weight from memory. What reads alone, an encoder or a
-tower, runs once for a prompt. Attention is left out, and beams count once: what is given is a bound, and nothing is
-faster but a disk whose files are still in the page cache.
+serves all batches that are together; every batch fetches each weight from memory, but where a CPU multiplies the rows
+of all at once. What reads alone, an encoder or a tower, runs once for a prompt. Attention is left out, and beams count
+once: what is given is a bound, and nothing is faster but a disk whose files are still in the page cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bigpipe.machine import Machine
 from .devices import is_computing, main_of
 from .models import stored_bytes, stored_dtype
 from .placement import Placement
-from .products import ROWS, Products, products_of
+from .products import ROWS, Products, gathers, products_of
 from .speeds import Speeds, speeds_of
 from .streaming import streamed
 
@@ -119,7 +119,8 @@ def limit_of(
     passes, rows = math.ceil(work.batches / work.together), batch * work.together
     first = max(rows, rows * work.read // work.rows)
     bytes_moved = passes * (moved.by(first) + (work.steps - 1) * again.by(rows))
-    fetched = work.batches * (whole.beside_tables(batch) + (work.steps - 1) * whole_again.beside_tables(batch))
+    first_step, further = whole.beside_tables(batch), (work.steps - 1) * whole_again.beside_tables(batch)
+    fetched = work.batches * first_step + (passes if main == "cpu" and _at_once(work) else work.batches) * further
     return Limit(
         work,
         bandwidth=bytes_moved * pace,
@@ -128,11 +129,17 @@ def limit_of(
     )
 
 
+def _at_once(work: Work) -> bool:
+    """Does a CPU multiply the rows of all batches that are together at once, in a step that makes a token of each?"""
+    return work.together > 1 and gathers(work.batch_size)
+
+
 def _multiplying(
     architecture: Architecture, everywhere: Placement, dtype: str, work: Work, products: Products
 ) -> float:
-    """Seconds of one core: 2·n·k·m for a product with a weight. Of a prompt the last token alone meets the head; it
-    meets an encoder where there is one, and its answer the decoder. Towers, which pictures meet, are left out."""
+    """Seconds of one core: 2·n·k·m for a product with a weight, with the rows of one batch, or of all at once. Of a
+    prompt the last token alone meets the head; it meets an encoder where there is one, and its answer the decoder.
+    Towers, which pictures meet, are left out."""
     if dtype not in products.rates:
         return 0.0
     of_prompts, head = _of_prompts(architecture, work), _head(architecture)
@@ -150,7 +157,8 @@ def _multiplying(
     ends = 0 if work.headless else max(work.made, work.rows)
     alone = ends - (work.rows if ends and work.read and not encoder else 0)
     reading = (encoder or body) * work.read / products.rate(dtype, max(ROWS))
-    return 2 * (reading + (body * alone + head * ends) / products.rate(dtype, work.batch_size))
+    rows = work.batch_size * (work.together if _at_once(work) else 1)
+    return 2 * (reading + (body * alone + head * ends) / products.rate(dtype, rows))
 
 
 def _of_prompts(architecture: Architecture, work: Work) -> Callable[[str], bool]:

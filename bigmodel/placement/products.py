@@ -28,6 +28,8 @@ ROWS = (1, 8, 64)
 """Of a step of one text, of a step of a batch, of a prompt."""
 HALVES = ("bfloat16", "float16")
 DTYPES = ("float32", *HALVES)
+GATHERED = 64
+"""Rows of a batch at the most that are multiplied with those of other batches on a CPU. More keep it busy alone."""
 ROUNDS = 2
 GAIN = 1.5
 """Times as fast as the stored dtype must float32 be, to be chosen: less would not outweigh the casts."""
@@ -49,6 +51,12 @@ class Products:
     def generating(self, dtype: str, rows: int) -> float:
         """Return FLOP per second of texts of which half is read, and half is made by so many rows at a time."""
         return 2 / (1 / self.rate(dtype, max(ROWS)) + 1 / self.rate(dtype, rows))
+
+
+def gathers(rows: int) -> bool:
+    """Return whether a CPU multiplies the rows of a batch, one of each text, with those of the batches beside it. A row
+    alone is added up in another order than several."""
+    return 1 < rows <= GATHERED
 
 
 def computing_dtype(stored: str, rows: int, products: Products) -> tuple[str, str]:

@@ -2,12 +2,13 @@
 
 A decoding step of n batches lasts
 
-    t(n) = max(bytes streamed(n) / bandwidth, n · bytes of weights / memory bandwidth)
+    t(n) = max(bytes streamed(n) / bandwidth, c(n) · bytes of weights / memory bandwidth)
 
-since each batch reads every weight from memory once, and the stream goes on beside it. Of a mixture of experts a batch
-reads those that its tokens choose, and more batches stream more of them. Up to n* where both are equal a batch more
-costs nothing, or less than another pass; beyond it nothing is gained. Every batch has keys and values of its own, which
-must fit.
+since each batch reads every weight from memory, c(n) = n, and the stream goes on beside it. Where a CPU computes plain
+weights, the rows b of all batches meet a weight at once: c(n) = (64 + n·b) / (64 + b), as some 64 rows cost as much as
+reading it. Of a mixture of experts a batch reads those that its tokens choose, and more batches stream more of them. Up
+to n* where both are equal a batch more costs nothing, or less than another pass; beyond it nothing is gained. Every
+batch has keys and values of its own, which must fit.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from .budget import memory_of
 from .devices import Device, is_computing, main_of
 from .headroom import beyond_headroom
 from .placement import Placement
+from .products import gathers
 from .speeds import Speeds, speeds_of
 from .streaming import streamed
 
 BEYOND = 1.25
 """Times n*: what is measured in a fraction of a second is not exact, and a few batches too many cost little."""
+AS_READING = 64
+"""Rows that cost a CPU as much as reading what they are multiplied by, measured in bfloat16; half of it in float32."""
 HELD = 4
 """Tensors as large as its hidden states that a batch holds between layers: these, what is added to them, mask and
 positions."""
@@ -76,7 +80,7 @@ def batches_together(
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
     speeds = (memo and speeds_of(machine, memo)) or Speeds()
-    useful = _useful(placement, architecture, workload.batch_size, dtype, speeds)
+    useful = _useful(placement, architecture, workload.batch_size, dtype, speeds, stored)
     beyond = beyond_headroom(placement, architecture, dtype, workload, stored, caching=caching)
     first = placement.needs[main].total + beyond[main]
     there = memory_of(machine).get(main, 0) / (processes if main == "cpu" else 1)
@@ -86,16 +90,20 @@ def batches_together(
     return Together(useful, size, f"more would not be faster; {format_size(size)} each")
 
 
-def _useful(placement: Placement, architecture: Architecture, rows: int, dtype: str, speeds: Speeds) -> int:
+def _useful(
+    placement: Placement, architecture: Architecture, rows: int, dtype: str, speeds: Speeds, stored: Format
+) -> int:
     """n*, and some more. rows: of a batch, each of which decodes a token in a step."""
     main = main_of(placement.device_map.values())
     away = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
     moved = streamed(architecture, placement, dtype, {})
     read = streamed(architecture, replace(placement, device_map={"": "disk"}), dtype, {})
     moving = BEYOND * sum(size / (speeds.disk if home == "disk" else speeds.link) for home, size in away.items())
-    computing = speeds.resident(main, sum(placement.weights.values())) * read.share(rows)
-    most = max(1, math.ceil(moving / computing))
-    return next((n for n in range(1, most) if n * computing >= moving * moved.share(n * rows)), most)
+    once = speeds.resident(main, sum(placement.weights.values())) * read.share(rows)
+    free = AS_READING if main == "cpu" and stored is PLAIN and gathers(rows) else 0
+    first, each = once * free / (free + rows), once * rows / (free + rows)
+    most = max(1, math.ceil((moving - first) / each))
+    return next((n for n in range(1, most) if first + n * each >= moving * moved.share(n * rows)), most)
 
 
 def _size(budget: Budget, main: Device, caching: bool) -> int:

@@ -297,7 +297,7 @@ def test_who_comes_while_experts_are_here_finds_those_it_lacks(path: Path) -> No
     model, held = load(path, {"": "disk"}, dtype="float32"), load(path, dtype="float32")
     stream = loaded(model).stream
     module = model.model.layers[0].mlp.experts
-    group = next(group for group in stream._order if group.module is module)
+    group = next(group for group in stream._groups if group.module is module)
     for expert in (1, 5):
         stream._choose(group, module, (torch.ones(1, 64), torch.tensor([[expert]])), {})
     for expert in (1, 5):

@@ -105,6 +105,33 @@ class TestOrder:
         assert caught == ["a", "b", "c"]
         assert library.events[-5:] == ["+2", "a2", "b2", "c2", "-2"]
 
+    def test_what_lanes_meet_for_is_done_once_and_before_what_comes_after(self) -> None:
+        library, tables = Library(), []
+
+        def work(reader: str) -> None:
+            for book in [0] if reader == "c" else [0, 2]:
+                library.read(reader, [book])
+                library.lanes.meet(book + 1, lambda table=book + 1: tables.append((table, len(library.events))))
+            library.events.append(reader)
+
+        library.lanes.run(work, "abc", 3, lambda: lambda: None)
+        assert tables == [(1, 5), (3, 10)]
+        assert library.events == ["+0", "a0", "b0", "c0", "-0", "c", "+2", "a2", "b2", "-2", "a", "b"]
+
+    def test_an_error_where_lanes_meet_is_one_of_each(self) -> None:
+        library, caught = Library(), []
+
+        def work(reader: str) -> None:
+            try:
+                library.lanes.meet(1, lambda: next(iter(())))
+            except StopIteration:
+                caught.append(reader)
+            library.read(reader, [2])
+
+        library.lanes.run(work, "ab", 2, lambda: lambda: None)
+        assert caught == ["a", "b"]
+        assert library.events == ["+2", "a2", "b2", "-2"]
+
     def test_what_cannot_be_suspended_ends_all(self) -> None:
         library, times = Library(), iter(range(10))
 

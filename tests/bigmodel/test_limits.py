@@ -75,7 +75,7 @@ def test_the_layers_of_albert_are_moved_as_often_as_they_run(tmp_path: Path) -> 
     with torch.inference_mode():
         model(torch.full((1, 1), 5))
     assert state.stream.bytes_read == placement.streamed_bytes_per_token == state.streamed
-    assert state.streamed > 2 * sum(group.moved() for group in state.stream._order)
+    assert state.streamed > 2 * sum(group.moved() for group in state.stream._groups)
 
 
 def bert_to_bert(folder: Path) -> Path:
