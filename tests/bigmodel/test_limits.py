@@ -14,7 +14,9 @@ from transformers import AlbertConfig, AlbertForMaskedLM, BertConfig, EncoderDec
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_checkpoint, open_checkpoint
 from bigpipe.bigmodel.execution import load, loaded
-from bigpipe.bigmodel.placement import Limit, Speeds, Work, limit_here, limit_of, place
+from bigpipe.bigmodel.footprint import Workload
+from bigpipe.bigmodel.formats import PLAIN, Format, named
+from bigpipe.bigmodel.placement import Limit, Speeds, Work, batches_together, limit_here, limit_of, place
 from bigpipe.bigmodel.placement.products import Products
 
 FAST = Speeds(disk=1e30, link=1e30, ram=1e30)
@@ -59,6 +61,21 @@ def test_each_token_is_two_operations_with_each_weight(llama: Path) -> None:
     assert found.compute == pytest.approx((2 * body * 80 / 4e6 + 2 * (body * 16 + head * 24) / 2e6) / 2)
     step = limit(llama, Work(rows=8, made=8, batch_size=8), FAST, slow)
     assert step.compute == pytest.approx(2 * 8 * (body + head) / 2e6 / 2)
+    at_once = limit(llama, Work(rows=64, made=64, batch_size=8, together=8), FAST, slow)
+    assert at_once.compute == pytest.approx(2 * 64 * (body + head) / 4e6 / 2)
+
+
+def test_more_batches_go_together_where_their_rows_are_multiplied_at_once(llama: Path) -> None:
+    placement, architecture = place(llama, device_map=STREAMED), describe_architecture(llama)
+    machine = replace(HERE, memory=2**40)
+
+    def count(rows: int, stored: Format = PLAIN) -> int:
+        workload = Workload(batch_size=rows, sequence_length=20)
+        return batches_together(placement, architecture, workload, "float32", machine, stored=stored).count
+
+    alone = count(1)
+    assert 1 < alone < count(8)
+    assert count(65) == count(8, named("int8")) == alone
 
 
 def albert(folder: Path) -> Path:
