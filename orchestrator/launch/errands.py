@@ -33,7 +33,7 @@ from bigpipe.versions import package_version
 from .executors import executor
 from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
 from .lifeline import host
-from .meeting import Meeting, attend as attend_meeting, meeting_place
+from .meeting import Meeting, attend as attend_meeting
 from .output import Log
 from .schedulers import Standing
 
@@ -71,6 +71,11 @@ class Errand:
     """Of bigpipe and the packages that the kind names, here, as far as they are installed: its key holds them."""
     standing: Standing | None = None
     """Of machine 0, where ranks are on several."""
+
+    @property
+    def meeting(self) -> Path:
+        """Where the machines meet."""
+        return self.folder / "meeting"
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -215,8 +220,7 @@ def _started(errand: Errand, job: Job, address: str) -> Outcome:
         return executor(job.stage.runs_in).start(job)
     launch = job.launch
     told = {"main_process_ip": launch.main_process_ip or address, "machine_rank": 0}
-    place = meeting_place(job.memo, errand.standing, job.recipe_name)
-    meeting = Meeting(place, errand.standing, launch.num_machines, launch.join_seconds)
+    meeting = Meeting(errand.meeting, errand.standing, launch.num_machines, launch.join_seconds)
     with meeting.held():
         job = replace(job.within(launch=launch.model_copy(update=told)), meeting=meeting)
         return executor(job.stage.runs_in).start(job)
@@ -240,6 +244,5 @@ def _attended(errand: Errand, job: Job, rank: int) -> Outcome:
         if job.cancelled.is_set():
             raise Interrupted("interrupted")
 
-    place = meeting_place(job.memo, errand.standing, job.recipe_name)
-    attend_meeting(place, replace(errand.standing, rank=rank), launch.join_seconds, start, tell, check)
+    attend_meeting(errand.meeting, replace(errand.standing, rank=rank), launch.join_seconds, start, tell, check)
     return Outcome()

@@ -225,6 +225,7 @@ class _Collection:
         latest = runs[-keeping.runs :] if keeping.runs else []
         self._free_others("run", layout.runs, {*latest, *(path.name for path in young)})
         self._free_others("quarantine", layout.quarantine, ())
+        self._free_others("temporary", layout.meetings, ())
         for folder in (layout.keys, layout.roots):
             self._free_others("temporary", folder, [name for name in names_in(folder) if not is_partial(name)])
         others = [name for name in names_in(layout.locks) if not is_hex(name.partition(".")[0])]
