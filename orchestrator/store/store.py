@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,7 @@ from .artifacts import (
     save_record,
     tree_is_whole,
 )
+from .hashing import digest_of
 from .keeping import keep_again, named_roots, release, remember, sweep
 from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in, record_path
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
@@ -251,6 +252,17 @@ class Store:
         lock = StoreLock(self.layout.working_lock(key))
         lock.acquire(cancelled, waiting)
         with lock:
+            yield
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Keep others that use this store from a file that lies elsewhere, while it is read and written anew. Nobody is
+        kept out where there is no store, or it cannot be written: then nobody runs over it."""
+        with ExitStack() as held:
+            if self.there:
+                with suppress(BigpipeError):
+                    name = hex_of(digest_of("file", os.path.abspath(path)))
+                    held.enter_context(StoreLock(self.layout.locks / f"file-{name}"))
             yield
 
     @contextmanager
