@@ -133,7 +133,7 @@ def _exit_codes(error: BaseException) -> dict[int, int]:
 
 def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> Outcome:
     from bigpipe.modules import import_attribute
-    from bigpipe.orchestrator.contract import StageContext
+    from bigpipe.orchestrator.contract import RankHello, StageContext
 
     from .jobs import Outcome
     from .output import EventWriter
@@ -153,6 +153,8 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
         kind: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
         params = kind.params.model_validate(file.params)
         stage = kind.with_params(params)
+        if mode != "rank":  # that has said so when all were there
+            events.report(RankHello(job.node, 0, 1, os.getpid()))
         functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
         assert function is not None  # noqa: S101 (the executor asks for what there is)

@@ -151,11 +151,11 @@ def _inputs_now(session: Session) -> dict[str, LockedInput]:
     return {node.name: _input_now(session, node) for node in session.nodes}
 
 
-def _current(session: Session, before: LockFile | None, now: Mapping[str, LockedInput]) -> LockFile:
+def _current(session: Session, lock: LockFile | None, now: Mapping[str, LockedInput]) -> LockFile:
     """What the lock knew of a node's files stays where its inputs are the same, what it knew of its output where those
     of all its ancestors are too."""
     recipe, inputs = session.recipe, dict(now)
-    old = before or LockFile(recipe=recipe.name)
+    old = lock or LockFile(recipe=recipe.name)
     unmoved = _unmoved(session, old.inputs, inputs)
     for name, item in now.items():
         before = old.inputs.get(name)
