@@ -31,7 +31,7 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.versions import package_version
 
 from .executors import executor
-from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
+from .jobs import LOOKS, SEEN_SECONDS, AttemptFolder, Failure, Job, JobFile, Outcome, require_inputs
 from .lifeline import host
 from .meeting import Meeting, attend as attend_meeting
 from .output import Log
@@ -48,9 +48,6 @@ OF_A_MACHINE = frozenset({
 OF_DEVICES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_", "ROCR_VISIBLE", "HIP_VISIBLE", "XDG_", "DYLD_")
 SET_BY_CLUSTERS = frozenset({"OMP_NUM_THREADS"})
 """Ray sets it to the CPUs that a task asks for; what a node computes must not depend on who runs it."""
-SEEN_SECONDS = 10.0
-"""How long a folder that another machine has made may take to show up."""
-LOOKS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +94,7 @@ class Errand:
         assignment = file.assignment
         for what, path in (("the store", self.folder), ("the recipe's directory", assignment.base)):
             _require_seen(what, path)
+        require_inputs(assignment)
         self._import_as_there()
         machine = self._machine(assignment.out, cpus)
         kind: Stage[Any] = import_attribute(file.module, assignment.trust.home(file.module, assignment.base))

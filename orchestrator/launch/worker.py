@@ -87,13 +87,15 @@ def work(path: Path, mode: Mode, rank: int) -> int:
     from bigpipe.errors import BigpipeError
     from bigpipe.redaction import conceal_environment, redact
 
-    from .jobs import AttemptFolder, Failure, JobFile, Outcome
+    from .jobs import AttemptFolder, Failure, JobFile, Outcome, require_inputs
     from .processes import own_peak
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
     conceal_environment(os.environ, file.secrets)
     try:
         if mode == "launch":
+            if rank:  # on the first machine the inputs were made, or brought
+                require_inputs(file.assignment)
             _launch(folder, rank)
             return 0
         outcome = _call_stage(file, folder, mode, rank)
