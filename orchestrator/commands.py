@@ -106,7 +106,7 @@ def _run(
             lock_file.enforce(session)
         return run_small(session, refuse, jobs=jobs, keep_going=keep_going)
     reporter = session.reporter
-    with session.store, explained(session.store.root), _machines(session, executor):
+    with session.store.enter(), explained(session.store.root), _machines(session, executor):
         session.side_by_side &= jobs != 1 and session.store.keeps_others_out
         if locked:
             lock_file.enforce(session)
@@ -390,7 +390,7 @@ def push(
 
     session = _open(manifest, nodes, params=params, store=store, remote=remote, reporter=reporter)
     sharing.require_remote(session)
-    with session.store, explained(session.store.root):
+    with session.store.enter(), explained(session.store.root):
         return sharing.push(session, make_plan(replace(session, remote=None), preflight=False))
 
 
@@ -409,8 +409,7 @@ def pull(
 
     session = _open(manifest, nodes, params=params, store=store, remote=remote, reporter=reporter)
     sharing.require_remote(session)
-    with session.store, explained(session.store.root):
-        session.store.enter()
+    with session.store.enter(), explained(session.store.root):
         return sharing.pull(session, make_plan(session, preflight=False))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from bigpipe.errors import UsageError
@@ -31,9 +32,16 @@ def _shared(session: Session) -> tuple[int, float]:
     return (counts[0] if counts else 1), max((launch.join_seconds for launch in launches), default=0)
 
 
-def _meeting_place(session: Session) -> Path:
+def meeting_place_of(session: Session) -> Path:
+    """Return where the machines of a session meet. It has a place among several."""
     assert session.place is not None  # noqa: S101  there are several machines
-    return meeting_place(session.store.memo, session.place, session.recipe.path.name)
+    run = [session.recipe.path.name, sorted(session.selected), dict(session.arguments)]
+    return meeting_place(session.store.layout.meetings, session.place, run)
+
+
+def _say(session: Session, line: str) -> None:
+    if session.reporter is not None:
+        session.reporter.report(LogLine(session.recipe.name, line))
 
 
 @contextmanager
@@ -64,8 +72,8 @@ def driving(session: Session) -> Iterator[None]:
     if session.place.rank != 0:
         cause = f"a run is driven from machine 0, and this is {session.place.name(session.place.rank)}"
         raise UsageError(cause, "call `bigpipe run` here, which attends")
-    session.meeting = Meeting(_meeting_place(session), session.place, count, limit)
-    with session.meeting.held():
+    session.meeting = Meeting(meeting_place_of(session), session.place, count, limit)
+    with session.meeting.held(partial(_say, session)):
         yield
 
 
@@ -75,9 +83,7 @@ def attend(session: Session) -> int | None:
     if count == 1 or session.place is None or session.place.rank == 0:
         return None
 
-    def say(line: str) -> None:
-        if session.reporter is not None:
-            session.reporter.report(LogLine(session.recipe.name, line))
+    say = partial(_say, session)
 
     def start(job_file: Path, node: str, over: Callable[[], None]) -> int:
         called = session.recipe.nodes[node]
@@ -86,4 +92,4 @@ def attend(session: Session) -> int | None:
         say(f"{node}: its ranks start here")
         return start_here(called.kind, around, session.environment, job_file, over)
 
-    return attend_meeting(_meeting_place(session), session.place, limit, start, say)
+    return attend_meeting(meeting_place_of(session), session.place, limit, start, say)

@@ -96,7 +96,7 @@ class LogLine(Event):
 
 @dataclass(frozen=True, slots=True)
 class RankHello(Event):
-    """A rank has come up."""
+    """A rank, or a worker that is none, has come up, and begins; also in place of one that died."""
 
     name: ClassVar[str] = "rank_hello"
     node: str

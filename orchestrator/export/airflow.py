@@ -16,7 +16,8 @@ HEAD = '''\
 """Written by `bigpipe export airflow`: write it anew when the recipe has other stages or parameters.
 
 BIGPIPE in the environment of a worker names the command, which may have a Python of its own. Secrets are taken from
-that environment, or from Airflow's variables of the same name. All workers must see the same store (BIGPIPE_HOME).
+that environment, or from Airflow's variables of the same name. All workers must see the same store (BIGPIPE_HOME), and
+the same cache of the Hub (HF_HOME), into which it leads.
 """
 
 '''

@@ -7,8 +7,6 @@ Texts of the recipe stand only in its last command, as JSON, in which nothing is
 from __future__ import annotations
 
 import json
-import re
-import shlex
 
 from .argo import USER
 from .targets import Target
@@ -23,8 +21,8 @@ FROM ${{BASE}}
 
 RUN useradd --uid {user} --create-home bigpipe && install --directory --owner={user} /store /work
 # The versions that this version of bigpipe is tested with; they come with it.
-RUN pip install --no-cache-dir --no-deps {bare}
-RUN pip install --no-cache-dir --constraint "$({constraints})" {requirement}
+RUN {bare}
+RUN {all}
 
 ENV BIGPIPE_HOME=/store/bigpipe HF_HOME=/store/huggingface PYTHONUNBUFFERED=1
 VOLUME /store
@@ -34,19 +32,12 @@ USER {user}
 ENTRYPOINT ["bigpipe"]
 CMD {command}
 """
-CONSTRAINTS = "python -c 'import bigpipe.versions; print(bigpipe.versions.TESTED)'"
 
 
 def dockerfile(work: Work) -> str:
-    bare = re.sub(r"\[.*\]", "", work.requirement)
+    bare, everything = work.install("--no-cache-dir")
     command = [*work.run()[1:], *work.given]
-    return TEXT.format(
-        user=USER,
-        bare=shlex.quote(bare),
-        requirement=shlex.quote(work.requirement),
-        constraints=CONSTRAINTS,
-        command=json.dumps(command),
-    )
+    return TEXT.format(user=USER, bare=bare, all=everything, command=json.dumps(command))
 
 
 TARGET = Target(title="an image", write=dockerfile, machines=True)

@@ -7,7 +7,6 @@ A text of the recipe stands in a step only as a quoted word or as the value of a
 from __future__ import annotations
 
 import re
-import shlex
 
 from bigpipe.orchestrator.contract import Json
 
@@ -80,7 +79,7 @@ def _steps(work: Work) -> list[Json]:
     return [
         {"uses": "actions/checkout@v6", "with": {"persist-credentials": False}},
         {"uses": "actions/setup-python@v6", "with": {"python-version": "3.12"}},
-        {"name": "Install", "run": f"pip install {shlex.quote(work.requirement)}"},
+        {"name": "Install", "run": "\n".join(work.install())},
         {
             "name": "Take the store from the cache",
             "uses": "actions/cache/restore@v5",

@@ -8,6 +8,7 @@ Where several nodes take one whose bytes are let go, one task makes all of them:
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,14 @@ class Work:
     def run(self, asks: Sequence[str] = ()) -> list[str]:
         """Return `bigpipe run` as words, without its parameters. asks: nodes; none: all."""
         return ["bigpipe", "run", self.manifest, *asks, *["--locked"] * self.locked, "--json"]
+
+    def install(self, *options: str) -> list[str]:
+        """Return the commands that install bigpipe and what the recipe needs, in the versions that keys are made of and
+        that this version of bigpipe is tested with; they come with it. options: of pip."""
+        pip = shlex.join(["pip", "install", *options])
+        bare = shlex.quote(re.sub(r"\[.*\]", "", self.requirement))
+        tested = "python -c 'import bigpipe.versions; print(bigpipe.versions.TESTED)'"
+        return [f"{pip} --no-deps {bare}", f'{pip} --constraint "$({tested})" {shlex.quote(self.requirement)}']
 
     def shell(self, words: Sequence[str]) -> str:
         """Return a command as a POSIX shell reads it, with a `-p` for each parameter whose variable is set."""

@@ -31,9 +31,9 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.versions import package_version
 
 from .executors import executor
-from .jobs import AttemptFolder, Failure, Job, JobFile, Outcome
+from .jobs import LOOKS, SEEN_SECONDS, AttemptFolder, Failure, Job, JobFile, Outcome, require_inputs
 from .lifeline import host
-from .meeting import Meeting, attend as attend_meeting, meeting_place
+from .meeting import Meeting, attend as attend_meeting
 from .output import Log
 from .schedulers import Standing
 
@@ -48,9 +48,6 @@ OF_A_MACHINE = frozenset({
 OF_DEVICES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_", "ROCR_VISIBLE", "HIP_VISIBLE", "XDG_", "DYLD_")
 SET_BY_CLUSTERS = frozenset({"OMP_NUM_THREADS"})
 """Ray sets it to the CPUs that a task asks for; what a node computes must not depend on who runs it."""
-SEEN_SECONDS = 10.0
-"""How long a folder that another machine has made may take to show up."""
-LOOKS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +69,11 @@ class Errand:
     standing: Standing | None = None
     """Of machine 0, where ranks are on several."""
 
+    @property
+    def meeting(self) -> Path:
+        """Where the machines meet."""
+        return self.folder / "meeting"
+
     @classmethod
     def of(cls, job: Job) -> Self:
         return cls(
@@ -92,6 +94,7 @@ class Errand:
         assignment = file.assignment
         for what, path in (("the store", self.folder), ("the recipe's directory", assignment.base)):
             _require_seen(what, path)
+        require_inputs(assignment)
         self._import_as_there()
         machine = self._machine(assignment.out, cpus)
         kind: Stage[Any] = import_attribute(file.module, assignment.trust.home(file.module, assignment.base))
@@ -215,8 +218,7 @@ def _started(errand: Errand, job: Job, address: str) -> Outcome:
         return executor(job.stage.runs_in).start(job)
     launch = job.launch
     told = {"main_process_ip": launch.main_process_ip or address, "machine_rank": 0}
-    place = meeting_place(job.memo, errand.standing, job.recipe_name)
-    meeting = Meeting(place, errand.standing, launch.num_machines, launch.join_seconds)
+    meeting = Meeting(errand.meeting, errand.standing, launch.num_machines, launch.join_seconds)
     with meeting.held():
         job = replace(job.within(launch=launch.model_copy(update=told)), meeting=meeting)
         return executor(job.stage.runs_in).start(job)
@@ -240,6 +242,5 @@ def _attended(errand: Errand, job: Job, rank: int) -> Outcome:
         if job.cancelled.is_set():
             raise Interrupted("interrupted")
 
-    place = meeting_place(job.memo, errand.standing, job.recipe_name)
-    attend_meeting(place, replace(errand.standing, rank=rank), launch.join_seconds, start, tell, check)
+    attend_meeting(errand.meeting, replace(errand.standing, rank=rank), launch.join_seconds, start, tell, check)
     return Outcome()

@@ -17,21 +17,24 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed, gpu_memory_ran_out
+from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed, UsageError, gpu_memory_ran_out
 from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.fit import out_of_memory
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import redact_json
 from bigpipe.versions import lacks
+
+from .lifeline import host
 
 if TYPE_CHECKING:
     from .meeting import Meeting
@@ -134,6 +137,30 @@ class Job(Assignment):
     """Where the other machines can be called, if a scheduler started them."""
     warm: WarmWorker | None = None
     """A worker that waits for this very attempt; taken, or ended where it does not fit."""
+
+
+SEEN_SECONDS = 10.0
+"""How long what another machine has made may take to show up."""
+LOOKS = 0.05
+
+
+def require_inputs(assignment: Assignment) -> None:
+    """Raise UsageError where what the inputs refer to is not on this machine, such as files of the Hub's cache. What
+    still arrives is not looked at."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while (missing := next(_unseen(assignment), None)) is not None:
+        if time.monotonic() > deadline:
+            port, path = missing
+            cause = f"{host()} does not see {path.name} of its input {port}: {os.path.realpath(path)} is not there"
+            cure = "what artifacts refer to, as to the Hub's cache (HF_HOME), must lie where all machines see it, too"
+            raise UsageError(cause, cure)
+        time.sleep(LOOKS)
+
+
+def _unseen(assignment: Assignment) -> Iterator[tuple[str, Path]]:
+    for port in assignment.inputs.keys() - assignment.arriving.keys():
+        for folder in filter(Path.is_dir, assignment.inputs[port]):
+            yield from ((port, path) for path in sorted(folder.iterdir()) if path.is_symlink() and not path.exists())
 
 
 class JobFile(BaseModel):

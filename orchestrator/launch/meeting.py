@@ -12,6 +12,9 @@ write to the store may call.
     SESSION/over-K          it came to nothing: the ranks are to end
     SESSION/done-K-N.json   the launcher there has ended, and how
     SESSION/end.json        the run has, and how
+    SESSION/read-N          machine N has read that
+
+Nothing of it is worth keeping: the folder goes with the run, or with the next `gc`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -30,6 +33,7 @@ from typing import Any
 
 from bigpipe.errors import BigpipeError, StageFailed, Transient
 from bigpipe.files import make_directory, parse_json, write_file
+from bigpipe.orchestrator.contract import Json
 
 from .lifeline import host
 from .schedulers import Standing
@@ -41,16 +45,21 @@ BEATS = 1.0
 PATIENCE = 60.0
 """Seconds in which its count must change: file systems over a network tell late."""
 LEAVING = 5.0
-"""Seconds that machine 0 waits for the others to read of the end, before it tidies up."""
+"""Seconds that machine 0 waits for those who have come to read of the end, before it tidies up."""
+BUG = 1
+"""What the others end with where this machine does not know why it ends."""
+INTERRUPTED = 128
+"""From here on a status says which signal ended a run: its sender reaches all machines."""
 ENDING = 30.0
 """Seconds in which the ranks of a call that is over should have ended."""
 SHARED = "the store must lie on a file system that all machines share: set --store or BIGPIPE_HOME"
 
 
-def meeting_place(memo: Path, place: Standing, recipe: str) -> Path:
-    """Return the folder where the machines of a job meet about a recipe, under what they share."""
-    named = json.dumps([place.scheduler, place.job, recipe])
-    return memo / "machines" / hashlib.sha256(named.encode()).hexdigest()[:32]
+def meeting_place(meetings: Path, place: Standing, run: Sequence[Json]) -> Path:
+    """Return the folder where the machines of a job meet, under what they share. run: what is run there, the same on
+    all of them: of several runs in one job, each has a folder of its own."""
+    named = json.dumps([place.scheduler, place.job, *run], sort_keys=True)
+    return meetings / hashlib.sha256(named.encode()).hexdigest()[:32]
 
 
 def _write(path: Path, value: Any) -> None:
@@ -112,6 +121,8 @@ class Meeting:
         self._session = folder / secrets.token_hex(8)
         self._others = range(1, machines)
         self._welcomed: dict[int, str] = {}
+        self._came: set[int] = set()
+        """Who has joined, or has been here meanwhile."""
         self._calls = 0
         self._called: dict[int, str] = {}
         """Who was called last, by the number that it came with."""
@@ -121,13 +132,16 @@ class Meeting:
     """What the others end with, where nothing is raised."""
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Welcome who comes while it is open; at its end tell all how it ended: 0, or the status of the error."""
+    def held(self, say: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Welcome who comes while it is open; at its end tell all how it ended: 0, or the status of the error. Who has
+        not come by then is waited for, as long as is waited for at all, and said to be: it would wait for this machine.
+        Not where the run was interrupted, or had a bug. say: None: somebody else tells them."""
         make_directory(self._session, mode=0o700)
+        until = time.monotonic() + self._limit
         for old in self._folder.iterdir():
             if old.is_dir() and old != self._session:
                 shutil.rmtree(old, ignore_errors=True)
-        status = 1
+        status = BUG
         with _every(LOOKS, self._welcome), _beating(self._session, 0):
             try:
                 yield
@@ -137,17 +151,29 @@ class Meeting:
                 raise
             finally:
                 _write(self._session / "end.json", {"status": status})
-                self._tidy_up()
+                try:
+                    if say is not None and status != BUG and status < INTERRUPTED:
+                        self._await_others(until, say)
+                    self._await_readers()
+                finally:
+                    shutil.rmtree(self._folder, ignore_errors=True)
 
     def _welcome(self) -> None:
         for rank in self._others:
             here = _read(self._folder / f"here-{rank}.json")
-            if isinstance(here, dict) and here.get("number") != self._welcomed.get(rank):
+            known = self._welcomed.get(rank)
+            if isinstance(here, dict) and here.get("number") != known and not self._has_read(rank):
                 _write(self._session / f"welcome-{rank}.json", here)
                 self._welcomed[rank] = here["number"]
 
+    def _has_read(self, rank: int) -> bool:
+        """Whether a machine knows of the end: when it comes again, it is for another run."""
+        return (self._session / f"read-{rank}").exists()
+
     def _joined(self, rank: int, welcomed: Mapping[int, str]) -> bool:
-        return rank in welcomed and _read(self._session / f"joined-{rank}") == welcomed[rank]
+        joined = rank in welcomed and _read(self._session / f"joined-{rank}") == welcomed[rank]
+        self._came |= {rank} if joined else set()
+        return joined
 
     def _missing(self) -> list[int]:
         """Who has not come. Who has is noted before it is looked for: one that comes again knows no earlier call."""
@@ -204,11 +230,27 @@ class Meeting:
         except StageFailed:
             return False
 
-    def _tidy_up(self) -> None:
+    def _await_others(self, until: float, say: Callable[[str], None]) -> None:
+        """Until all have come, or the time has: `until`, by the monotonic clock."""
+        told = False
+        while (missing := self._yet_to_come()) and (left := until - time.monotonic()) > 0:
+            if not told:
+                names = ", ".join(map(self._place.name, missing))
+                say(f"the run has ended; {names} would still wait for it, and is awaited for {left:.0f} s at the most")
+            told = True
+            time.sleep(LOOKS)
+
+    def _yet_to_come(self) -> list[int]:
+        return [
+            rank
+            for rank in self._others
+            if not self._joined(rank, self._welcomed) and rank not in self._came and not self._has_read(rank)
+        ]
+
+    def _await_readers(self) -> None:
         deadline = time.monotonic() + LEAVING
         while any(self._joined(rank, self._welcomed) for rank in self._others) and time.monotonic() < deadline:
             time.sleep(LOOKS)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def attend(
@@ -247,6 +289,7 @@ def attend(
                     over()
                 time.sleep(LOOKS)
         except _Over as end:
+            _write(session / f"read-{place.rank}", True)
             return end.status
         finally:
             joined.unlink(missing_ok=True)

@@ -87,13 +87,15 @@ def work(path: Path, mode: Mode, rank: int) -> int:
     from bigpipe.errors import BigpipeError
     from bigpipe.redaction import conceal_environment, redact
 
-    from .jobs import AttemptFolder, Failure, JobFile, Outcome
+    from .jobs import AttemptFolder, Failure, JobFile, Outcome, require_inputs
     from .processes import own_peak
 
     file, folder = JobFile.read(path, os.environ), AttemptFolder(path.parent)
     conceal_environment(os.environ, file.secrets)
     try:
         if mode == "launch":
+            if rank:  # on the first machine the inputs were made, or brought
+                require_inputs(file.assignment)
             _launch(folder, rank)
             return 0
         outcome = _call_stage(file, folder, mode, rank)
@@ -133,7 +135,7 @@ def _exit_codes(error: BaseException) -> dict[int, int]:
 
 def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> Outcome:
     from bigpipe.modules import import_attribute
-    from bigpipe.orchestrator.contract import StageContext
+    from bigpipe.orchestrator.contract import RankHello, StageContext
 
     from .jobs import Outcome
     from .output import EventWriter
@@ -153,6 +155,8 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
         kind: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
         params = kind.params.model_validate(file.params)
         stage = kind.with_params(params)
+        if mode != "rank":  # that has said so when all were there
+            events.report(RankHello(job.node, 0, 1, os.getpid()))
         functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
         assert function is not None  # noqa: S101 (the executor asks for what there is)

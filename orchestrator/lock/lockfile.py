@@ -130,25 +130,34 @@ def locked_digests(path: Path) -> set[str]:
 
 def write_lock(session: Session) -> Path:
     """Write the lock beside the manifest, and beside that what the sources say. Return the lock's path."""
-    path = lock_path(session.recipe.path)
-    before, now = read_lock(path), current(session)
-    said, unmoved = read_answers(path), _unmoved(session, before.inputs if before else {}, now.inputs)
+    path, inputs = lock_path(session.recipe.path), _inputs_now(session)
     answers = {node.name: session.pinned(node).known() for node in session.nodes}
-    kept = {name: said[name] for name in unmoved if name in said}
-    write_answers(path, {**kept, **{name: found for name, found in answers.items() if found}})
-    write(path, now)
+    with session.store.writing(path):
+        before = read_lock(path)
+        said, unmoved = read_answers(path), _unmoved(session, before.inputs if before else {}, inputs)
+        kept = {name: said[name] for name in unmoved if name in said}
+        write_answers(path, {**kept, **{name: found for name, found in answers.items() if found}})
+        write(path, _current(session, before, inputs))
     return path
 
 
 def current(session: Session) -> LockFile:
-    """Return what a lock written now would say. Runs nothing.
-    What the lock knew of a node's files stays where its inputs are the same, what it knew of its output where those of
-    all its ancestors are too."""
-    recipe = session.recipe
-    old = read_lock(lock_path(recipe.path)) or LockFile(recipe=recipe.name)
-    inputs = {node.name: _input_now(session, node) for node in session.nodes}
+    """Return what a lock written now would say. Runs nothing."""
+    return _current(session, read_lock(lock_path(session.recipe.path)), _inputs_now(session))
+
+
+def _inputs_now(session: Session) -> dict[str, LockedInput]:
+    """What may take long: files are hashed, and sources asked."""
+    return {node.name: _input_now(session, node) for node in session.nodes}
+
+
+def _current(session: Session, lock: LockFile | None, now: Mapping[str, LockedInput]) -> LockFile:
+    """What the lock knew of a node's files stays where its inputs are the same, what it knew of its output where those
+    of all its ancestors are too."""
+    recipe, inputs = session.recipe, dict(now)
+    old = lock or LockFile(recipe=recipe.name)
     unmoved = _unmoved(session, old.inputs, inputs)
-    for name, item in inputs.items():
+    for name, item in now.items():
         before = old.inputs.get(name)
         if before is not None and not _input_changes(before, item):
             known = {file: _both(item.files.get(file, pinned), pinned) for file, pinned in before.files.items()}
@@ -329,20 +338,29 @@ def git_blob(path: Path) -> str:
 def record_outputs(session: Session, records: Mapping[str, KeyRecord]) -> None:
     """Add what a successful run gave to the lock file, if there is one. records: by node, of those that have one.
     Only nodes that ran with the locked inputs count: a run never moves a lock, `bigpipe lock` does."""
-    lock = read_lock(lock_path(session.recipe.path))
-    if lock is None:
+    path = lock_path(session.recipe.path)
+    lock = read_lock(path)
+    if lock is None or _says_all(lock, records):
         return
+    found = _inputs_now(session)
+    with session.store.writing(path):
+        if (lock := read_lock(path)) is not None:  # others may have written it meanwhile
+            write(path, _filled(session, lock, _current(session, lock, found), records))
+
+
+def _says_all(lock: LockFile, records: Mapping[str, KeyRecord]) -> bool:
     known = {name: (output.key, output.digest) for name, output in lock.outputs.items()}
-    if all(known.get(name) == (record.key, record.digest) for name, record in records.items()):
-        return
-    now = current(session)
+    return all(known.get(name) == (record.key, record.digest) for name, record in records.items())
+
+
+def _filled(session: Session, lock: LockFile, now: LockFile, records: Mapping[str, KeyRecord]) -> LockFile:
     unmoved = _unmoved(session, lock.inputs, now.inputs)
     outputs, inputs = dict(lock.outputs), dict(lock.inputs)
     for node in session.nodes:
         if node.name in unmoved and (record := records.get(node.name)):
             outputs[node.name] = locked_output(record, _tree(session, record), node.kind.reviewed)
             inputs[node.name] = now.inputs[node.name]
-    write(lock.path, lock.model_copy(update={"inputs": inputs, "outputs": outputs}))
+    return lock.model_copy(update={"inputs": inputs, "outputs": outputs})
 
 
 def _tree(session: Session, record: KeyRecord) -> Path | None:

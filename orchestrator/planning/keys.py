@@ -239,6 +239,14 @@ def content_paths(params: Params, base: Path, *, inside: bool = True) -> tuple[l
     return naming.trees, naming.memo.paths
 
 
+def gathered_files(params: Params, base: Path) -> list[Path]:
+    """Return the files that globs, and directories in their place, stand for in the params: pictures, say, which are
+    read one after another. Raise UsageError as `content_params`."""
+    gathering = _Gathering(base, _Noted([]), inside=False)
+    gathering.model(params, "")
+    return gathering.memo.paths
+
+
 class Digests(Protocol):
     def sha256(self, path: str | Path) -> str: ...
 
@@ -366,6 +374,17 @@ class _Naming(_Walk):
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         self.trees.append(self.base / value)
         return _Walk.tree(self, value, where, links=links) if self.inside and self.trees[-1].is_dir() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathering(_Naming):
+    """Leaves out the files that are named one by one."""
+
+    def file(self, value: str, where: str, *, names: bool = False) -> str:
+        return "" if (self.base / value).is_file() else _Walk.file(self, value, where, names=names)
+
+    def code(self, value: str, where: str) -> str:
+        return value
 
 
 class _Arm(NamedTuple):

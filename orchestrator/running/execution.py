@@ -178,9 +178,8 @@ def _lead(stream: Stream | None, session: Session, record: KeyRecord) -> None:
 def _with_retries(attempt: Attempt, work: Work) -> Outcome:
     wait, number = FIRST_WAIT, 1
     while True:
-        job = _job(attempt, work, number)
-        with files_stay(attempt.session, attempt.node, work.done):
-            outcome = _tried(attempt, job, wait, number)
+        with files_stay(attempt.session, attempt.node, work.done) as hear:
+            outcome = _tried(attempt, _job(attempt, work, number, hear), wait, number)
         if outcome is not None:
             return outcome
         wait, number = min(wait * 2, LONGEST_WAIT), number + 1
@@ -200,7 +199,11 @@ def _tried(attempt: Attempt, job: Job, wait: float, number: int) -> Outcome | No
     return None
 
 
-def _job(attempt: Attempt, work: Work, number: int) -> Job:
+def _job(attempt: Attempt, work: Work, number: int, hear: Callable[[Event], None]) -> Job:
+    def report(event: Event) -> None:
+        hear(event)
+        attempt.report(event)
+
     session, node, kind = attempt.session, attempt.node, attempt.node.kind
     inputs = {
         port: tuple(session.store.artifact_path(digest) for digest in digests)
@@ -234,7 +237,7 @@ def _job(attempt: Attempt, work: Work, number: int) -> Job:
         parent_environment=session.environment,
         timeout=node.timeout,
         cancelled=attempt.cancelled,
-        report=attempt.report,
+        report=report,
         needs=attempt.needs,
         meeting=session.meeting,
         warm=attempt.warm if number == 1 else None,

@@ -141,7 +141,7 @@ def run_plan(
 
         session.remote.stopped = run.cancelled
         session.remote.tell = lambda line: run.reporter.report(LogLine("remote store", line))
-        run.offering = Offering(session, run.reporter.report, run.cancelled)
+        run.offering = Offering(session, session.remote, run.reporter.report, run.cancelled)
     with closing(recorder), caught_once(run.interrupt):
         run.reporter.report(RunStarted(run_id, str(session.recipe.path), tuple(plan.nodes)))
         _loop(run)
@@ -192,7 +192,7 @@ def _take(run: Run, state: NodeState) -> bool:
     next_step = step(run.states, state)
     match next_step.do:
         case Do.LOOK:
-            _look(run, state)
+            return _look(run, state)
         case Do.SKIP:
             _end(run, state, Status.SKIPPED, next_step.why, next_step)
         case Do.CACHED:
@@ -236,19 +236,23 @@ def _take_cached(run: Run, state: NodeState, told: Step) -> None:
     _end(run, state, Status.CACHED, state.reason, told)
 
 
-def _look(run: Run, state: NodeState) -> None:
-    """With true digests. What the plan found cached a moment ago on the same inputs is not looked at twice."""
+def _look(run: Run, state: NodeState) -> bool:
+    """With true digests. What the plan found cached a moment ago on the same inputs is not looked at twice. False where
+    an interruption ended it: the node's turn did not come."""
     node, decision = state.node, run.plan.nodes[state.name].decision
     inputs = schedule.input_digests(state)
     known = decision.action is Action.CACHED and decision.bytes_here and decision.inputs == inputs
     try:
         if not known or state.demanded_by:
             decision = decide(run.session, node, inputs, schedule.awaited(state))
+    except Interrupted:
+        return False
     except BigpipeError as error:
         state.error = error
         _end(run, state, Status.FAILED, str(error))
-        return
-    schedule.decided(run.states, state, decision)
+    else:
+        schedule.decided(run.states, state, decision)
+    return True
 
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
@@ -300,11 +304,10 @@ def _fetch(run: Run, state: NodeState) -> None:
 
     decision = state.decision
     assert decision is not None  # noqa: S101  the schedule has looked at it
-    assert decision.key is not None  # noqa: S101
     schedule.start(run.states, state)
     state.reason = "from the remote store"
     run.reporter.report(NodeStarted(state.name, state.reason))
-    _remember(run, {state.name: decision.key})
+    _remember(run, {state.name: state.key or ""})
     work = partial(fetch, run.session, state.node, decision, report=run.reporter.report, cancelled=run.cancelled)
     run.working[_pool(run).submit(_timed, state, work)] = state
 
@@ -442,8 +445,7 @@ def _finish_run(run: Run, seconds: float) -> RunResult:
 
 
 def _remember(run: Run, keys: Mapping[str, str]) -> None:
-    """Keeps from `gc` what these nodes have, or are about to have, as long as the manifest or its lock exists, and from
-    others that let go of the same bytes."""
+    """Keep what these nodes have, or are about to have, from `gc`, and from others that let go of the same bytes."""
     session, recipe = run.session, run.session.recipe
     lets_go = [name for name in keys if not schedule.keeps(run.states[name])]
     session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes, lets_go)

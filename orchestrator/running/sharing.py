@@ -69,10 +69,26 @@ outside the store, so it is done by every run itself."""
 
 def give(session: Session, node: Node, record: KeyRecord, report: Report) -> Became:
     """Offer a node's record, and its files where it keeps them, to the remote store. What is refused is told in a
-    line."""
-    store, remote = session.store, session.remote
+    line. Raise UsageError for an address that cannot be opened."""
+    remote = session.remote
     if remote is None or not shares(session, node):
         return "own"
+    try:
+        return _offer(session, remote, node, record, report)
+    except Interrupted:
+        pass  # what is not there then can be pushed
+    except Away as error:
+        remote.close(error)
+    except UsageError:
+        raise
+    except (Wrong, BigpipeError, OSError) as error:
+        remote.tell(f"what {node.name} gave is not shared: {error}")
+    return "refused"
+
+
+def _offer(session: Session, remote: Remote, node: Node, record: KeyRecord, report: Report) -> Became:
+    """Raise what the store here and the one there do. What keeps the files replaces what was there without them."""
+    store = session.store
     if (found := remote.find(record.key)) is not None and found.digest != record.digest:
         return "other"
     kept = node.cache and store.intact(record)
@@ -82,15 +98,8 @@ def give(session: Session, node: Node, record: KeyRecord, report: Report) -> Bec
     folder = store.artifact_path(record.digest) if record.digest else Path()
     files = {str(file["sha256"]): folder / name for name, file in record.files.items()} if kept else {}
     meter = Meter("remote store", sum(path.stat().st_size for path in files.values()), f"sending {node.name}", report)
-    try:
-        return "sent" if remote.offer(claim, files, store.temporary(), meter.moved) else "there"
-    except Interrupted:
-        pass  # what is not there then can be pushed
-    except Away as error:
-        remote.close(error)
-    except (Wrong, BigpipeError, OSError) as error:
-        remote.tell(f"what {node.name} gave is not shared: {error}")
-    return "refused"
+    more = found is not None and kept and not found.kept
+    return "sent" if remote.offer(claim, files, store.temporary(), meter.moved, replaces=more) else "there"
 
 
 @dataclass(slots=True)
@@ -114,15 +123,14 @@ class Meter:
 class Offering:
     """What the nodes of a run made, on its way to the remote store."""
 
-    def __init__(self, session: Session, report: Report, cancelled: threading.Event) -> None:
-        self._session, self._report, self._cancelled = session, report, cancelled
+    def __init__(self, session: Session, remote: Remote, report: Report, cancelled: threading.Event) -> None:
+        self._session, self._remote, self._report, self._cancelled = session, remote, report, cancelled
         self._waiting: SimpleQueue[tuple[Node, KeyRecord] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def offer(self, node: Node, record: KeyRecord | None) -> None:
         """Give it there when it has its turn. Nothing where the recipe only reads, or it came from there."""
-        remote: Remote | None = self._session.remote
-        if remote is None or not remote.publishes or record is None:
+        if not self._remote.publishes or record is None:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="to the remote store", daemon=True)
@@ -131,7 +139,10 @@ class Offering:
 
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None and not self._cancelled.is_set():
-            give(self._session, *item, self._report)
+            try:
+                give(self._session, *item, self._report)
+            except UsageError as error:
+                self._remote.close(error)
 
     def finish(self) -> None:
         """Wait until everything is there, or the run is interrupted: what is not there then can be pushed."""
@@ -205,15 +216,21 @@ def pull(session: Session, plan: Plan) -> Exchange:
     if all(item.action not in (Action.CACHED, Action.REMOTE) for item in plan.nodes.values()) and remote.is_nowhere:
         cure = "look at the address; `bigpipe push`, and every run that names it, make one"
         raise UsageError(f"there is no store at {remote.name}", cure)
+    _remember(session, plan)  # from now on what has come of a node is not garbage
     found = {name: _pull(session, item, _report(session)) for name, item in plan.nodes.items()}
-    keys = {name: item.decision.key for name, item in plan.nodes.items() if found[name].status in ("fetched", "here")}
-    known = {name: key for name, key in keys.items() if key}
+    _remember(session, plan)
+    return Exchange.of(remote, found)
+
+
+def _remember(session: Session, plan: Plan) -> None:
+    """Keep from `gc` what the nodes have here, or are about to have."""
+    recipe = session.recipe
+    shared = [item for item in plan.nodes.values() if shares(session, item.node)]
+    here = [item for item in shared if item.action in (Action.CACHED, Action.REMOTE)]
+    keys = {item.node.name: item.decision.key for item in here if item.decision.key}
     taken = {name for item in plan.nodes.values() for name in item.node.producers}
     lets_go = [name for name, item in plan.nodes.items() if not item.node.cache and name in taken]
-    session.store.remember(
-        session.recipe.path, session.lock, session.recipe.name, known, session.variant, session.recipe.nodes, lets_go
-    )
-    return Exchange.of(remote, found)
+    session.store.remember(recipe.path, session.lock, recipe.name, keys, session.variant, recipe.nodes, lets_go)
 
 
 def _pull(session: Session, item: PlannedNode, report: Report) -> Exchanged:

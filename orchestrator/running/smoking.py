@@ -43,7 +43,7 @@ def _ran(
     session: Session, folder: Path, accept: Callable[[Plan], None], *, jobs: int | None, keep_going: bool
 ) -> RunResult:
     tried, smoke = smaller(session, folder)
-    with tried.store, explained(tried.store.root):
+    with tried.store.enter(), explained(tried.store.root):
         tried.side_by_side = jobs != 1 and tried.store.keeps_others_out
         planned = make_plan(tried)
         accept(planned)

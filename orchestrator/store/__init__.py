@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .hashing import StatMemo, canonical, digest_of
     from .layout import default_root, explained, make_directory, memo_directory
     from .remote import Away, Remote, open_remote
-    from .store import Store, Work
+    from .store import Store
+    from .work import Work
 
 __getattr__, __all__ = face(__name__)

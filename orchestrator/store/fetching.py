@@ -20,6 +20,7 @@ from .artifacts import KeyRecord, remove_tree
 from .hashing import digest_of, hash_file
 from .layout import Layout, explained, write_sealed
 from .remote import Moved, Remote, Wrong
+from .work import Work, fetching_key
 
 
 def listed(record: KeyRecord) -> dict[str, tuple[str, int]]:
@@ -28,9 +29,29 @@ def listed(record: KeyRecord) -> dict[str, tuple[str, int]]:
 
 
 def lacking(layout: Layout, record: KeyRecord) -> int:
-    """Return the bytes of a record's files that no object here has the name of, each object counted once."""
-    sizes = dict(listed(record).values())
-    return sum(size for sha256, size in sizes.items() if not layout.object(sha256).is_file())
+    """Return the bytes of a record's files that would have to come, each object counted once."""
+    work = Work(layout.working(fetching_key(record.key)))
+    return _to_come(layout, listed(record), work.out, work.scratch)
+
+
+def _to_come(layout: Layout, files: Mapping[str, tuple[str, int]], out: Path, scratch: Path) -> int:
+    """Of what is no object here: the bytes that an earlier attempt has not brought, by the sizes of what it left."""
+    whole = {sha256 for name, (sha256, size) in files.items() if _size(out / name) == size}
+    return sum(
+        max(0, size - _size(_coming(scratch, sha256)))
+        for sha256, size in dict(files.values()).items()
+        if sha256 not in whole and not layout.object(sha256).is_file()
+    )
+
+
+def _coming(scratch: Path, sha256: str) -> Path:
+    """Where an object comes to."""
+    return scratch / f"{sha256}.coming"
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file; 0 where none is."""
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
 
 
 SLOWEST_TOLD = 2**20
@@ -69,7 +90,7 @@ class Fetching:
     def fetch(self, files: Mapping[str, tuple[str, int]]) -> None:
         """Fill `out`. Raise Wrong for bytes that are not those of their sha256, Away, DoesNotFit for a full disk,
         Interrupted."""
-        require_space(self.out, sum(dict(files.values()).values()))
+        require_space(self.out, _to_come(self.layout, files, self.out, self.scratch))
         with explained(self.out):
             self._clear(files)
             for name, (sha256, size) in files.items():
@@ -96,7 +117,7 @@ class Fetching:
             link(self.layout.object(sha256), path)
             self.moved(size)
             return
-        part = self.scratch / f"{sha256}.coming"
+        part = _coming(self.scratch, sha256)
         if not (self._come(part, sha256, size) or self._come(part, sha256, size)):  # the second time from its beginning
             self.remote.refuse(sha256, f"the object {sha256[:12]}… has other bytes than its name says")
             raise Wrong("an object of it has other bytes than its name says")

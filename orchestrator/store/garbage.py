@@ -14,10 +14,11 @@ from typing import Literal
 from bigpipe.errors import Transient, UsageError
 from bigpipe.files import is_partial
 
-from .artifacts import Artifact, KeyRecord, all_records, load_artifact, remove_tree
+from .artifacts import Artifact, KeyRecord, all_records, load_artifact, load_record, remove_tree
 from .keeping import PATIENCE, all_roots, is_young, root_path, wanted_keys, wanting
 from .layout import Layout, explained, hex_of, is_hex, names_in, sealed_digests
 from .locks import Presence, StoreLock, anybody, keeps_out
+from .work import fetching_key
 
 Kind = Literal["record", "artifact", "object", "work", "part", "temporary", "quarantine", "root", "run"]
 
@@ -135,7 +136,7 @@ class _Collection:
         keys, digests = self._roots(locked, keeping)
         made = {record.key for record in all_records(self.layout) if keeping.younger(record.created)}
         held = self._records(lambda record: record.key in keys | made or record.digest in digests, digests)
-        self._leftovers(_hexes(keys), keeping)
+        self._leftovers(self._unfinished(keys), keeping)
         return self._report(held)
 
     def remove(self, digests: Collection[str]) -> GcReport:
@@ -192,6 +193,18 @@ class _Collection:
                 digests |= locked(Path(root.lock))
         return keys, digests
 
+    def _unfinished(self, keys: Iterable[str]) -> set[str]:
+        """Under which names the work of these keys lies that somebody may go on with, and what was coming from a
+        remote store: not where all that it was to give is there."""
+        lacking = [key for key in keys if not self._is_there(key)]
+        return _hexes([*lacking, *map(fetching_key, lacking)])
+
+    def _is_there(self, key: str) -> bool:
+        if (record := load_record(self.layout, key)) is None or record.digest is None:
+            return record is not None
+        artifact = load_artifact(self.layout, record.digest)
+        return artifact is not None and not artifact.dropped
+
     def _leftovers(self, working: set[str], keeping: Keeping) -> None:
         layout = self.layout
         young = {
@@ -212,6 +225,7 @@ class _Collection:
         latest = runs[-keeping.runs :] if keeping.runs else []
         self._free_others("run", layout.runs, {*latest, *(path.name for path in young)})
         self._free_others("quarantine", layout.quarantine, ())
+        self._free_others("temporary", layout.meetings, ())
         for folder in (layout.keys, layout.roots):
             self._free_others("temporary", folder, [name for name in names_in(folder) if not is_partial(name)])
         others = [name for name in names_in(layout.locks) if not is_hex(name.partition(".")[0])]

@@ -9,9 +9,9 @@ its metrics and the sizes of its files stay recorded.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
@@ -50,13 +50,11 @@ class Root:
     """Node → key of its last record."""
     history: Mapping[str, list[str]] = field(default_factory=dict)
     """Node → its latest keys, the last one included, oldest first. `gc` may have freed all but the last."""
-    begun: Mapping[str, str] = field(default_factory=dict)
-    """Node → key that it has begun to work on and has no record of yet."""
     lets_go: Sequence[str] = ()
     """The keys among these whose bytes it does not need once they were taken (`cache: false`)."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Per set of `-p` values, those used last at the end: the `keys` that the nodes had with them, and when they were
-    `used`, as far as `FRESH`."""
+    """Per set of `-p` values, those used last at the end: the `keys` that the nodes had with them, those that they have
+    `begun` to work on and have no record of yet, and when they were `used`, as far as `FRESH`."""
     written: bool = True
     """Was there a file? A command without a recipe runs one that is not."""
     remote: str = ""
@@ -76,7 +74,14 @@ class Root:
 
     @property
     def keys(self) -> frozenset[str]:
-        return frozenset(self.nodes.values()) | frozenset(self.begun.values())
+        last = [*self.variants.values()][-1:]
+        return frozenset(chain(self.nodes.values(), *map(begun_keys, last)))
+
+
+def begun_keys(variant: Mapping[str, Any]) -> Collection[str]:
+    """Return the keys that nodes have begun to work on with a set of `-p` values."""
+    begun: Mapping[str, str] = variant.get("begun", {})
+    return begun.values()
 
 
 def root_path(layout: Layout, manifest: str | Path) -> Path:
@@ -84,7 +89,8 @@ def root_path(layout: Layout, manifest: str | Path) -> Path:
 
 
 def load_root(layout: Layout, path: Path) -> Root | None:
-    return layout.load(path, lambda data: Root(**data))
+    known = {each.name for each in fields(Root)}  # what another version of bigpipe wrote may say more
+    return layout.load(path, lambda data: Root(**{name: value for name, value in data.items() if name in known}))
 
 
 def all_roots(layout: Layout) -> list[Root]:
@@ -117,8 +123,13 @@ def wanting(roots: Sequence[Root], patience: timedelta = PATIENCE) -> list[Root]
 
 def wanted_keys(root: Root, patience: timedelta = PATIENCE) -> set[str]:
     """Return the keys that a root names: those of its nodes, and of other `-p` values for a while."""
-    others = [variant["keys"].values() for variant in root.variants.values() if is_wanted(variant["used"], patience)]
+    others = [_variant_keys(variant) for variant in root.variants.values() if is_wanted(variant["used"], patience)]
     return {*root.keys, *chain.from_iterable(others)}
+
+
+def _variant_keys(variant: Mapping[str, Any]) -> Iterator[str]:
+    yield from variant["keys"].values()
+    yield from begun_keys(variant)
 
 
 def remember(
@@ -135,7 +146,8 @@ def remember(
     new = Root(manifest=os.path.abspath(manifest), lock=beside, name=name, nodes=nodes, lets_go=sorted(gone))
     with explained(path):
         old = load_root(layout, path)
-        same = old is not None and (old.name, old.lock, old.begun) == (name, new.lock, {})
+        same = old is not None and (old.name, old.lock) == (name, new.lock)
+        same = same and old is not None and not begun_keys(old.variants.get(variant, {}))
         if old is not None and same and nodes.items() <= old.nodes.items() and gone == {*old.lets_go} & (kept | gone):
             if is_young(_used(old, variant), FRESH) and (known is None or old.nodes.keys() <= {*known}):
                 return  # a run that finds everything cached writes nothing
@@ -176,8 +188,10 @@ def _merged(layout: Layout, old: Root | None, new: Root, variant: str, known: Co
     done = {node: key for node, key in new.nodes.items() if layout.key(key).exists()}
     history = {node: [known for known in old.history.get(node, []) if known != key] for node, key in done.items()}
     others = {name: used for name, used in old.variants.items() if name != variant}
-    keys = _named({**old.variants.get(variant, {}).get("keys", {}), **done}, known)
-    own = {"used": datetime.now(UTC).isoformat(timespec="seconds"), "keys": keys}
+    before = old.variants.get(variant, {})
+    keys = _named({**before.get("keys", {}), **done}, known)
+    begun = {node: key for node, key in {**before.get("begun", {}), **new.nodes}.items() if node not in done}
+    own = {"used": datetime.now(UTC).isoformat(timespec="seconds"), "keys": keys, "begun": _named(begun, known)}
     origin = origin_of(Path(new.manifest))
     gone = {*old.lets_go} - {*new.nodes.values()} | {*new.lets_go}
     merged = replace(
@@ -186,11 +200,10 @@ def _merged(layout: Layout, old: Root | None, new: Root, variant: str, known: Co
         serial=1 + max((root.serial for root in all_roots(layout)), default=0),
         nodes=_named({**old.nodes, **done}, known),
         history={**old.history, **{node: [*history[node], key][-HISTORY:] for node, key in done.items()}},
-        begun=_named({node: key for node, key in {**old.begun, **new.nodes}.items() if node not in done}, known),
         variants=dict([*others.items(), (variant, own)][-VARIANTS:]),
         **(asdict(origin) if origin else {}),
     )
-    named = [*merged.keys, *chain.from_iterable(each["keys"].values() for each in merged.variants.values())]
+    named = [*merged.keys, *chain.from_iterable(map(_variant_keys, merged.variants.values()))]
     return replace(merged, lets_go=sorted(gone & {*named}))
 
 

@@ -119,12 +119,13 @@ class Layout:
         self.work = root / "work"
         self.parts = root / "parts"
         self.memo = memo_directory(root)
+        self.meetings = root / "meetings"
         self.tmp = root / "tmp"
         self.locks = root / "locks"
         self.quarantine = root / "quarantine"
         self.folders = (
             root, self.quarantine, self.objects, self.artifacts, self.keys, self.partials, self.roots, self.released,
-            self.runs, self.work, self.parts, self.memo, self.tmp, self.locks,
+            self.runs, self.work, self.parts, self.memo, self.meetings, self.tmp, self.locks,
         )  # fmt: skip
 
     def check(self) -> None:

@@ -211,10 +211,14 @@ class Remote:
             raise Wrong("an object of it has another size")
         return piece
 
-    def offer(self, claim: Claim, files: Mapping[str, Path], scratch: Path, moved: Moved = lambda size: None) -> bool:
+    def offer(
+        self, claim: Claim, files: Mapping[str, Path], scratch: Path, moved: Moved = lambda size: None, *,
+        replaces: bool = False,
+    ) -> bool:  # fmt: skip
         """Put the objects there that are not, then the record. files: sha256 → where its bytes lie here. scratch: a
-        free path. Return whether there was anything to put. Raise Away where it cannot be written, Wrong for what may
-        not be shared: secrets in it, or values that no other store would take."""
+        free path. replaces: the record takes the place of one that is there. Return whether there was anything to put.
+        Raise Away where it cannot be written, Wrong for what may not be shared: secrets in it, or values that no other
+        store would take."""
         sealed = claim.sealed()
         read_claim(sealed, claim.key)
         if redact(text := sealed.decode()) != text:
@@ -223,15 +227,18 @@ class Remote:
         sent = [self._put(path, source, sha256, moved, size=source.stat().st_size) for path, source, sha256 in objects]
         write_file(scratch, sealed, durable=False)
         try:
-            return self._put(self._record(claim.key), scratch, claim.key, lambda size: None) or any(sent)
+            record = self._record(claim.key)
+            return self._put(record, scratch, claim.key, lambda size: None, replaces=replaces) or any(sent)
         finally:
             scratch.unlink(missing_ok=True)
 
-    def _put(self, path: str, source: Path, name: str, moved: Moved, *, size: int | None = None) -> bool:
+    def _put(
+        self, path: str, source: Path, name: str, moved: Moved, *, size: int | None = None, replaces: bool = False
+    ) -> bool:
         """Return whether the bytes of `source` were put there; not where something is already, or another was faster.
-        size: what is there must have, to stay."""
+        size: what is there must have, to stay. replaces: it does not stay."""
         there = self._size(path, strict=True)
-        if there is not None and name not in self._refused and size in (None, there):
+        if there is not None and not replaces and name not in self._refused and size in (None, there):
             return False
         beats = Beats(moved)
         try:

@@ -16,8 +16,8 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ from .hashing import digest_of
 from .keeping import keep_again, named_roots, release, remember, sweep
 from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in, record_path
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
+from .work import Work, fetching_key
 
 if TYPE_CHECKING:
     from .garbage import Freed, GcReport, Keeping, LockedDigests
@@ -56,26 +57,6 @@ if TYPE_CHECKING:
 
 QUESTIONS = 8
 """How many questions a record remembers that had its pins as their answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The folders of one key, held exclusively. They survive crashes: what is found in them is earlier work."""
-
-    folder: Path
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    @property
-    def scratch(self) -> Path:
-        return self.folder / "scratch"
-
-    def done(self) -> None:
-        """Remove both: what was to be kept is published."""
-        with explained(self.folder):
-            remove_tree(self.folder)
 
 
 class Store:
@@ -164,9 +145,10 @@ class Store:
                 place_tree(self.layout, current, self._presence.temporary())
         return True
 
-    def enter(self) -> None:
-        """Say that this process is going to read what it found: from now on nobody else frees it. Whoever wants to run
-        anything calls it before it looks for hits; `lock` and `publish` imply it. Also tidies up after dead runs."""
+    def enter(self) -> Store:
+        """Say that this process is going to read what it found: from now on nobody else frees it. Whoever wants to use
+        anything calls it before it looks for hits; `lock` and `publish` imply it. Also tidies up after dead runs.
+        Return the store, to be left as a context."""
         with explained(self.root):
             self.layout.check()
         self._presence.enter()
@@ -174,6 +156,7 @@ class Store:
             self._tidied.set()
             self._finish_interrupted()
             sweep(self.layout, self._presence)
+        return self
 
     def _finish_interrupted(self) -> None:
         """Complete what a run that died was publishing, so that not even a run of another recipe can lose it."""
@@ -223,7 +206,7 @@ class Store:
         files = listed(record)
         if not kept:
             return self.publish_forgone(record, files) if record.digest else self.publish(record, self.root)
-        with self.lock(digest_of("fetch", record.key), cancelled=cancelled, waiting=waiting) as work:
+        with self.lock(fetching_key(record.key), cancelled=cancelled, waiting=waiting) as work:
             Fetching(self.layout, remote, work.out, work.scratch, cancelled, moved).fetch(files)
             made = self.publish(record, work.out, files)
             work.done()
@@ -269,6 +252,17 @@ class Store:
         lock = StoreLock(self.layout.working_lock(key))
         lock.acquire(cancelled, waiting)
         with lock:
+            yield
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Keep others that use this store from a file that lies elsewhere, while it is read and written anew. Nobody is
+        kept out where there is no store, or it cannot be written: then nobody runs over it."""
+        with ExitStack() as held:
+            if self.there:
+                with suppress(BigpipeError):
+                    name = hex_of(digest_of("file", os.path.abspath(path)))
+                    held.enter_context(StoreLock(self.layout.locks / f"file-{name}"))
             yield
 
     @contextmanager

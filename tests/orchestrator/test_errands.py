@@ -18,10 +18,11 @@ from support.workshop import Workshop
 from bigpipe.errors import BigpipeError, DoesNotFit, Interrupted, UsageError
 from bigpipe.machine import Gpu, Machine
 from bigpipe.orchestrator.contract import Event, Forecast, LogLine
-from bigpipe.orchestrator.launch import AttemptFolder, Host, Job, Needs, Outcome
+from bigpipe.orchestrator.launch import AttemptFolder, Host, Job, Needs, Outcome, jobs, worker as launched
 from bigpipe.orchestrator.launch.clusters import Cluster, await_end, open_cluster
 from bigpipe.orchestrator.launch.errands import Errand, work
 from bigpipe.orchestrator.launch.executors import Executor
+from bigpipe.orchestrator.launch.jobs import JobFile
 from bigpipe.orchestrator.launch.lifeline import hold_work_folder
 from bigpipe.orchestrator.planning.spreading import able, needs, planned_for
 from bigpipe.orchestrator.recipe import Node, load_recipe
@@ -150,6 +151,27 @@ def test_a_machine_that_does_not_see_the_store_says_so(tmp_path: Path, monkeypat
     _, outcome = came(list(work(Errand.of(job), "127.0.0.1")))
     assert outcome.failure is not None
     assert f"does not see the store: {tmp_path / 'elsewhere'} is not there" in outcome.failure.cause
+
+
+@pytest.mark.parametrize("how", ["as an errand", "as ranks of another machine"])
+def test_a_machine_that_does_not_see_what_inputs_refer_to_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A model in the Hub's cache, which lies in a home that the machines do not share."""
+    monkeypatch.setattr(jobs, "SEEN_SECONDS", 0)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "weights").symlink_to(tmp_path / "home" / "blob")
+    job = prepared(make_job(tmp_path, "RANKS", inputs={"model": (tmp_path / "model",)}))
+    if how == "as an errand":
+        _, outcome = came(list(sent(job)))
+    else:
+        JobFile.of(job).write(job.folder.job)
+        assert launched.work(job.folder.job, "launch", 1) == 1
+        outcome = Outcome.read(job.folder.outcome("launch", 1)) or Outcome()
+    assert outcome.failure is not None
+    assert outcome.failure.type == "UsageError"
+    assert f"does not see weights of its input model: {tmp_path / 'home/blob'} is not there" in outcome.failure.cause
 
 
 def test_a_work_folder_is_free_once_no_worker_holds_it(tmp_path: Path) -> None:

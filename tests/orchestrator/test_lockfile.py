@@ -289,6 +289,35 @@ class TestOutputs:
         with pytest.raises(Stale):
             lockfile.check_lock(session)
 
+    def test_what_others_write_meanwhile_stays(self, session, monkeypatch):
+        """While files are hashed to see whether their inputs moved: another run, or `bigpipe lock`."""
+        lockfile.write_lock(session)
+        done, looked, real = session.run(), [], lockfile._input_now
+
+        def meanwhile(asking, node):
+            if not looked:
+                looked.append(node)
+                lockfile.record_outputs(session, {"download": done["download"]})
+            return real(asking, node)
+
+        monkeypatch.setattr(lockfile, "_input_now", meanwhile)
+        lockfile.record_outputs(session, {"shard@a=1.5": done["shard@a=1.5"]})
+        assert set(session.lock.outputs) == {"download", "shard@a=1.5"}
+
+        def moved(asking, node):
+            if len(looked) == 1:
+                looked.append(node)
+                session.pins = Pinned({"revision": NEXT_COMMIT}, "asked")
+                lockfile.write_lock(session)
+                session.pins = Pinned({"revision": COMMIT}, "asked")
+            return real(asking, node)
+
+        monkeypatch.setattr(lockfile, "_input_now", moved)
+        other = done["shard@a=1.5"].model_copy(update={"digest": "sha256:" + "e" * 64})
+        lockfile.record_outputs(session, {"shard@a=1.5": other})
+        assert session.lock.inputs["download"].pins == {"revision": NEXT_COMMIT}
+        assert session.lock.outputs == {}
+
     def test_locked_anew_outputs_of_changed_nodes_and_their_consumers_are_forgotten(self, session):
         lockfile.write_lock(session)
         lockfile.record_outputs(session, session.run())

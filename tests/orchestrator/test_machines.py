@@ -20,7 +20,8 @@ import jsonschema
 import pytest
 from support.launching import TESTS, make_job, wait_for
 
-from bigpipe.errors import DoesNotFit, StageFailed, Transient, UsageError
+from bigpipe.errors import DoesNotFit, Interrupted, StageFailed, Transient, UsageError
+from bigpipe.orchestrator import machines
 from bigpipe.orchestrator.contract.types import Launch
 from bigpipe.orchestrator.launch import (
     Meeting,
@@ -34,7 +35,9 @@ from bigpipe.orchestrator.launch import (
 from bigpipe.orchestrator.launch.jobs import AttemptFolder
 from bigpipe.orchestrator.launch.schedulers import node_names
 from bigpipe.orchestrator.launch.supervision import supervise
+from bigpipe.orchestrator.planning import open_session
 from bigpipe.orchestrator.report.inspection import log_lines
+from bigpipe.orchestrator.store import Store
 
 SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
@@ -159,6 +162,74 @@ def test_machines_are_called_and_leave_with_the_status_of_the_run(tmp_path: Path
     assert statuses == [4]
     assert [call for call in calls if isinstance(call, tuple)] == [(tmp_path / "job", "one"), (tmp_path / "job", "two")]
     assert not list(tmp_path.glob("*"))
+
+
+def test_who_comes_when_the_run_has_ended_hears_how_it_ended(tmp_path: Path) -> None:
+    """All was cached, say, and machine 1 started a second later."""
+    said, statuses = list[str](), list[int]()
+
+    def say(line: str) -> None:
+        said.append(line)
+        late.start()
+
+    late = threading.Thread(
+        target=lambda: statuses.append(attend(tmp_path, PLACES[1], 10, lambda *given: 0, lambda line: None))
+    )
+    with suppress(DoesNotFit), Meeting(tmp_path, PLACES[0], 2, limit=100).held(say):
+        raise DoesNotFit("too large")
+    late.join(10)
+    assert statuses == [4]
+    assert not list(tmp_path.glob("*"))
+    assert said == ["the run has ended; machine 1 (b) would still wait for it, and is awaited for 100 s at the most"]
+
+
+@pytest.mark.parametrize(("error", "limit"), [(Interrupted("by hand"), 100), (ZeroDivisionError(), 100), (None, 0)])
+def test_nobody_is_awaited_for_long_without_need(tmp_path: Path, error: Exception | None, limit: float) -> None:
+    """Where whoever interrupts reaches all machines, where this one has a bug, or where the time for coming is over."""
+    with suppress(Interrupted, ZeroDivisionError), Meeting(tmp_path, PLACES[0], 2, limit).held(pytest.fail):
+        if error is not None:
+            raise error
+    assert not list(tmp_path.glob("*"))
+
+
+def test_who_has_gone_is_not_awaited_and_who_knows_of_the_end_comes_for_another_run(tmp_path: Path) -> None:
+    meeting = Meeting(tmp_path, PLACES[0], 3, limit=100)
+    for rank in (1, 2):
+        (tmp_path / f"here-{rank}.json").write_text('{"number": "5"}')
+    with meeting.held(pytest.fail):
+        welcomes = wait_for(lambda: [path for path in tmp_path.glob("*/welcome-*") if len(meeting._welcomed) == 2])
+        session = welcomes[0].parent
+        (session / "joined-1").write_text('"5"')
+        assert meeting._missing() == [2]
+        (session / "joined-1").unlink()  # it was ended
+        (session / "read-2").write_text("true")
+        (tmp_path / "here-2.json").write_text('{"number": "6"}')
+        meeting._welcome()
+        assert meeting._welcomed[2] == "5"
+
+
+def test_each_run_of_a_job_has_a_meeting_of_its_own_which_is_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    places, stage = [], "{uses: command, with: {argv: ['true'], produces: report}}"
+    (tmp_path / "recipe.yaml").write_text(
+        f"version: 1\nname: x\nparams: {{rank: 4}}\nstages:\n  a: {stage}\n  b: {stage}\n"
+    )
+    for params in ({}, {"rank": "8"}):
+        for nodes in ([], ["a"]):
+            session = open_session(tmp_path / "recipe.yaml", nodes, params=params, store=tmp_path / "store")
+            places.append(machines.meeting_place_of(session))
+    assert len({*places}) == 4
+    with Store(tmp_path / "store") as store, Meeting(places[0], PLACES[0], 2, limit=0).held():
+        (places[0] / "here-1.json").write_text('{"number": "5"}')
+        assert store.verify(repair=True).clean
+        assert (places[0] / "here-1.json").exists()
+        (places[1] / "0123456789abcdef").mkdir(parents=True)  # of one that was killed
+    with Store(tmp_path / "store") as store:
+        store.gc(lambda path: set())
+    assert not places[1].exists()
 
 
 @pytest.mark.parametrize("how", ["silent", "left"])
@@ -362,7 +433,7 @@ def test_two_machines_make_one_run(tmp_path: Path) -> None:
     (merged,) = (tmp_path / "store" / "artifacts").glob("*/merged")
     assert merged.read_text() == "0/2 1/2"
     assert "machine 1 (127.0.0.2) waits for calls of machine 0 (127.0.0.1)" in said
-    assert not list((tmp_path / "store" / "memo" / "machines").glob("*"))
+    assert not list((tmp_path / "store" / "meetings").glob("*"))
 
 
 @pytest.mark.fault

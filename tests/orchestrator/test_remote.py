@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from contextlib import nullcontext
@@ -15,21 +16,23 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from support.sharing import given, opened, taken, tree
-from support.stores import contents, killed_at, publish, record
+from support.stores import contents, fill, killed_at, publish, record
 from support.workshop import environment, statuses
 
 import bigpipe
+from bigpipe import files
 from bigpipe.errors import DoesNotFit, GateFailed, Interrupted, ManifestError, Transient, UsageError
 from bigpipe.files import seal
 from bigpipe.orchestrator import commands
-from bigpipe.orchestrator.contract import LogLine
+from bigpipe.orchestrator.contract import LogLine, NodeFinished, NodeStarted
 from bigpipe.orchestrator.planning import Action
+from bigpipe.orchestrator.running import sharing
 from bigpipe.orchestrator.store.claims import LARGEST, Claim, Wrong, read_claim
-from bigpipe.orchestrator.store.fetching import known_rate, note_rate
-from bigpipe.orchestrator.store.hashing import digest_of
+from bigpipe.orchestrator.store.fetching import known_rate, lacking, note_rate
 from bigpipe.orchestrator.store.layout import hex_of
 from bigpipe.orchestrator.store.remote import PIECE, Away, Beats, open_remote
 from bigpipe.orchestrator.store.store import Store
+from bigpipe.orchestrator.store.work import fetching_key
 from bigpipe.redaction import conceal
 
 FILES = {"config.json": b"{}", "weights/one": b"1" * 5000, "weights/two": b"1" * 5000, "empty": b""}
@@ -178,7 +181,7 @@ class TestBytes:
             (large + b"more", 0),
         ):
             with Store(second.root.with_name(f"store-{len(begun)}-{begun[:1].hex()}")) as third:
-                work = third.layout.working(digest_of("fetch", made.key))
+                work = third.layout.working(fetching_key(made.key))
                 (work / "scratch").mkdir(parents=True)
                 sha256 = str(made.files["large"]["sha256"])
                 (work / "scratch" / f"{sha256}.coming").write_bytes(begun)
@@ -239,6 +242,23 @@ class TestBytes:
         assert claim.key == grown.key
         with pytest.raises(DoesNotFit):
             taken(opened(shared, second)[0], second, record("a"))
+
+    def test_only_what_has_still_to_come_needs_room(self, store, second, shared, monkeypatch):
+        """Not what another artifact here has, and what a killed process had fetched."""
+        made = publish(
+            store, "a", {"here": b"1" * 5000, "fetched": b"2" * 4000, "begun": b"3" * 3000, "new": b"4" * 20}
+        )
+        given(opened(shared, store)[0], store, made)
+        publish(second, "b", {"other": b"1" * 5000})
+        work = second.layout.working(fetching_key(made.key))
+        begun = f"scratch/{made.files['begun']['sha256']}.coming"
+        fill(work, {"out/fetched": b"2" * 4000, begun: b"3" * 2900})
+        assert lacking(second.layout, made) == 120
+        for free in (119, 120):
+            monkeypatch.setattr(files, "free_space", lambda path, free=free: free)
+            with pytest.raises(DoesNotFit) if free < 120 else nullcontext():
+                taken(opened(shared, second)[0], second, record("a"))
+        assert second.find(made.key).digest == made.digest
 
 
 class TestOrder:
@@ -561,6 +581,44 @@ class TestRuns:
         plan = bigpipe.plan(workshop.manifest, **warmed)
         assert [str(node.action) for node in plan.nodes.values()] == ["remote", "run", "run"]
 
+    def test_what_is_made_in_its_place_is_shared_with_its_bytes_and_stays_so(self, workshop, warmed, shared, tmp_path):
+        kept = CHAIN.replace(", cache: false", "")
+        for text, store in ((kept, "two"), (CHAIN, "three")):
+            key = workshop.run(text, store=tmp_path / store, remote="").nodes["b"].key
+            commands.push(workshop.manifest, store=tmp_path / store, remote=str(shared))
+            assert read_claim((shared / "v1/keys" / f"{hex_of(key)}.json").read_bytes(), key).kept
+        workshop.manifest.write_text(kept)
+        pulled = commands.pull(workshop.manifest, store=tmp_path / "four", remote=str(shared))
+        assert [node.status for node in pulled.nodes.values()] == ["fetched"] * 3
+
+    def test_an_interruption_while_it_is_slow_fails_nothing(self, workshop, shared, tmp_path, capsys):
+        """Neither in the thread that shares what a gave, nor where it is asked for b, whose turn does not come."""
+        recipe = HEAD + "  a: {uses: write}\n  b: {uses: join, inputs: {first: a}}\n"
+        made = workshop.run(recipe, store=tmp_path / "one", remote="")
+        (shared / "v1/keys").mkdir(parents=True)
+
+        def interrupted(event) -> None:
+            if isinstance(event, NodeStarted):
+                for node in "ab":
+                    os.mkfifo(shared / "v1/keys" / f"{hex_of(made.nodes[node].key)}.json")
+            elif isinstance(event, NodeFinished) and event.status == "succeeded":
+                signal.raise_signal(signal.SIGINT)
+
+        got = workshop.run(store=tmp_path / "two", remote=str(shared), progress=interrupted)
+        assert statuses(got) == {"a": "succeeded", "b": "skipped"}
+        assert got.exit_code == 130
+        assert got.nodes["b"].error is None
+
+    def test_what_cannot_be_shared_now_stops_no_thread(self, workshop, shared, tmp_path):
+        recipe = HEAD + "  a: {uses: write}\n"
+        workshop.run(recipe, store=tmp_path / "one", remote="")
+        plan = bigpipe.plan(workshop.manifest, store=tmp_path / "one", remote=str(shared))
+        session, record = plan.session, plan.nodes["a"].decision.record
+        (shared / "v1/keys").mkdir(parents=True)
+        os.mkfifo(shared / "v1/keys" / f"{hex_of(record.key)}.json")
+        session.remote.stopped.set()
+        assert sharing.give(session, plan.nodes["a"].node, record, lambda event: None) == "refused"
+
     def test_what_is_forced_runs(self, workshop, warmed):
         got = workshop.run(**warmed, nodes=["a"], force=["a"])
         assert workshop.ran == ["a"]
@@ -645,6 +703,23 @@ class TestRuns:
         assert {name: node.status for name, node in pushed.nodes.items()} == {"act": "own"}
         assert not shared.exists()
 
+    @pytest.mark.parametrize(
+        "work", [commands.push, commands.pull, lambda *_, **options: commands.run(*_, jobs=1, **options), commands.run]
+    )
+    def test_nobody_frees_what_a_command_is_about_to_find(self, workshop, ran_once, tmp_path, monkeypatch, work):
+        plans, real = [], commands.make_plan
+
+        def planned(session, **options):
+            with Store(ran_once / "one") as other, pytest.raises(Transient, match="another run uses the store"):
+                other.gc(lambda path: set())
+            plans.append(session)
+            return real(session, **options)
+
+        monkeypatch.setattr(commands, "make_plan", planned)
+        workshop.manifest.write_text(CHAIN)
+        work(workshop.manifest, store=ran_once / "one", remote=str(ran_once / "shared"))
+        assert len(plans) == 1
+
     def test_push_and_pull(self, workshop, ran_once, shared, tmp_path):
         workshop.manifest.write_text(CHAIN)
 
@@ -667,6 +742,20 @@ class TestRuns:
             assert {one.kind for one in second.gc(lambda path: set(), dry_run=True).freed} <= {"temporary"}
         workshop.run(store=tmp_path / "two", remote="")
         assert workshop.ran == []
+
+    def test_what_a_killed_pull_had_fetched_is_no_garbage(self, workshop, warmed, monkeypatch):
+        key = key_of(workshop, "a")
+        monkeypatch.delattr(sharing, "fetch")
+        with pytest.raises(NameError):
+            commands.pull(workshop.manifest, ["a"], **warmed)
+        with Store(warmed["store"]) as second:
+            work = second.layout.working(fetching_key(key))
+            fill(work, {"scratch/0.coming": b"12"})
+            second.gc(lambda path: set())
+            assert work.exists()
+            publish(second, "a", {"text": b"made here"}, key=key)
+            second.gc(lambda path: set())
+            assert not work.exists()
 
     def test_another_result_that_was_there_first_stays(self, workshop, shared, tmp_path):
         recipe = HEAD + "  a: {uses: write, with: {stamp: true}}\n"

@@ -231,6 +231,29 @@ class TestGarbage:
         assert [item.name for item in report.freed if item.kind == "work"] == [f"work/{record('nameless').key[7:]}"]
         assert (store.root / "work" / record("named").key[7:] / "out" / "shard").exists()
 
+    def test_unfinished_work_with_other_values_stays_for_a_while(self, store, recipe):
+        keys = {variant: record(variant).key for variant in ("int8", "nf4")}
+        for variant, key in keys.items():
+            store.remember(recipe, None, "recipe", {"quantize": key}, variant, ["quantize"])
+            with store.lock(key) as work:
+                fill(work.out, {"shard": b"12345"})
+        store.gc(locked_digests)
+        assert {path.name for path in (store.root / "work").iterdir()} == {key[7:] for key in keys.values()}
+        store.gc(locked_digests, NOW)
+        assert [path.name for path in (store.root / "work").iterdir()] == [keys["nf4"][7:]]
+
+    @pytest.mark.parametrize("dropped", [False, True])
+    def test_unfinished_work_goes_where_what_it_was_to_give_is_there(self, store, recipe, dropped):
+        """Of a forced run that was killed, say; not where its bytes were let go, and are made again."""
+        done = publish(store, "a", {"shard": b"12345"})
+        if dropped:
+            store.drop(done.digest, done.key)
+        store.remember(recipe, None, "recipe", {"x": done.key})
+        with store.lock(done.key) as work:
+            fill(work.out, {"shard": b"12"})
+        freed = [item.name for item in store.gc(locked_digests).freed if item.kind == "work"]
+        assert freed == [] if dropped else [f"work/{done.key[7:]}"]
+
     def test_parts_that_are_objects_stay_and_others_go(self, store, recipe):
         fill(store.parts, {"q/one": b"one", "q/two": b"two", "q/three": b"three"})
         kept = publish(store, "kept", {"a": store.parts / "q" / "one"})
