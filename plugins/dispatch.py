@@ -91,7 +91,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=10,
+    version=11,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},
