@@ -56,11 +56,6 @@ def place_architecture(
     if budget.memory and (misfit := over_a_cap(needs_of(tree, homes, budget.headroom), budget)):
         raise misfit.error()
     weights, needs = weights_of(tree, homes), needs_of(tree, homes, headroom)
-    explanation = [*_explain(tree, budget, homes, weights, needs)]
-    if solution:
-        explanation.append(
-            f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}; {solution.describe()}."
-        )
     no_split = request.no_split_module_classes
     return Placement(
         strategy=request.mode or "custom",
@@ -72,7 +67,8 @@ def place_architecture(
         no_split_module_classes=None if no_split is None else tuple(no_split),
         needs=needs,
         seconds_per_token=solution.seconds if solution else None,
-        explanation=tuple(explanation),
+        explanation=tuple(_explain(tree, budget, homes, weights, needs)),
+        measured=(_predicted(solution, speeds),) if solution else (),
     )
 
 
@@ -276,6 +272,10 @@ def _with_weightless(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Dev
     for part in tree.layers([""]):
         last = found[part] = devices.get(part, last)
     return found
+
+
+def _predicted(solution: Solution, speeds: Speeds) -> str:
+    return f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}; {solution.describe()}."
 
 
 def _explain(

@@ -187,6 +187,44 @@ def test_says_what_bounds_a_step_where_layers_are_streamed(tmp_path: Path) -> No
     assert whole.bound_by == ""
 
 
+@pytest.mark.parametrize(
+    "fields", [{"device_map": {"": "cpu", "model.decoder.layers.1": "disk"}}, {"device_map": "optimal"}]
+)
+def test_the_artifact_is_the_same_whatever_was_measured_that_leads_to_it(tmp_path: Path, fields: Any) -> None:
+    model = make_checkpoint(tmp_path / "model", "opt", dtype="float16")
+    params = DispatchParams(
+        batch_size=8, sequence_length=16, verify="none", max_memory={"cpu": "100kB", "disk": "1GiB"}, **fields
+    )
+    artifacts, told = set(), set()
+    for times in (1.0, 1.1):
+        figures = {dtype: tuple(times * rate for rate in found) for dtype, found in NO_HALVES.items()}
+        memo = knowing(tmp_path / f"memo{times}", figures, Speeds(disk=times * 1e5, ram=times * 1e12))
+        ctx = context(tmp_path / f"out{times}", model, memo, HERE)
+        assert isinstance(result := STAGE.run(params, ctx), StageResult)
+        artifacts.add(tuple(sorted(result.files.items())))
+        told.add(tuple(event.line for event in ctx.reporter if isinstance(event, LogLine)))  # type: ignore[attr-defined]
+    assert len(artifacts) == 1
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({}, True),  # the key says whose memory it is
+        ({"max_memory": {0: "1GiB", "disk": "1GiB"}}, True),
+        ({"max_memory": {"cpu": "1GiB", "disk": "1GiB"}}, False),
+        ({"max_memory": {0: 0, "cpu": "1GiB"}}, False),
+        ({"max_memory": {"cpu": "1GiB"}, "compute_dtype": "stored"}, True),
+        ({"max_memory": {"cpu": "1GiB"}, "dtype": "float16"}, True),
+        ({"device_map": {"": "cpu", "lm_head": 0}}, True),
+        ({"device_map": {"": "disk"}}, False),
+        ({"device_map": "optimal"}, False),
+    ],
+)
+def test_what_may_be_decided_by_measurements_is_not_held_against_a_lock(fields: Any, same: bool) -> None:
+    assert STAGE.with_params(DispatchParams(**fields)).reproducible is same
+
+
 @pytest.mark.parametrize(("asked", "computed"), [("float32", "float32"), ("stored", "float16")])
 def test_what_is_computed_in_is_told_and_weights_are_held_as_stored(
     tmp_path: Path, memo: Path, models: dict[str, Path], asked: str, computed: str
