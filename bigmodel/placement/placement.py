@@ -99,8 +99,8 @@ class PlacementRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Placement:
-    """Which device holds each part of a model, and what each must hold. Its fields are those of its JSON, in order, but for what
-    was measured."""
+    """Which device holds each part of a model, and what each must hold. Its fields are those of its JSON, in
+    order, but for what was measured."""
 
     strategy: str
     dtype: str | None = None

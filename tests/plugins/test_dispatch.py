@@ -200,7 +200,8 @@ def test_the_artifact_is_the_same_whatever_was_measured_that_leads_to_it(tmp_pat
         figures = {dtype: tuple(times * rate for rate in found) for dtype, found in NO_HALVES.items()}
         memo = knowing(tmp_path / f"memo{times}", figures, Speeds(disk=times * 1e5, ram=times * 1e12))
         ctx = context(tmp_path / f"out{times}", model, memo, HERE)
-        assert isinstance(result := STAGE.run(params, ctx), StageResult)
+        result = STAGE.run(params, ctx)
+        assert isinstance(result, StageResult)
         artifacts.add(tuple(sorted(result.files.items())))
         told.add(tuple(event.line for event in ctx.reporter if isinstance(event, LogLine)))  # type: ignore[attr-defined]
     assert len(artifacts) == 1
