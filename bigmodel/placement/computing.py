@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.errors import UsageError
 
-from .devices import is_computing, main_of
+from .devices import is_computing
 from .placement import Placement, PlacementRequest
 from .products import HALVES, Products, computing_dtype
 from .tree import Tree
@@ -33,7 +33,7 @@ def choose_dtype(
     dtype: of what is loaded. plain: is nothing packed? products: measures the machine. Raise UsageError where another
     dtype was asked for and weights cannot be cast to it at each use.
     """
-    main, asked = main_of(placement.device_map.values()), request.compute_dtype
+    main, asked = placement.main, request.compute_dtype
     free = main == "cpu" and plain and request.dtype is None
     if asked != "auto":
         wanted = dtype if asked == "stored" else asked

@@ -17,7 +17,7 @@ from bigpipe.bigmodel.footprint import (
 )
 from bigpipe.bigmodel.formats import PLAIN, Format
 
-from .devices import Device, is_computing, main_of
+from .devices import Device, is_computing
 from .placement import Placement
 from .tree import prefixes
 
@@ -74,7 +74,7 @@ def beyond_headroom(
     """Return the bytes that a batch takes, on each device that computes, beyond what a placement keeps room for: keys
     and values where the layers keep them, if they do (`caching`), and activations on each. dtype: computed in. stored:
     as in `headroom_of`."""
-    found, main = Budget(architecture, dtype, workload), main_of(placement.device_map.values())
+    found, main = Budget(architecture, dtype, workload), placement.main
     activations = found.activations.bytes + _unpacked(architecture, workload, stored)
     kept = {device: need for device, need in placement.needs.items() if is_computing(device, main)}
     cached = sum(need.kv_cache for need in kept.values())

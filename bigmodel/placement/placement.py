@@ -13,7 +13,7 @@ from bigpipe.names import as_names
 from bigpipe.sizes import format_size
 from bigpipe.tables import html_table
 
-from .devices import Device, devices_of, one_device
+from .devices import Device, devices_of, main_of, one_device
 
 SCHEMA = "bigpipe.placement/4"
 BY_DEVICE = ("weights", "max_memory", "needs")
@@ -110,7 +110,7 @@ class Placement:
     device_map: dict[str, Device]
     """Module or tensor name → device; the longest prefix of a name decides, "" is the rest. Covers everything."""
     weights: dict[Device, int]
-    """Bytes of weights and buffers per device used; tied tensors count once."""
+    """Bytes of weights and buffers per device used; tied tensors count once on each that holds one of them."""
     max_memory: dict[Device, int | None]
     """The caps it was made for; None without a limit."""
     special_dtypes: dict[str, str] = field(default_factory=dict)
@@ -154,6 +154,11 @@ class Placement:
     def told(self) -> tuple[str, ...]:
         """All sentences for people."""
         return (*self.explanation, *self.measured)
+
+    @property
+    def main(self) -> Device:
+        """The device that runs what lies on none that computes."""
+        return main_of(self.device_map.values())
 
     @property
     def gpus(self) -> int:

@@ -53,9 +53,9 @@ def place_architecture(
     speeds = speeds or Speeds()
     devices, solution = _devices(tree, budget, request, speeds)
     homes = homes_of(tree, devices)
-    if budget.memory and (misfit := over_a_cap(needs_of(tree, homes, budget.headroom), budget)):
+    if budget.memory and (misfit := over_a_cap(needs_of(tree, devices, budget.headroom), budget)):
         raise misfit.error()
-    weights, needs = weights_of(tree, homes), needs_of(tree, homes, headroom)
+    weights, needs = weights_of(tree, homes), needs_of(tree, devices, headroom)
     no_split = request.no_split_module_classes
     return Placement(
         strategy=request.mode or "custom",
@@ -215,7 +215,7 @@ def _answers(tree: Tree, budget: MemoryBudget, caps: Caps, *, returning: bool = 
             continue
         among = streaming & set(budget.caps)
         filling = _filled(tree, caps, budget.main, among, twice=twice, returning=returning)
-        needs = needs_of(tree, homes_of(tree, filling.devices), budget.headroom)
+        needs = needs_of(tree, filling.devices, budget.headroom)
         if not lacking(totals(needs), budget.memory):
             yield filling
 
@@ -292,4 +292,4 @@ def _explain(
     for kept, *others in tree.architecture.tied:
         apart = [name for name in others if homes.get(name) != homes.get(kept)]
         if apart and kept in homes:
-            yield f"{', '.join(apart)} shares the bytes of {kept}, which are on {named(homes[kept])}."
+            yield f"{', '.join(apart)} is tied to {kept}, and a copy of it: that is on {named(homes[kept])}."

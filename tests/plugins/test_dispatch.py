@@ -149,6 +149,19 @@ def test_weights_that_are_cast_to_be_held_are_in_the_memory(
     assert forecast(models["opt"], memo, verify="none", **asked).ram is None
 
 
+def test_a_tied_head_with_a_place_of_its_own_counts_there_as_the_run_holds_it(
+    tmp_path: Path, memo: Path, models: dict[str, Path]
+) -> None:
+    size = 2 * 264 * 32
+    fields: dict[str, Any] = {"device_map": {"": "cpu", "lm_head": "disk"}, "verify": "load"}
+    metrics, _ = run(tmp_path / "out", models["opt"], memo, **fields)
+    assert metrics.predicted["disk"] == size
+    assert metrics.measured == metrics.predicted == forecast(models["opt"], memo, **fields).metrics["predicted"]
+    caps = {"cpu": "1GiB", "disk": size}
+    assert not forecast(models["opt"], memo, **fields, max_memory=caps).misfits
+    assert forecast(models["opt"], memo, **fields, max_memory={**caps, "disk": size - 1}).misfits
+
+
 @pytest.mark.parametrize("fields", MAPS, ids=["cpu", "mixed", "disk", "cast", "detected"])
 @pytest.mark.parametrize("architecture", ["opt", "llama", "t5", "bert"])
 def test_gives_what_was_forecast(

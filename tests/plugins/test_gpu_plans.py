@@ -87,6 +87,25 @@ def test_a_gpu_that_is_not_there_has_no_room_for_more_batches(model: Path) -> No
     assert batches_together(*given, H200).count > 1
 
 
+@pytest.mark.parametrize("part", ["lm_head", "model.decoder.layers.0.activation_fn"])
+def test_a_map_that_gives_a_gpu_no_bytes_of_its_own_computes_there_all_the_same(
+    tmp_path: Path, model: Path, part: str
+) -> None:
+    """As the run does it: a tied head lies there once more, and all else passes through."""
+    placement = place(model, device_map={part: 0, "": "cpu"}, sequence_length=15, machine=H200)
+    in_ram = place(model, device_map="cpu", sequence_length=15, machine=H200)
+    head = 2 * 264 * 32 if part == "lm_head" else 0
+    assert placement.weights == {**({0: head} if head else {}), **in_ram.weights}
+    assert placement.main == 0
+    gpu = placement.needs[0]
+    assert gpu.streaming > 0
+    assert gpu.activations == in_ram.needs["cpu"].activations
+    assert gpu.kv_cache == in_ram.needs["cpu"].kv_cache
+    found = infer(planned(tmp_path, model, placement)).vram
+    assert found is not None
+    assert found[0] >= gpu.total
+
+
 def test_who_is_not_placed_takes_of_a_gpu_what_it_would_take_if_it_were(tmp_path: Path, model: Path) -> None:
     """On a CPU it uses none. What a function of the user's own takes nobody knows: it runs beside nobody else."""
     placed = planned(tmp_path, model, place(model, device_map=0, sequence_length=1, machine=H200))
