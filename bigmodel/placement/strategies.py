@@ -22,7 +22,7 @@ from .headroom import Headroom
 from .optimal import Solution, solve
 from .placement import Placement, PlacementRequest
 from .speeds import Speeds
-from .tree import Tree, prefixes
+from .tree import Tree, prefixes, tied_as_loaded
 
 
 def place_architecture(
@@ -46,8 +46,8 @@ def place_architecture(
     _refuse_unknown(architecture, request)
     budget = _budget(request, headroom, machine)
     tree = Tree(
-        architecture, no_split=request.no_split_module_classes, dtype=request.dtype,
-        special_dtypes=request.special_dtypes, tensor_bytes=tensor_bytes,
+        tied_as_loaded(architecture, request.dtype, request.special_dtypes), dtype=request.dtype,
+        no_split=request.no_split_module_classes, special_dtypes=request.special_dtypes, tensor_bytes=tensor_bytes,
         cache=budget.headroom.cache if budget.headroom else None,
     )  # fmt: skip
     speeds = speeds or Speeds()

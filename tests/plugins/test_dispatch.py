@@ -162,6 +162,18 @@ def test_a_tied_head_with_a_place_of_its_own_counts_there_as_the_run_holds_it(
     assert forecast(models["opt"], memo, **fields, max_memory={**caps, "disk": size - 1}).misfits
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.decoder.embed_tokens.weight"])
+def test_one_name_of_a_tied_weight_with_a_dtype_of_its_own_is_a_weight_of_its_own(
+    tmp_path: Path, memo: Path, models: dict[str, Path], name: str
+) -> None:
+    fields: dict[str, Any] = {"special_dtypes": {name: "float64"}, "verify": "load"}
+    tied = forecast(models["opt"], memo, max_memory={"cpu": "1GiB"}).metrics["predicted"]["cpu"]
+    caps = {"cpu": tied + 8 * 264 * 32}
+    metrics, _ = run(tmp_path / "out", models["opt"], memo, **fields, max_memory=caps)
+    assert metrics.measured == metrics.predicted == caps
+    assert forecast(models["opt"], memo, **fields, max_memory={"cpu": caps["cpu"] - 1}).misfits
+
+
 @pytest.mark.parametrize("fields", MAPS, ids=["cpu", "mixed", "disk", "cast", "detected"])
 @pytest.mark.parametrize("architecture", ["opt", "llama", "t5", "bert"])
 def test_gives_what_was_forecast(
