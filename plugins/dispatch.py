@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -84,6 +85,16 @@ def facts(params: DispatchParams, machine: Machine) -> Mapping[str, Json]:
     return {"gpus": [[gpu.name, gpu.memory] for gpu in machine.gpus], "memory": machine.memory}
 
 
+def settled(params: DispatchParams) -> Stage[DispatchParams]:
+    """`optimal` weighs by speeds that were measured. So does the dtype of weights that a CPU streams, of which caps and
+    maps without a GPU do not say which CPU it is: the key then holds nothing of the machine."""
+    named = {str(device) for device, size in (params.max_memory or {}).items() if size}
+    named |= set(map(str, params.device_map.values())) if isinstance(params.device_map, dict) else set()
+    anywhere = bool(named) and named <= {"cpu", "disk"}
+    chosen = anywhere and params.compute_dtype == "auto" and params.dtype is None
+    return replace(STAGE, reproducible=False) if chosen or params.device_map == "optimal" else STAGE
+
+
 def warms(params: DispatchParams) -> tuple[str, ...]:
     modules = ("bigpipe.plugins.dispatching", "accelerate", "transformers.modeling_utils")
     return () if params.verify == "none" else modules
@@ -91,7 +102,7 @@ def warms(params: DispatchParams) -> tuple[str, ...]:
 
 STAGE = Stage(
     kind="dispatch",
-    version=10,
+    version=11,
     params=DispatchParams,
     metrics=DispatchMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},
@@ -101,6 +112,7 @@ STAGE = Stage(
     forecast=late("bigpipe.plugins.dispatch_needs:forecast"),
     planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts, heeds_code=True),
     packages=("torch", "transformers", "accelerate"),
+    settled=settled,
     smoke=late("bigpipe.plugins.smoking:dispatch"),
     warms=warms,
     title="Decides what goes on which GPU, in RAM and on disk, and tries it out.",

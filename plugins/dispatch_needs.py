@@ -132,7 +132,7 @@ def _described(
         write_bytes=write_bytes,
         metrics=metrics | ({"sequence_length": sequence_length} if sequence_length else {}),
         output=placement,
-        details=(*placement.picture().splitlines(), *placement.explanation),
+        details=(*placement.picture().splitlines(), *placement.told),
         summary=", ".join(f"{labels[device]} {format_size(size)}" for device, size in predicted.items()),
         **known,
     )

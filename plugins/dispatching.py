@@ -57,6 +57,8 @@ def run(params: DispatchParams, ctx: StageContext) -> StageResult:
         metrics = metrics.model_copy(update=told_limit(limit))
     if params.verify != "none":
         metrics = _verify(params, ctx, placement, metrics)
+    for sentence in placement.measured:
+        ctx.log(sentence, detail=True)
     told = metrics.model_dump(exclude=MEASURED)
     picture = [placement.picture(), "", *placement.explanation, ""]
     texts = {PLACEMENT: json.dumps({**placement.as_json(), **told}, indent=2) + "\n", PICTURE: "\n".join(picture)}

@@ -188,7 +188,7 @@ def result_line(metrics: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     kind="estimate",
-    version=6,
+    version=7,
     params=EstimateParams,
     metrics=EstimateMetrics,
     inputs={"model": Port("checkpoint", optional=True)},

@@ -19,7 +19,16 @@ from bigpipe.orchestrator.stage import Forecast, ForecastContext, StageContext
 from .evaluate import EvaluateParams
 from .library import sources_of
 from .placed import computed_in
-from .ranked import CUDA_BASE, RANK_BASE, UNSIZED, alone, held_in_ram, misfits_of_gpus
+from .ranked import (
+    CUDA_BASE,
+    RANK_BASE,
+    UNSIZED,
+    alone,
+    held_in_ram,
+    misfits_of_gpus,
+    misfits_of_unplaced,
+    on_its_gpu,
+)
 from .wired import agreed, attached, single_model
 
 PORTS = ("model", "baseline")
@@ -49,10 +58,10 @@ def with_memory(params: EvaluateParams, ctx: ForecastContext, known: Forecast, t
     beside = sum(adapter.nbytes.values()) if (adapter := attached(ctx, models[0])) else 0
     beside += _foreseen_together(params, sides, ctx, tokens).more
     ram = RANK_BASE + (CUDA_BASE if each else held + beside + _at_work(params, sides, ctx))
-    vram = None  # of a GPU that it finds by itself nobody knows
-    if placement or not each:
-        of_a_rank = _vram(params, sides, ctx, beside)
-        vram = {rank * each + gpu: size for rank in range(local) for gpu, size in of_a_rank.items()}
+    of_a_rank = _vram(params, sides, ctx, beside)
+    vram = {rank * each + gpu: size for rank in range(local) for gpu, size in of_a_rank.items()}
+    if placed is None:
+        misfits = misfits or misfits_of_unplaced(vram, ctx)
     return replace(known, ram=ram * local, vram=vram, misfits=misfits)
 
 
@@ -86,7 +95,7 @@ def sides_of(
 ) -> Sides:
     """Each model with where it goes."""
     if placement is None:
-        return [(model, alone(ctx.machine)) for model in models]
+        return [(model, on_its_gpu(model, params.dtype, ctx) or alone(ctx.machine)) for model in models]
     known = [Known(model, agreed(model, sources_of(ctx)).architecture) for model in models]
     if len(known) == 1:
         return [(models[0], placement)]

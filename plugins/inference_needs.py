@@ -33,7 +33,16 @@ from bigpipe.sizes import counted
 from .distributed_infer import InferParams
 from .library import about, sources_of
 from .placed import computed_in
-from .ranked import CUDA_BASE, RANK_BASE, UNSIZED, alone, held_in_ram, misfits_of_gpus
+from .ranked import (
+    CUDA_BASE,
+    RANK_BASE,
+    UNSIZED,
+    alone,
+    held_in_ram,
+    misfits_of_gpus,
+    misfits_of_unplaced,
+    on_its_gpu,
+)
 from .wired import agreed, attached, single_model
 
 LONGEST = 2**16
@@ -54,6 +63,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     together, model, at_work, held = Together(), single_model(ctx), 0, 0
     beyond: Mapping[Device, int] = {}
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
+        placement = on_its_gpu(model, params.dtype, ctx) if placed is None else placement
         together = together_of(params, model, placement, batching, ctx)
         at_work = _at_work(params, model, placement, batching, ctx)
         beyond = _beyond(params, model, placement, batching, ctx)
@@ -74,11 +84,11 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
     )
     if placed is not None and placed.misfits:  # said where it is placed
         return known
-    return replace(
-        known,
-        vram=_vram(placement, ctx, beyond, together.more + held),
-        misfits=misfits_of_gpus(each, ctx) if placement or placed is None else (),
-    )
+    vram = _vram(placement, ctx, beyond, together.more + held)
+    if placed is not None:
+        return replace(known, vram=vram, misfits=misfits_of_gpus(each, ctx) if placement else ())
+    misfits = misfits_of_gpus(each, ctx) or misfits_of_unplaced(vram or {}, ctx)
+    return replace(known, vram=vram if params.task in TASKS or not each else None, misfits=misfits)
 
 
 def work_of(params: InferParams, batching: Batching, ranks: int) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bigpipe.allocator import keep_freed_blocks
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import as_placement, cast_bytes, loading_dtype
-from bigpipe.bigmodel.placement import Placement
+from bigpipe.bigmodel.placement import Placement, PlacementRequest, place_model
 from bigpipe.errors import UsageError
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
-from bigpipe.sizes import counted
+from bigpipe.sizes import counted, format_size
 
 from .library import sources_of
 from .placed import load_placed, memory_here, read_placement
@@ -46,6 +47,17 @@ def alone(machine: Machine) -> Placement:
     return as_placement({"": 0 if machine.gpus else "cpu"})
 
 
+def on_its_gpu(
+    model: ModelDescription | None, dtype: str | None, ctx: ForecastContext | StageContext
+) -> Placement | None:
+    """Return where a model goes that nobody placed on a machine with GPUs, and what it needs there: room is kept for a
+    token, beyond which a batch takes more. None without a GPU, or where its tensors are not known."""
+    if not ctx.machine.gpus or model is None or model.tensors is None:
+        return None
+    request = PlacementRequest(device_map=alone(ctx.machine).device_map, dtype=dtype, sequence_length=1)
+    return place_model(model, agreed(model, sources_of(ctx)).architecture, request, ctx.machine, memo=ctx.memo)
+
+
 def placement_of(ctx: StageContext) -> Placement | None:
     return read_placement(ctx.input("placement")) if "placement" in ctx.inputs else None
 
@@ -69,6 +81,16 @@ def misfits_of_gpus(each: int, ctx: ForecastContext) -> tuple[Misfit, ...]:
     cause = f"{counted(local, 'rank')} with {counted(each, 'GPU')} each need {each * local}, and there are {there}"
     ranks = there // each * ctx.launch.num_machines
     return (Misfit(cause, Cure({"launch.num_processes": ranks}) if ranks else "place the model on cpu and disk"),)
+
+
+def misfits_of_unplaced(vram: Mapping[int, int], ctx: ForecastContext) -> tuple[Misfit, ...]:
+    """vram: what ranks take of the GPUs that they hold a whole model on, as nobody placed it."""
+    for gpu in ctx.machine.gpus:
+        if not fits(needed := vram.get(gpu.index, 0), gpu.memory):
+            there = f"GPU {gpu.index} ({gpu.name}), which has {format_size(gpu.memory)}"
+            cure = "wire inputs: placement to a dispatch, which places it on several devices; or quantize it first"
+            return (Misfit(f"needs {format_size(needed)} on {there}", cure),)
+    return ()
 
 
 def load_on_rank(

@@ -41,7 +41,7 @@ def drawn_placement(
         return {"devices": [], "explanation": [], "error": {"cause": error.cause, "cure": error.cure}, "stored": None}
     stored = format_of(seen.description)
     return {
-        "devices": _devices(placed, machine), "explanation": list(placed.explanation), "error": None,
+        "devices": _devices(placed, machine), "explanation": list(placed.told), "error": None,
         "stored": None if stored is PLAIN else stored.title,
     }  # fmt: skip
 

@@ -25,8 +25,8 @@ def encodes(config: Mapping[str, Any]) -> bool:
 def reads_alone(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Return what tells of a tensor's name whether only a prompt meets it, and no token that is made: that of an
     encoder, or of a tower that sees or hears. config: complete."""
-    pattern = ENCODER if encodes(config) else TOWER
-    return lambda name: pattern.match(name) is not None
+    patterns = (ENCODER, TOWER) if encodes(config) else (TOWER,)
+    return lambda name: any(pattern.match(name) for pattern in patterns)
 
 
 def repeats(config: Mapping[str, Any], name: str) -> int:

@@ -16,12 +16,13 @@ from bigpipe.bigmodel.architecture import ATTENTION, Architecture, experts_per_t
 from bigpipe.bigmodel.memo import kept
 
 WRITTEN_OUT: Mapping[str, Mapping[int, tuple[int, int]]] = {
-    "": {2: (10, 4), 4: (8, 4)},
-    "bloom": {2: (14, 6), 4: (16, 10)},
+    "": {2: (10, 4), 4: (8, 4), 8: (20, 5)},
+    "bloom": {2: (14, 6), 4: (16, 10), 8: (36, 6)},
 }
 """Model type → bytes per element → (bytes per attention score, residual widths), where scores are written out.
 
-16-bit scores have a float32 copy for their softmax; Bloom adds its position biases to another one."""
+Other scores than float32 have a copy in it for their softmax, which is widened again in float64; Bloom adds position
+biases to another one."""
 
 COUNTED = frozenset({
     "bert", "bloom", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi3", "qwen2",

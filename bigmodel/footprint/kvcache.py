@@ -7,10 +7,12 @@ it stores is not always what the paper says (Falcon's grouped heads are cached o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bigpipe.bigmodel.architecture import Architecture, encodes, position_limit, text_config
+
+from .stored_widths import cached_elements
 
 Config = Mapping[str, Any]
 
@@ -53,7 +55,8 @@ def cache_of(
     if not architecture.generates or (headless and encodes(architecture.config)):
         return NOTHING
     if architecture.cache is None:
-        return kv_cache(architecture.config, batch_size, length, itemsize, output_length)
+        found = kv_cache(architecture.config, batch_size, length, itemsize, output_length)
+        return _at_most(found, architecture, batch_size * length * itemsize) if architecture.outlined else found
     total = extra = 0
     for tensor in architecture.cache:
         width = batch_size * tensor.count * (tensor.itemsize or itemsize)
@@ -64,6 +67,17 @@ def cache_of(
     text = text_config(architecture.config)
     exact = all(tensor.per_token.is_integer() for tensor in architecture.cache)
     return Cache(total, extra, exact, _describe(text, layer_kinds(text)))
+
+
+def _at_most(found: Cache, architecture: Architecture, tokens: int) -> Cache:
+    """Of a model whose class is unknown: as wide as its projections are, and never exact. found: by its config alone,
+    which counts where nothing is seen that attends, for encoder-decoders, that keep two kinds, and where layers keep
+    states that are larger. tokens: their bytes at one element each."""
+    elements = 0 if encodes(architecture.config) else cached_elements(architecture)
+    states = not LINEAR.isdisjoint(layer_kinds(text_config(architecture.config)))
+    if not elements or (states and found.bytes > elements * tokens):
+        return replace(found, exact=False)
+    return Cache(elements * tokens, 0, False, f"{elements} elements a token, as its projections are stored")
 
 
 def kv_cache(config: Config, batch_size: int, length: int, itemsize: int, output_length: int | None = None) -> Cache:

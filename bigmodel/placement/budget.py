@@ -83,22 +83,23 @@ def home_of(devices: Mapping[str, Device], name: str) -> Device | None:
 
 
 def weights_of(tree: Tree, homes: Homes) -> dict[Device, int]:
-    """Device → bytes of weights and buffers as accelerate counts them; GPUs by number, then cpu and disk."""
+    """Device → bytes of weights and buffers as accelerate counts them; GPUs by number, then cpu and disk. What is tied
+    counts once on each device that a map gives one of its names."""
     weights: Counter[Device] = Counter()
-    for storage, size in tree.nbytes.items():
-        if storage in homes:
-            weights[homes[storage]] += size
+    for storage, device in {(tree.storage(tensor), device): None for tensor, device in homes.items()}:
+        weights[device] += tree.nbytes.get(storage, 0)
     return dict(sorted(weights.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-def needs_of(tree: Tree, homes: Homes, headroom: Headroom | None) -> dict[Device, Need]:
-    """Device → what it must hold. headroom: what generating takes besides; None: weights and buffers alone count.
+def needs_of(tree: Tree, devices: Mapping[str, Device], headroom: Headroom | None) -> dict[Device, Need]:
+    """Device → what it must hold under a device map. headroom: what generating takes besides; None: weights and
+    buffers alone count.
 
-    What is streamed passes through the first GPU in use, else the CPU. Its keys and values stay there, and with
-    `headroom` so do its buffers that no checkpoint holds.
+    What is streamed passes through the first GPU of the map, though it gives it nothing that has bytes, else the CPU.
+    Its keys and values stay there, and with `headroom` so do its buffers that no checkpoint holds.
     """
+    homes, main = homes_of(tree, devices), main_of(devices.values())
     weights = Counter(weights_of(tree, homes))
-    main = main_of(weights)
     cache: Counter[Device] = Counter()
     if headroom is not None:
         for tensor, size in headroom.cache.items():
@@ -111,7 +112,7 @@ def needs_of(tree: Tree, homes: Homes, headroom: Headroom | None) -> dict[Device
     if headroom is not None:
         streaming += headroom.casting
     found: dict[Device, Need] = {}
-    for device in {**weights, **cache, **({main: 0} if streaming else {})}:
+    for device in {**weights, **cache, main: 0}:
         computing = headroom is not None and is_computing(device, main)
         found[device] = Need(
             weights=weights[device],
@@ -126,7 +127,7 @@ def needs_of(tree: Tree, homes: Homes, headroom: Headroom | None) -> dict[Device
 def _passing(tree: Tree, homes: Homes, main: Device) -> list[tuple[int, int]]:
     """Bytes of each layer that pass through the device that runs it, see `Tree.passing`; tables do not."""
     layers = (
-        [tensor for tensor in tree.tensors_of(layer) if not is_computing(homes.get(tree.storage(tensor), main), main)]
+        [tensor for tensor in tree.tensors_of(layer) if not is_computing(homes.get(tensor, main), main)]
         for layer in tree.layers([""])
         if not tree.is_table(layer)
     )

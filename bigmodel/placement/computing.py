@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.errors import UsageError
 
-from .devices import is_computing, main_of
+from .devices import is_computing
 from .placement import Placement, PlacementRequest
 from .products import HALVES, Products, computing_dtype
 from .tree import Tree
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What to compute in."""
+
+    dtype: str
+    why: str = ""
+    """Nothing where there was no choice."""
+    measured: tuple[str, ...] = ()
+    """Sentences on the measurements that it stands on."""
+
+
 def choose_dtype(
     request: PlacementRequest, placement: Placement, dtype: str, plain: bool, products: Callable[[], Products | None]
-) -> tuple[str, str]:
-    """Return what to compute in, and why it is that; no reason where there was nothing to choose.
+) -> Chosen:
+    """Return what to compute in.
 
     dtype: of what is loaded. plain: is nothing packed? products: measures the machine. Raise UsageError where another
     dtype was asked for and weights cannot be cast to it at each use.
     """
-    main, asked = main_of(placement.device_map.values()), request.compute_dtype
+    main, asked = placement.main, request.compute_dtype
     free = main == "cpu" and plain and request.dtype is None
     if asked != "auto":
         wanted = dtype if asked == "stored" else asked
@@ -31,10 +43,13 @@ def choose_dtype(
                 "set `dtype` alone: weights are cast at each use where a CPU computes with plain ones, as stored",
                 field="compute_dtype",
             )
-        return wanted, "as asked" if wanted != dtype else ""
+        return Chosen(wanted, "as asked" if wanted != dtype else "")
     streams = any(not is_computing(home, main) for home in placement.weights)
     measured = products() if free and streams and dtype in HALVES else None
-    return computing_dtype(dtype, request.batch_size, measured) if measured else (dtype, "")
+    if measured is None:
+        return Chosen(dtype)
+    rows = request.batch_size
+    return Chosen(*computing_dtype(dtype, rows, measured), (measured.describe(dtype, rows),))
 
 
 def cast_ring(architecture: Architecture, request: PlacementRequest, computed: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
 
-from bigpipe.bigmodel.architecture import Architecture, text_config
+from bigpipe.bigmodel.architecture import Architecture, encodes, reads_alone, text_config
 from bigpipe.bigmodel.footprint import (
     Budget,
     Workload,
@@ -17,7 +17,7 @@ from bigpipe.bigmodel.footprint import (
 )
 from bigpipe.bigmodel.formats import PLAIN, Format
 
-from .devices import Device, is_computing, main_of
+from .devices import Device, is_computing
 from .placement import Placement
 from .tree import prefixes
 
@@ -74,7 +74,7 @@ def beyond_headroom(
     """Return the bytes that a batch takes, on each device that computes, beyond what a placement keeps room for: keys
     and values where the layers keep them, if they do (`caching`), and activations on each. dtype: computed in. stored:
     as in `headroom_of`."""
-    found, main = Budget(architecture, dtype, workload), main_of(placement.device_map.values())
+    found, main = Budget(architecture, dtype, workload), placement.main
     activations = found.activations.bytes + _unpacked(architecture, workload, stored)
     kept = {device: need for device, need in placement.needs.items() if is_computing(device, main)}
     cached = sum(need.kv_cache for need in kept.values())
@@ -94,13 +94,14 @@ def _divided(total: int, shares: Mapping[str, int]) -> dict[str, int]:
 
 
 def _shares(architecture: Architecture, batch_size: int, length: int, itemsize: int) -> dict[str, int]:
-    """First tensor of each layer's attention → bytes that the layer caches by its kind; 1 each where that is unknown.
+    """First tensor of each layer's attention → bytes that the layer caches by its kind; 1 each where that is unknown,
+    and of an encoder-decoder, whose decoder's layers are alike.
 
     A model without blocks keeps all of it at its first tensor.
     """
     anchors = _anchors(architecture)
     text = text_config(architecture.config)
-    kinds = layer_kinds(text)
+    kinds = [] if encodes(architecture.config) else layer_kinds(text)
     stacks: dict[str, list[str]] = {}
     for block in anchors:
         stacks.setdefault(block.rpartition(".")[0], []).append(block)
@@ -114,8 +115,11 @@ def _shares(architecture: Architecture, batch_size: int, length: int, itemsize: 
 
 
 def _anchors(architecture: Architecture) -> dict[str, str]:
-    """Block → the first tensor of its attention, or the first of all."""
-    blocks = {module.name for module in architecture.modules if module.class_name in architecture.no_split}
+    """Block that meets tokens that are made → the first tensor of its attention, or the first of all. An encoder, and a
+    tower that sees or hears, keep nothing."""
+    alone = reads_alone(architecture.config)
+    whole = (module.name for module in architecture.modules if module.class_name in architecture.no_split)
+    blocks = {name for name in whole if not alone(f"{name}.")}
     found: dict[str, str] = {}
     for tensor in architecture.tensors():
         for block in blocks.intersection(prefixes(tensor.name)):

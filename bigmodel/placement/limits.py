@@ -19,7 +19,7 @@ from bigpipe.bigmodel.architecture import Architecture, encodes, reads_alone, te
 from bigpipe.bigmodel.checkpoint import ModelDescription, itemsize
 from bigpipe.machine import Machine
 
-from .devices import is_computing, main_of
+from .devices import is_computing
 from .models import stored_bytes, stored_dtype
 from .placement import Placement
 from .products import ROWS, Products, gathers, products_of
@@ -97,7 +97,7 @@ def limit_here(
     speeds = speeds_of(machine, memo)
     if speeds is None:
         return None
-    products = products_of(machine, memo) if main_of(placement.device_map.values()) == "cpu" else None
+    products = products_of(machine, memo) if placement.main == "cpu" else None
     stored = stored_bytes(model, architecture)
     return limit_of(placement, architecture, stored, stored_dtype(model), dtype, work, speeds, products, machine.cpus)
 
@@ -113,7 +113,7 @@ def limit_of(
         [streamed(architecture, where, stored_as, stored, runs) for runs in _runs(architecture, work)]
         for where in (placement, everywhere)
     )
-    main, batch = main_of(placement.device_map.values()), work.batch_size
+    main, batch = placement.main, work.batch_size
     away = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
     pace = sum(size / speeds.path(home, main) for home, size in away.items()) / max(sum(away.values()), 1)
     passes, rows = math.ceil(work.batches / work.together), batch * work.together

@@ -131,19 +131,19 @@ def place_model(
 
     def attempt(request: PlacementRequest) -> Placement:
         dtype, placement = request.dtype or stored_dtype(model), placed(request)
-        computed, why = choose_dtype(
+        chosen = choose_dtype(
             request, placement, dtype, format_of(model) is PLAIN, lambda: products_of(machine, memo) if memo else None
         )
-        if computed != dtype:
-            placement = placed(request, computed)
+        if chosen.dtype != dtype:
+            placement = placed(request, chosen.dtype)
         notes = [
             refused and refused.cause,
-            why and f"Computed in {computed}: {why}",
+            chosen.why and f"Computed in {chosen.dtype}: {chosen.why}",
             cut_length(architecture, request.sequence_length),
         ]
         explanation = (*placement.explanation, *(f"{note}." for note in notes if note))
-        told = _with_streaming(replace(placement, explanation=explanation), architecture, model, computed)
-        return replace(told, dtype=request.dtype)
+        told = _with_streaming(replace(placement, explanation=explanation), architecture, model, chosen.dtype)
+        return replace(told, dtype=request.dtype, measured=(*placement.measured, *chosen.measured))
 
     try:
         return attempt(request)

@@ -13,10 +13,12 @@ from bigpipe.names import as_names
 from bigpipe.sizes import format_size
 from bigpipe.tables import html_table
 
-from .devices import Device, devices_of, one_device
+from .devices import Device, devices_of, main_of, one_device
 
-SCHEMA = "bigpipe.placement/3"
+SCHEMA = "bigpipe.placement/4"
 BY_DEVICE = ("weights", "max_memory", "needs")
+MEASURED = ("seconds_per_token", "measured")
+"""No two measurements are alike, and equal placements have equal JSON: it is without these."""
 PICTURE_WIDTH = 40
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 COMPUTED = ("auto", "stored", *FLOATS)
@@ -97,7 +99,8 @@ class PlacementRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Placement:
-    """Which device holds each part of a model, and what each must hold. Its fields are those of its JSON, in order."""
+    """Which device holds each part of a model, and what each must hold. Its fields are those of its JSON, in
+    order, but for what was measured."""
 
     strategy: str
     dtype: str | None = None
@@ -107,7 +110,7 @@ class Placement:
     device_map: dict[str, Device]
     """Module or tensor name → device; the longest prefix of a name decides, "" is the rest. Covers everything."""
     weights: dict[Device, int]
-    """Bytes of weights and buffers per device used; tied tensors count once."""
+    """Bytes of weights and buffers per device used; tied tensors count once on each that holds one of them."""
     max_memory: dict[Device, int | None]
     """The caps it was made for; None without a limit."""
     special_dtypes: dict[str, str] = field(default_factory=dict)
@@ -121,10 +124,12 @@ class Placement:
     """Stored bytes that one token moves from RAM or disk to where it computes."""
     kept_experts: int = 0
     """Bytes of streamed experts that stay where they compute, those used most often: the room that is left there."""
-    seconds_per_token: float | None = None
+    seconds_per_token: float | None = field(default=None, compare=False)
     """Predicted, where the strategy weighs time: decoding one row, all weights read once."""
     explanation: tuple[str, ...] = ()
     """Sentences for people: what was decided and why."""
+    measured: tuple[str, ...] = field(default=(), compare=False)
+    """Further ones, of what was measured of this machine."""
 
     def __post_init__(self) -> None:
         _require_floats(self.dtype, self.compute_dtype, *self.special_dtypes.values())
@@ -138,12 +143,22 @@ class Placement:
             (_label(device), format_size(size), _cap(self.max_memory.get(device)), self._parts(device))
             for device, size in self.weights.items()
         ]
-        return html_table(repr(self), ("device", "weights", "cap", "parts"), rows, "\n".join(self.explanation))
+        return html_table(repr(self), ("device", "weights", "cap", "parts"), rows, "\n".join(self.told))
 
     @property
     def streaming(self) -> dict[Device, int]:
         """Bytes kept free on a device for the largest layer that passes through it, on a GPU for two."""
         return {device: need.streaming for device, need in self.needs.items() if need.streaming}
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """All sentences for people."""
+        return (*self.explanation, *self.measured)
+
+    @property
+    def main(self) -> Device:
+        """The device that runs what lies on none that computes."""
+        return main_of(self.device_map.values())
 
     @property
     def gpus(self) -> int:
@@ -160,14 +175,14 @@ class Placement:
         return self.device_map[part]
 
     def as_json(self) -> dict[str, Any]:
-        found = {"schema": SCHEMA, **asdict(self)}
+        found = {name: value for name, value in {"schema": SCHEMA, **asdict(self)}.items() if name not in MEASURED}
         for name in BY_DEVICE:
             found[name] = {str(device): value for device, value in found[name].items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Placement:
-        found = {item.name: data[item.name] for item in fields(cls)}
+        found = {item.name: data[item.name] for item in fields(cls) if item.name not in MEASURED}
         for name in BY_DEVICE:  # JSON has text keys only; GPUs are numbers
             found[name] = {devices_of(key)[0]: value for key, value in found[name].items()}
         no_split = found["no_split_module_classes"]

@@ -52,6 +52,11 @@ class Products:
         """Return FLOP per second of texts of which half is read, and half is made by so many rows at a time."""
         return 2 / (1 / self.rate(dtype, max(ROWS)) + 1 / self.rate(dtype, rows))
 
+    def describe(self, stored: str, rows: int) -> str:
+        """Return a sentence on what `computing_dtype` compares."""
+        wide, own = (self.generating(dtype, rows) / 1e9 for dtype in ("float32", stored))
+        return f"A core multiplies {wide:.0f} GFLOP/s in float32, {own:.0f} in {stored}."
+
 
 def gathers(rows: int) -> bool:
     """Return whether a CPU multiplies the rows of a batch, one of each text, with those of the batches beside it. A row
@@ -63,9 +68,9 @@ def computing_dtype(stored: str, rows: int, products: Products) -> tuple[str, st
     """Return what a CPU should compute in, the stored half or float32, which holds its values exactly, and why.
 
     rows: of a batch."""
-    own, wide = (products.generating(dtype, rows) / 1e9 for dtype in (stored, "float32"))
-    said = f"a core multiplies {wide:.0f} GFLOP/s in float32, {own:.0f} in {stored}"
-    return ("float32" if wide >= GAIN * own else stored), said
+    if products.generating("float32", rows) >= GAIN * products.generating(stored, rows):
+        return "float32", f"a core multiplies at least {GAIN} times as fast in it as in {stored}"
+    return stored, f"a core multiplies less than {GAIN} times as fast in float32"
 
 
 def products_of(machine: Machine, memo: Path) -> Products | None:

@@ -22,7 +22,7 @@ from .headroom import Headroom
 from .optimal import Solution, solve
 from .placement import Placement, PlacementRequest
 from .speeds import Speeds
-from .tree import Tree, prefixes
+from .tree import Tree, prefixes, tied_as_loaded
 
 
 def place_architecture(
@@ -46,21 +46,16 @@ def place_architecture(
     _refuse_unknown(architecture, request)
     budget = _budget(request, headroom, machine)
     tree = Tree(
-        architecture, no_split=request.no_split_module_classes, dtype=request.dtype,
-        special_dtypes=request.special_dtypes, tensor_bytes=tensor_bytes,
+        tied_as_loaded(architecture, request.dtype, request.special_dtypes), dtype=request.dtype,
+        no_split=request.no_split_module_classes, special_dtypes=request.special_dtypes, tensor_bytes=tensor_bytes,
         cache=budget.headroom.cache if budget.headroom else None,
     )  # fmt: skip
     speeds = speeds or Speeds()
     devices, solution = _devices(tree, budget, request, speeds)
     homes = homes_of(tree, devices)
-    if budget.memory and (misfit := over_a_cap(needs_of(tree, homes, budget.headroom), budget)):
+    if budget.memory and (misfit := over_a_cap(needs_of(tree, devices, budget.headroom), budget)):
         raise misfit.error()
-    weights, needs = weights_of(tree, homes), needs_of(tree, homes, headroom)
-    explanation = [*_explain(tree, budget, homes, weights, needs)]
-    if solution:
-        explanation.append(
-            f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}; {solution.describe()}."
-        )
+    weights, needs = weights_of(tree, homes), needs_of(tree, devices, headroom)
     no_split = request.no_split_module_classes
     return Placement(
         strategy=request.mode or "custom",
@@ -72,7 +67,8 @@ def place_architecture(
         no_split_module_classes=None if no_split is None else tuple(no_split),
         needs=needs,
         seconds_per_token=solution.seconds if solution else None,
-        explanation=tuple(explanation),
+        explanation=tuple(_explain(tree, budget, homes, weights, needs)),
+        measured=(_predicted(solution, speeds),) if solution else (),
     )
 
 
@@ -219,7 +215,7 @@ def _answers(tree: Tree, budget: MemoryBudget, caps: Caps, *, returning: bool = 
             continue
         among = streaming & set(budget.caps)
         filling = _filled(tree, caps, budget.main, among, twice=twice, returning=returning)
-        needs = needs_of(tree, homes_of(tree, filling.devices), budget.headroom)
+        needs = needs_of(tree, filling.devices, budget.headroom)
         if not lacking(totals(needs), budget.memory):
             yield filling
 
@@ -278,6 +274,10 @@ def _with_weightless(tree: Tree, devices: Mapping[str, Device]) -> dict[str, Dev
     return found
 
 
+def _predicted(solution: Solution, speeds: Speeds) -> str:
+    return f"Predicted {solution.seconds:.3g} s per token, at {speeds.describe()}; {solution.describe()}."
+
+
 def _explain(
     tree: Tree, budget: MemoryBudget, homes: Homes, weights: Mapping[Device, int], needs: Mapping[Device, Need]
 ) -> Iterator[str]:
@@ -292,4 +292,4 @@ def _explain(
     for kept, *others in tree.architecture.tied:
         apart = [name for name in others if homes.get(name) != homes.get(kept)]
         if apart and kept in homes:
-            yield f"{', '.join(apart)} shares the bytes of {kept}, which are on {named(homes[kept])}."
+            yield f"{', '.join(apart)} is tied to {kept}, and a copy of it: that is on {named(homes[kept])}."

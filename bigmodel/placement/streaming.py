@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bigpipe.bigmodel.architecture import Architecture, expert_tensors, experts_per_token, repeats, visited_share
 from bigpipe.bigmodel.checkpoint import tensor_nbytes
 
-from .devices import is_computing, main_of
+from .devices import is_computing
 from .placement import Placement
 from .tree import INDIVISIBLE
 
@@ -53,7 +53,7 @@ def streamed(
     dtype: of tensors that are stored under other names than the model's. stored: bytes by the model's own names. runs:
     does the forward run what holds the tensor of that name?
     """
-    main, classes = main_of(placement.device_map.values()), placement.no_split_module_classes
+    main, classes = placement.main, placement.no_split_module_classes
     whole = INDIVISIBLE | frozenset(architecture.no_split if classes is None else classes)
     blocks = tuple(f"{module.name}." for module in architecture.modules if module.class_name in whole)
     experts, found = expert_tensors(architecture), Counter[int]()
@@ -79,7 +79,7 @@ def streamed(
 def room_for_experts(architecture: Architecture, placement: Placement, dtype: str) -> tuple[int, int]:
     """Return (bytes of streamed experts that there is room for where they compute, bytes of all that could stay). Only
     those that a class holds in one stay by themselves. dtype: what they are computed in."""
-    main = main_of(placement.device_map.values())
+    main = placement.main
     experts = expert_tensors(architecture, listed=False)
     sizes = (
         tensor_nbytes(architecture.dtype_of(tensor, dtype), tensor.shape)

@@ -24,7 +24,7 @@ from bigpipe.machine import Machine
 from bigpipe.sizes import format_size
 
 from .budget import memory_of
-from .devices import Device, is_computing, main_of
+from .devices import Device, is_computing
 from .headroom import beyond_headroom
 from .placement import Placement
 from .products import gathers
@@ -78,7 +78,7 @@ def batches_together(
     machine, each with a model of its own. memo: where the speeds of this machine are kept; None: those of an ordinary
     one. stored: the format that the model's matrices are packed in. caching: does a batch keep keys and values?
     """
-    main = main_of(placement.device_map.values())
+    main = placement.main
     size = _size(Budget(architecture, dtype, workload), main, caching)
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
@@ -97,7 +97,7 @@ def _useful(
     placement: Placement, architecture: Architecture, rows: int, dtype: str, speeds: Speeds, stored: Format
 ) -> int:
     """n*, and some more. rows: of a batch, each of which decodes a token in a step."""
-    main = main_of(placement.device_map.values())
+    main = placement.main
     away = {home: size for home, size in placement.weights.items() if not is_computing(home, main)}
     moved = streamed(architecture, placement, dtype, {})
     read = streamed(architecture, replace(placement, device_map={"": "disk"}), dtype, {})

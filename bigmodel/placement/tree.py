@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from bigpipe.bigmodel.architecture import Architecture, TensorSpec, expert_tensors
@@ -166,6 +167,25 @@ class Tree:
             for name in group:
                 groups[name] = (*groups.get(name, ()), group)
         return groups
+
+
+def tied_as_loaded(architecture: Architecture, dtype: str | None, special_dtypes: Mapping[str, str]) -> Architecture:
+    """Return it with those names tied alone that are loaded in one dtype: others are tensors apart from then on."""
+    tensors = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+
+    def loaded(tensor: TensorSpec) -> str:
+        special = special_dtypes.get(tensor.name) if tensor.floating else None
+        return special or (architecture.dtype_of(tensor, dtype) if dtype else tensor.dtype)
+
+    def alike(group: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        found: dict[str, list[str]] = {}
+        for name in group:  # one that is not there is of a module that has two names
+            tensor = tensors.get(name) or tensors.get(group[0])
+            found.setdefault(loaded(tensor) if tensor else "", []).append(name)
+        yield from (tuple(names) for names in found.values() if len(names) > 1)
+
+    tied = tuple(names for group in architecture.tied for names in alike(group))
+    return architecture if tied == architecture.tied else replace(architecture, tied=tied)
 
 
 def prefixes(name: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from support.allocations import peak_of_prefill
 from support.real import describe_here
 
 from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.formats import PLAIN_DTYPES
 
 DEEP = {"num_hidden_layers": 2}
 
@@ -62,6 +63,17 @@ MODELS: dict[str, dict[str, Any]] = {
 WORKLOADS = ((1, 512), (1, 2048), (4, 1024))
 FAST = ("llama-3-8b", "mistral-7b-window", "gemma-2-9b", "mixtral", "opt-6.7b", "gpt2-xl", "bloom-7b1", "bert-large")
 SLOW = tuple(name for name in MODELS if name not in FAST)
+
+
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES)
+@pytest.mark.parametrize("name", ["bloom-7b1", "gemma-2-9b"])
+def test_scores_that_are_written_out_are_counted_in_every_dtype(name: str, dtype: str) -> None:
+    architecture = describe_here(MODELS[name])
+    found = Budget(architecture, dtype, Workload()).activations
+    assert found.bytes > 8 * 16 * 2048**2
+    if dtype == "float64":
+        measured, _ = peak_of_prefill(MODELS[name], 1, 2048, torch.float64)
+        assert found.low <= measured - Budget(architecture, dtype, Workload()).kv_cache.bytes <= found.high
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from support.real import describe_here
 
 import bigpipe
-from bigpipe.bigmodel.architecture import Architecture, known_architecture
+from bigpipe.bigmodel.architecture import Architecture, known_architecture, reads_alone
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.formats import named
@@ -48,6 +48,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     "encoder and decoder": {
         "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 2048, "d_ff": 5120, "d_kv": 64,
         "num_layers": 12, "num_heads": 32, "vocab_size": 32128, "torch_dtype": "bfloat16",
+    },
+    "encoder deeper than its decoder": {
+        "model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], "d_model": 1024,
+        "encoder_layers": 12, "decoder_layers": 4, "encoder_attention_heads": 16, "decoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "torch_dtype": "float16",
+    },
+    "as deep as its tower": {
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": "bfloat16",
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8,
+            "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+        },
+        "text_config": {**LLAMA, "num_hidden_layers": 8},
+    },
+    "an encoder behind a tower": {
+        "model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"], "torch_dtype": "float16",
+        "vision_config": {"num_hidden_layers": 4}, "qformer_config": {"num_hidden_layers": 4},
+        "text_config": {"model_type": "t5", "num_layers": 4, "d_model": 512, "d_kv": 64, "num_heads": 8},
     },
     "encoder": {
         "model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 1024, "intermediate_size": 4096,
@@ -117,6 +135,27 @@ def test_a_models_cache_is_divided_to_the_byte(name: str) -> None:
     whole = Budget(architecture, "float16", Workload(batch_size=3, sequence_length=2000))
     assert sum(headroom.cache.values()) == whole.kv_cache.bytes
     assert headroom.activations == whole.activations.bytes
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_only_layers_that_meet_tokens_that_are_made_keep_any(name: str) -> None:
+    architecture = architecture_of(name)
+    alone, classes = reads_alone(architecture.config), architecture.no_split
+    blocks = [f"{module.name}." for module in architecture.modules if module.class_name in classes]
+    meeting = {block for block in blocks if not alone(block)}
+    cache = headroom_of(architecture, "float16", 3, 2000).cache
+    assert not any(map(alone, cache))
+    if cache:
+        assert {block for block in blocks if any(tensor.startswith(block) for tensor in cache)} == meeting
+
+
+def test_keys_and_values_of_an_encoder_decoder_lie_where_its_decoder_does() -> None:
+    architecture, request = architecture_of("encoder and decoder"), PlacementRequest(batch_size=16, sequence_length=512)
+    placement = place_model(described("encoder and decoder"), architecture, request, machine_of(4 * GIB, 4 * GIB))
+    homes = [placement.device_of(f"decoder.block.{index}.layer.0") for index in range(12)]
+    cached = Budget(architecture, "bfloat16", Workload(batch_size=16, sequence_length=512)).kv_cache.bytes
+    for device, need in placement.needs.items():
+        assert need.kv_cache == pytest.approx(cached * homes.count(device) / 12, abs=12)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])

@@ -10,9 +10,10 @@ import torch
 from support.architectures import ALL, BLIP_2, DECODERS, DEEPSEEK_V4, RECURRENT_GEMMA, UNUSUAL, Config
 from support.real import build, cache_bytes, describe_here, storage_bytes
 
-from bigpipe.bigmodel.architecture import read_request
+from bigpipe.bigmodel.architecture import outline, read_request
 from bigpipe.bigmodel.architecture.caching import late_lengths, observe
 from bigpipe.bigmodel.architecture.instantiation import with_empty_parameters
+from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.footprint.kvcache import cache_of, kv_cache
 
 ENCODER_DECODERS = ("t5", "bart", "whisper", "t5gemma", "dia")
@@ -128,6 +129,70 @@ def test_a_window_stops_the_growth_and_prefill_holds_the_rest_once() -> None:
 def test_an_unknown_kind_of_layer_is_counted_as_full_attention_and_said_to_be_inexact() -> None:
     config = {"num_attention_heads": 2, "hidden_size": 8, "layer_types": ["full_attention", "quantum_attention"]}
     assert not kv_cache(config, 1, 10, 2).exact
+
+
+def linear(folder: str, **shapes: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {f"{folder}.{name}.weight": ("bfloat16", shape) for name, shape in shapes.items()}
+
+
+CHATGLM = {"model_type": "chatglm", "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16}
+BLOCKS = [{"attention": {"n_heads_in_group": 4, "no_op": index % 2 == 1}} for index in range(4)]
+EMBEDDED = {"model.embed_tokens.weight": ("bfloat16", (1000, 64))}
+OWN_CODE: dict[str, tuple[Config, dict[str, Any], int]] = {
+    "groups by another name": (
+        CHATGLM | {"multi_query_attention": True, "multi_query_group_num": 2},
+        {
+            name: found for index in range(4)
+            for name, found in linear(
+                f"transformer.encoder.layers.{index}.self_attention", query_key_value=(128, 64), dense=(64, 64)
+            ).items()
+        },
+        4 * 2 * 2 * 16,
+    ),
+    "layers and heads by other names": (
+        {"model_type": "openelm", "num_transformer_layers": 4, "model_dim": 64, "num_kv_heads": [1, 1, 2, 2]},
+        {
+            name: found for index, groups in enumerate((1, 1, 2, 2))
+            for name, found in linear(
+                f"transformer.layers.{index}.attn", qkv_proj=(4 * groups * 16, 64), out_proj=(64, 2 * groups * 16)
+            ).items()
+        },
+        2 * 16 * (1 + 1 + 2 + 2),
+    ),
+    "layers without attention": (
+        {"model_type": "nemotron-nas", "num_hidden_layers": 4, "num_attention_heads": 4, "block_configs": BLOCKS},
+        {
+            name: found for index in (0, 2)
+            for name, found in linear(
+                f"model.layers.{index}.self_attn", q_proj=(64, 64), k_proj=(16, 64), v_proj=(16, 64)
+            ).items()
+        } | {f"model.layers.{index}.mlp.up_proj.weight": ("bfloat16", (96, 64)) for index in range(4)},
+        2 * 2 * 16,
+    ),
+    "projections by names of their own": (
+        {"model_type": "own"},
+        EMBEDDED | {f"layers.{index}.attention.mix.weight": ("bfloat16", (99, 64)) for index in range(3)},
+        3 * 2 * 64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_a_class_that_is_unknown_caches_at_most_what_its_projections_make(name: str) -> None:
+    config, tensors, elements = OWN_CODE[name]
+    term = Budget(outline(tensors, {**config, "architectures": ["OwnForCausalLM"]}), "bfloat16", Workload()).kv_cache
+    assert (term.bytes, term.low, term.high, term.basis) == (4096 * elements, 0, 4096 * elements, "bound")
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS, "llava", *UNUSUAL])
+def test_what_is_known_without_a_class_is_no_less_than_what_it_caches(name: str) -> None:
+    """But for classes that cache more than they project."""
+    architecture = describe_here(ALL[name])
+    stored = {tensor.name: (tensor.dtype, tensor.shape) for tensor in architecture.tensors() if tensor.persistent}
+    found = cache_of(outline(stored, {**architecture.config, "architectures": ["OwnForCausalLM"]}), 2, 100, 2)
+    assert not found.exact
+    least = 0.5 if name in ("falcon-40b", "falcon_h1") else 1
+    assert found.bytes >= least * cache_of(architecture, 2, 100, 2).bytes > 0
 
 
 @pytest.mark.slow

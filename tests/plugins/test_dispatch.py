@@ -149,6 +149,31 @@ def test_weights_that_are_cast_to_be_held_are_in_the_memory(
     assert forecast(models["opt"], memo, verify="none", **asked).ram is None
 
 
+def test_a_tied_head_with_a_place_of_its_own_counts_there_as_the_run_holds_it(
+    tmp_path: Path, memo: Path, models: dict[str, Path]
+) -> None:
+    size = 2 * 264 * 32
+    fields: dict[str, Any] = {"device_map": {"": "cpu", "lm_head": "disk"}, "verify": "load"}
+    metrics, _ = run(tmp_path / "out", models["opt"], memo, **fields)
+    assert metrics.predicted["disk"] == size
+    assert metrics.measured == metrics.predicted == forecast(models["opt"], memo, **fields).metrics["predicted"]
+    caps = {"cpu": "1GiB", "disk": size}
+    assert not forecast(models["opt"], memo, **fields, max_memory=caps).misfits
+    assert forecast(models["opt"], memo, **fields, max_memory={**caps, "disk": size - 1}).misfits
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.decoder.embed_tokens.weight"])
+def test_one_name_of_a_tied_weight_with_a_dtype_of_its_own_is_a_weight_of_its_own(
+    tmp_path: Path, memo: Path, models: dict[str, Path], name: str
+) -> None:
+    fields: dict[str, Any] = {"special_dtypes": {name: "float64"}, "verify": "load"}
+    tied = forecast(models["opt"], memo, max_memory={"cpu": "1GiB"}).metrics["predicted"]["cpu"]
+    caps = {"cpu": tied + 8 * 264 * 32}
+    metrics, _ = run(tmp_path / "out", models["opt"], memo, **fields, max_memory=caps)
+    assert metrics.measured == metrics.predicted == caps
+    assert forecast(models["opt"], memo, **fields, max_memory={"cpu": caps["cpu"] - 1}).misfits
+
+
 @pytest.mark.parametrize("fields", MAPS, ids=["cpu", "mixed", "disk", "cast", "detected"])
 @pytest.mark.parametrize("architecture", ["opt", "llama", "t5", "bert"])
 def test_gives_what_was_forecast(
@@ -185,6 +210,45 @@ def test_says_what_bounds_a_step_where_layers_are_streamed(tmp_path: Path) -> No
     whole = STAGE.run(DispatchParams(device_map={"": "cpu"}, verify="none"), ctx).metrics  # type: ignore[union-attr]
     assert isinstance(whole, DispatchMetrics)
     assert whole.bound_by == ""
+
+
+@pytest.mark.parametrize(
+    "fields", [{"device_map": {"": "cpu", "model.decoder.layers.1": "disk"}}, {"device_map": "optimal"}]
+)
+def test_the_artifact_is_the_same_whatever_was_measured_that_leads_to_it(tmp_path: Path, fields: Any) -> None:
+    model = make_checkpoint(tmp_path / "model", "opt", dtype="float16")
+    params = DispatchParams(
+        batch_size=8, sequence_length=16, verify="none", max_memory={"cpu": "100kB", "disk": "1GiB"}, **fields
+    )
+    artifacts, told = set(), set()
+    for times in (1.0, 1.1):
+        figures = {dtype: tuple(times * rate for rate in found) for dtype, found in NO_HALVES.items()}
+        memo = knowing(tmp_path / f"memo{times}", figures, Speeds(disk=times * 1e5, ram=times * 1e12))
+        ctx = context(tmp_path / f"out{times}", model, memo, HERE)
+        result = STAGE.run(params, ctx)
+        assert isinstance(result, StageResult)
+        artifacts.add(tuple(sorted(result.files.items())))
+        told.add(tuple(event.line for event in ctx.reporter if isinstance(event, LogLine)))  # type: ignore[attr-defined]
+    assert len(artifacts) == 1
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({}, True),  # the key says whose memory it is
+        ({"max_memory": {0: "1GiB", "disk": "1GiB"}}, True),
+        ({"max_memory": {"cpu": "1GiB", "disk": "1GiB"}}, False),
+        ({"max_memory": {0: 0, "cpu": "1GiB"}}, False),
+        ({"max_memory": {"cpu": "1GiB"}, "compute_dtype": "stored"}, True),
+        ({"max_memory": {"cpu": "1GiB"}, "dtype": "float16"}, True),
+        ({"device_map": {"": "cpu", "lm_head": 0}}, True),
+        ({"device_map": {"": "disk"}}, False),
+        ({"device_map": "optimal"}, False),
+    ],
+)
+def test_what_may_be_decided_by_measurements_is_not_held_against_a_lock(fields: Any, same: bool) -> None:
+    assert STAGE.with_params(DispatchParams(**fields)).reproducible is same
 
 
 @pytest.mark.parametrize(("asked", "computed"), [("float32", "float32"), ("stored", "float16")])

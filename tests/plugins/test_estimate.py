@@ -195,7 +195,7 @@ def test_its_version_is_of_the_numbers_that_it_gives(workshop):
     context = forecast_context(workshop.folder, base=workshop.folder)
     params = EstimateParams(path="model", dtypes=("float32",), sequence_length=4096)
     assert STAGE.forecast(params, context).metrics["float32"]["kv_cache"] == 2 * 2 * 64 * 2048 * 4
-    assert STAGE.version == 6
+    assert STAGE.version == 7
 
 
 def test_what_is_not_known_yet_is_said(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,47 @@ def test_a_gpu_that_is_not_there_has_no_room_for_more_batches(model: Path) -> No
     assert batches_together(*given, H200).count > 1
 
 
-def test_who_places_itself_takes_of_a_gpu_what_nobody_knows(tmp_path: Path, model: Path) -> None:
-    """So that it runs beside nobody else who uses one; on a CPU it uses none."""
+@pytest.mark.parametrize("part", ["lm_head", "model.decoder.layers.0.activation_fn"])
+def test_a_map_that_gives_a_gpu_no_bytes_of_its_own_computes_there_all_the_same(
+    tmp_path: Path, model: Path, part: str
+) -> None:
+    """As the run does it: a tied head lies there once more, and all else passes through."""
+    placement = place(model, device_map={part: 0, "": "cpu"}, sequence_length=15, machine=H200)
+    in_ram = place(model, device_map="cpu", sequence_length=15, machine=H200)
+    head = 2 * 264 * 32 if part == "lm_head" else 0
+    assert placement.weights == {**({0: head} if head else {}), **in_ram.weights}
+    assert placement.main == 0
+    gpu = placement.needs[0]
+    assert gpu.streaming > 0
+    assert gpu.activations == in_ram.needs["cpu"].activations
+    assert gpu.kv_cache == in_ram.needs["cpu"].kv_cache
+    found = infer(planned(tmp_path, model, placement)).vram
+    assert found is not None
+    assert found[0] >= gpu.total
+
+
+def test_who_is_not_placed_takes_of_a_gpu_what_it_would_take_if_it_were(tmp_path: Path, model: Path) -> None:
+    """On a CPU it uses none. What a function of the user's own takes nobody knows: it runs beside nobody else."""
+    placed = planned(tmp_path, model, place(model, device_map=0, sequence_length=1, machine=H200))
     for kind in (infer, evaluate):
-        assert kind(planned(tmp_path, model)).vram is None
-        assert kind(planned(tmp_path, model), dtype="float16").vram is None
+        for fields in ({}, {"batch_size": 2}):
+            found = kind(planned(tmp_path, model), **fields)
+            assert found.vram == kind(placed, **fields).vram
+            assert set(found.vram or ()) == {0}
+        narrow, wide = (kind(planned(tmp_path, model), dtype=dtype).vram for dtype in ("float16", "float32"))
+        assert (wide or {})[0] > (narrow or {})[0]
         assert kind(planned(tmp_path, model, machine=MACHINE)).vram == {}
-    placed = planned(tmp_path, model, place(model, device_map=0, machine=H200))
-    assert all(set(kind(placed).vram or ()) == {0} for kind in (infer, evaluate))
+    assert infer(planned(tmp_path, model), task="own:function").vram is None
+    assert infer(planned(tmp_path, model, machine=MACHINE), task="own:function").vram == {}
+
+
+def test_who_is_not_placed_and_too_large_for_a_gpu_is_told_to_be_placed(tmp_path: Path, model: Path) -> None:
+    small = replace(H200, gpus=(Gpu(0, "small", 2**20, 2**20),))
+    for found in (infer, evaluate, partial(infer, task="own:function")):
+        assert not found(planned(tmp_path, model)).misfits
+        (misfit,) = found(planned(tmp_path, model, machine=small)).misfits
+        assert misfit.cause.endswith("on GPU 0 (small), which has 1.0 MiB")
+        assert "placement to a dispatch" in str(misfit.cure)
 
 
 def test_a_model_that_was_placed_in_ram_takes_ram_though_there_are_gpus(tmp_path: Path, model: Path) -> None:
