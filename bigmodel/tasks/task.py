@@ -33,6 +33,8 @@ WRITTEN: Mapping[Reads, str] = {
     "sound": "name the files, each of which is a row: sounds/*.wav",
 }
 """What a task reads → how its prompts are written."""
+OVERFLOWS = "where the model overflows, as it may in float16, set dtype: float32"
+"""The cure of numbers that are none."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds of what is made of a row: far from the seeds of other rows."""
 
@@ -273,7 +275,8 @@ def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> No
 
 def function_task(name: str, function: Callable[..., Any]) -> Task:
     """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, and of
-    those among `prompt`, `index` and `seed` that it does not have itself."""
+    those among `prompt`, `index` and `seed` that it does not have itself. A row of which it gives an `error` that is a
+    text failed."""
 
     taken = _keywords(function)
     heeds = taken is None or "max_new_tokens" in taken
@@ -307,6 +310,13 @@ def refuse_arguments(name: str, taken: Collection[str] | None, arguments: Iterab
             raise UsageError(f"task {name}: the function takes no {argument!r}", cure, field=field)
 
 
+def _refuse_changed(name: str, made: Mapping[str, Any], own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise TypeError for what a function calls as a result's own fields are called, but for what it was given."""
+    for key, value in own.items():
+        if key in made and made[key] not in (value, given[key]):
+            raise TypeError(f"{name} gives another {key!r} than the row's, which a result holds too: name it otherwise")
+
+
 def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:
     import torch
 
@@ -315,4 +325,6 @@ def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) ->
     made = function(model, given)
     if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
         raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")
+    for entry, row, fields in zip(made, rows, given, strict=True):
+        _refuse_changed(function.func.__name__, entry, {"index": row.index, "prompt": row.prompt}, fields)
     return [Answer(dict(entry), entry["tokens"] if isinstance(entry.get("tokens"), int) else 0) for entry in made]

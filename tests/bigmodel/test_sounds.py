@@ -63,6 +63,16 @@ def test_sounds_are_heard_as_by_transformers(
     assert len({each["text"] for each in wanted}) > 1
 
 
+def test_scores_that_are_no_numbers_are_an_error(tmp_path: Path, whisper: Path, sounds: list[Row]) -> None:
+    sources = Sources(base=tmp_path)
+    model = load(whisper)
+    task = find_task(NAME, sources).bind(model, whisper, TaskOptions(), sources)
+    norm = model.model.decoder.layer_norm.weight
+    norm.data = norm.data * math.nan
+    with pytest.raises(ValueError, match="infinite or no numbers"):
+        task(sounds[:1])
+
+
 def test_a_wav_file_is_read_in_every_width(tmp_path: Path) -> None:
     wanted = numpy.array(tones(0.1, 8000), dtype=numpy.float32)
     stored = {
