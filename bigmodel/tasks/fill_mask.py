@@ -78,5 +78,5 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 TASK = Task(
     name="fill-mask", bind=_bind, arguments=FillMask, check_model=_check_model, row_check=refuse_chats,
-    classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True,
+    classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True, needs_text=True,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.names import did_you_mean, listed
+from bigpipe.sizes import counted
 
 from .tokenizing import OWN_FUNCTION, known_architecture
 
@@ -120,6 +121,7 @@ class Task:
     length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory, and its batches,
       are reckoned with.
     chats: may its rows be chats?
+    needs_text: is a prompt that is an empty text an error, whatever the model?
     library: whose models it runs. A model of transformers is loaded as its placement says, and handed to `bind`; of
       diffusers that is a pipeline, several models on one device.
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
@@ -143,6 +145,7 @@ class Task:
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
     chats: bool = True
+    needs_text: bool = False
     library: Literal["transformers", "diffusers"] = "transformers"
     side_by_side: bool = False
 
@@ -214,6 +217,18 @@ class Task:
             if self.files is not None:
                 self.files(row, arguments)
             yield row
+
+    def answerable(self, rows: Iterable[Row], max_errors: int) -> Iterator[Row]:
+        """Yield each row. Raise UsageError at the end where of more than `max_errors` it is known without a model that
+        they fail."""
+        first, count = None, 0
+        for row in rows:
+            if self.needs_text and not row.prompt:
+                first, count = first or row, count + 1
+            yield row
+        if first is not None and count > max_errors:
+            others = f", and so is that of {counted(count - 1, 'other row')}" if count > 1 else ""
+            raise first.wrong(f"the text is empty{others}", "leave it out, or let max_errors allow as many")
 
     def _require_class(self, model: ModelDescription, sources: Sources) -> None:
         architecture = known_architecture(model, sources) if self.classes else None

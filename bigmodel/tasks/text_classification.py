@@ -51,5 +51,5 @@ def _length_of(row: Row, arguments: Mapping[str, Any]) -> int:
 TASK = Task(
     name="text-classification", bind=_bind, arguments=TextClassification, check_model=check_text_model,
     row_check=refuse_chats, classes=("ForSequenceClassification",), named_columns={"pair": "text"},
-    length_of=_length_of, side_by_side=True,
+    length_of=_length_of, side_by_side=True, needs_text=True,
 )  # fmt: skip

@@ -79,5 +79,5 @@ def _spans(model: Any, tokenizer: Any, asked: TokenClassification) -> Any:
 
 TASK = Task(
     name="token-classification", bind=_bind, arguments=TokenClassification, check_model=check_text_model,
-    row_check=refuse_chats, classes=("ForTokenClassification",), side_by_side=True,
+    row_check=refuse_chats, classes=("ForTokenClassification",), side_by_side=True, needs_text=True,
 )  # fmt: skip

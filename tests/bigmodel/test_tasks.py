@@ -362,6 +362,15 @@ def test_tasks_that_make_or_score_text_refuse_the_other_kind_of_model(tmp_path: 
     list(find_task("scoring", Sources()).checked({}, given, causal))
 
 
+@pytest.mark.parametrize("name", ["text-classification", "token-classification", "fill-mask"])
+def test_empty_texts_are_counted_before_there_is_a_model(name: str) -> None:
+    task, given = find_task(name, Sources()), rows(["", "a", "", ""])
+    assert len(list(task.answerable(given, 3))) == 4
+    with pytest.raises(UsageError, match="row 0: the text is empty, and so is that of 2 other rows"):
+        list(task.answerable(given, 2))
+    assert len(list(find_task("text-generation", Sources()).answerable(given, 0))) == 4
+
+
 def test_what_a_row_does_wrong_is_its_own_error(tmp_path: Path) -> None:
     path = make_with_head(tmp_path, "bert", "ForMaskedLM", max_position_embeddings=16)
     given = rows(["hello [MASK]", "", "no mask", "a " * 20 + "[MASK]"])
