@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -11,7 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.engines import EngineName, find_engine
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, BuiltIn, Task, faults, find_task, require_known
+from bigpipe.bigmodel.tasks import READERS, TASKS, BuiltIn, Task, faults, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -278,6 +279,8 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
             planning=Planning(
+                apart=_apart,
+                resumed=_resumed,
                 check=late("bigpipe.plugins.pipelines:check"),
                 facts=dtype_facts,
                 smaller=STAGE.planning.smaller,
@@ -295,7 +298,9 @@ def _settled(params: InferParams) -> Stage[InferParams]:
         forecast=late("bigpipe.plugins.serving:forecast"),
         runs_in="process",
         ranks=Ranks(),
-        planning=Planning(check=late("bigpipe.plugins.serving:check"), apart=_apart, smaller=(), extras=EXTRAS),
+        planning=Planning(
+            check=late("bigpipe.plugins.serving:check"), apart=_apart, resumed=_resumed, smaller=(), extras=EXTRAS
+        ),
         packages=engine.packages,
         asks=not engine.takes_model,
         settled=None,
@@ -303,12 +308,25 @@ def _settled(params: InferParams) -> Stage[InferParams]:
 
 
 def _apart(params: InferParams) -> Sequence[str]:
-    return [f"serving.{name}" for name in find_engine(params.engine).apart]
+    return [
+        "split",
+        "apply_padding",
+        "micro_batches",
+        *(f"serving.{name}" for name in find_engine(params.engine).apart),
+    ]
+
+
+def _resumed(params: InferParams) -> Sequence[str]:
+    """How results are written, and how many rows may fail. Which rows there are, too, where each is computed alone: a
+    record is of one row by its fields. A picture's or a sound's are its name, and its content may be another."""
+    alone = params.batch_size == 1 and params.batch_tokens is None
+    texts = not isinstance(params.prompts, str) or PurePath(params.prompts).suffix.lower() in READERS
+    return ["max_errors", "output_format", "rows_per_file", *(("prompts", "limit") if alone and texts else ())]
 
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=12,
+    version=13,
     params=InferParams,
     metrics=InferMetrics,
     inputs={
@@ -327,6 +345,8 @@ STAGE = Stage(
         mixes=False,
     ),
     planning=Planning(
+        apart=_apart,
+        resumed=_resumed,
         check=late("bigpipe.plugins.inferring:check"),
         facts=dtype_facts,
         leads_to=late("bigpipe.plugins.inference_needs:leads_to"),

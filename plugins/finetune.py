@@ -119,7 +119,7 @@ def facts(params: FinetuneParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="finetune",
-    version=3,
+    version=4,
     params=FinetuneParams,
     metrics=FinetuneMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},

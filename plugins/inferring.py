@@ -76,7 +76,9 @@ def read_through(params: InferParams, model: ModelDescription | None, ctx: Check
     rows: Iterable[Row] = rows_of(params, ctx.base)
     sources, columns = sources_of(ctx), Columns()
     if params.task in TASKS:
-        rows = find_task(params.task, sources).checked(params.generation, rows, model, sources, params.max_new_tokens)
+        task = find_task(params.task, sources)
+        rows = task.checked(params.generation, rows, model, sources, params.max_new_tokens)
+        rows = task.answerable(rows, params.max_errors)
     with about("prompts"):
         for row in rows:
             if params.output_format == "parquet":

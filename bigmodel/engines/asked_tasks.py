@@ -76,7 +76,7 @@ class AskedFeatures(Arguments):
 def _bind_generation(endpoint: Endpoint, path: Path | None, options: TaskOptions, sources: Sources) -> Answerer:
     arguments = AskedGeneration.model_validate(options.arguments)
     texts, most = arguments.num_return_sequences, options.max_new_tokens
-    common = {"max_tokens": most, "n": texts, "stream": False, **arguments.asked}
+    common = {endpoint.length_field: most, "n": texts, "stream": False, **arguments.asked}
     limit = LEAST + texts * most * OF_A_TOKEN
 
     def answer(row: Row) -> Answer:

@@ -61,6 +61,8 @@ class Endpoint:
     key: str | None = field(default=None, repr=False)
     chat: bool = False
     """Texts are asked as the message of a user."""
+    length_field: str = "max_tokens"
+    """What a question calls the most tokens that are made."""
     goes_on: bool = False
     """Does it go on with a message that the assistant has begun, where it is told to? vLLM's server does."""
     timeout: float = 600.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
@@ -45,6 +45,9 @@ class OpenAI(Asked):
     """The server's address, up to where the API's own paths begin: `https://host/v1`."""
     model: str = Field(min_length=1)
     """The model, as the server calls it."""
+    length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What a question calls `max_new_tokens`. OpenAI's own newer models know the longer name alone, and take no
+    temperature either: `generation: {do_sample: true}` sends none."""
     secret: str | None = Field(None, min_length=1)
     """The variable that holds the key; the stage lists it under its `secrets`. null: the server asks for none."""
 
@@ -80,7 +83,8 @@ def _serve(settings: OpenAI, wanted: Wanted) -> Iterator[Endpoint]:
     _check(settings, wanted)
     with connecting(
         settings.url, settings.concurrency, model=settings.model, key=_key(settings, wanted), chat=settings.chat,
-        timeout=settings.timeout, retries=settings.retries, longest_wait=settings.longest_wait,
+        length_field=settings.length_field, timeout=settings.timeout, retries=settings.retries,
+        longest_wait=settings.longest_wait,
     ) as endpoint:  # fmt: skip
         yield endpoint
 

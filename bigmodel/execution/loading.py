@@ -7,6 +7,7 @@
       replace_linears        modules of their format where weights are packed
       _settle                what stays: windows into the file, or copies on its device
       WeightStream.add       what is streamed: hooks on its groups
+      as_streamed            what such a model cannot do says so
 
 On the CPU a weight stored in the dtype it computes in is not read at all: the file is its memory.
 """
@@ -67,6 +68,7 @@ from .experts import moved_by_a_token
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
 from .offload import WeightStream, cut_into_groups, follow_devices
 from .slots import Slot
+from .streamed import as_streamed
 
 if TYPE_CHECKING:
     import torch
@@ -252,21 +254,13 @@ def _fill(
     state.stream.add(groups)
     state.stream.experts.keep(homes.placement.kept_experts if homes.main.type != "cpu" else memory.experts)
     if groups:
-        _tell_device(model, homes.main)
+        as_streamed(model, homes.main, checkpoint.path)
     state.streamed = moved_by_a_token(model, groups, state.stream.experts)
     if homes.main.type != "cpu":
         follow_devices(model, homes, {group.module for group in groups if group.table is not None})
     model.hf_device_map = dict(homes.placement.device_map)  # type: ignore[assignment]
     model._bigpipe_loaded = state  # type: ignore[assignment]
     model._bigpipe_source = checkpoint.path.absolute()  # type: ignore[assignment]
-
-
-def _tell_device(model: torch.nn.Module, device: torch.device) -> None:
-    """`model.device` is where its inputs belong. transformers takes its first parameter's, which may be away."""
-    own = type(model)
-    if isinstance(getattr(own, "device", None), property):
-        names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-        model.__class__ = type(own.__name__, (own,), {**names, "device": property(lambda self: device)})
 
 
 def _share_recipes(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import FileWriter, copy_file, hash_file, make_folders, share_name
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import mask, redact_json
 from bigpipe.sizes import counted
 
 from .columns import Columns, columns_of
@@ -36,8 +36,8 @@ Written = dict[str, tuple[str, int]]
 
 
 def plain_result(row: Row, record: Record) -> Result:
-    """Return a row of results: the row's index and prompt, and what the task gave. Records are redacted already."""
-    own = {"index": row.index, "prompt": redact_json(row.prompt)}
+    """Return a row of results: the row's index and prompt, and what the task gave. Records are masked already."""
+    own = {"index": row.index, "prompt": redact_json(row.prompt, mask)}
     return {**own, **record.payload, **own}
 
 

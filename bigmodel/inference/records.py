@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.errors import StageFailed
 from bigpipe.files import LogFile, make_directory, sync_directory
-from bigpipe.redaction import redacted_texts
+from bigpipe.redaction import masked_texts
 from bigpipe.sizes import counted
 
 from .lines import from_line, to_line
@@ -51,7 +51,13 @@ class Record:
 
     @property
     def failed(self) -> bool:
-        return "error" in self.payload
+        return is_failure(self.payload)
+
+
+def is_failure(payload: Mapping[str, Any]) -> bool:
+    """Does it say, under `error`, why there is no answer? A number there, or nothing, is a result as any other."""
+    error = payload.get("error")
+    return isinstance(error, str) and bool(error)
 
 
 def open_log(path: Path) -> LogFile:
@@ -75,10 +81,13 @@ def append(log: LogFile, records: Iterable[Record]) -> None:
     log.append(encoded(records), durable=True)
 
 
-def encoded(records: Iterable[Record]) -> bytes:
-    """Return the lines of records, as a log holds them."""
+def encoded(records: Iterable[Record], masked: Callable[[int], None] = lambda index: None) -> bytes:
+    """Return the lines of records, as a log holds them. masked: told the row whose answer holds the value of a secret,
+    which is not written."""
     records = list(records)
-    payloads = redacted_texts([record.payload for record in records], _compact)
+    payloads, changed = masked_texts([record.payload for record in records], _compact)
+    for number in changed:
+        masked(records[number].index)
     return b"".join(map(_encode, records, payloads))
 
 

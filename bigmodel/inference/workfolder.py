@@ -16,6 +16,7 @@ from typing import Any
 
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.files import write_file
+from bigpipe.redaction import redact
 
 from .deaths import Deaths, note_deaths
 from .records import DONE, LOG, MISSING, Found, Record, append, check_errors, open_log
@@ -127,7 +128,7 @@ def plan_work(
 def give_up(folder: Path, rows: StoredRows, deaths: Deaths, max_errors: int) -> set[int]:
     """Write down the error of each row that too many ranks died of, and return these rows. Raise StageFailed where they
     are more than `max_errors`."""
-    records = [Record(row, rows.digest(row), {"error": why}) for row, why in deaths.given_up.items()]
+    records = [Record(row, rows.digest(row), {"error": redact(why)}) for row, why in deaths.given_up.items()]
     if records:
         with open_log(folder / "rank-0" / LOG) as log:
             append(log, records)

@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigpipe.bigmodel.tasks import Answer, Answerer, Row
+from bigpipe.bigmodel.tasks import OVERFLOWS, Answer, Answerer, Row
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
 from bigpipe.files import LogFile, write_file
 from bigpipe.fit import out_of_memory
+from bigpipe.redaction import redact
 from bigpipe.sizes import counted
 
 from .deaths import BEGUN, begin
@@ -99,7 +100,8 @@ def compute_share(
     """Answer the rows of one rank as the plan in `folder` says, and write only to `folder/rank-N`.
 
     bind: loads the model; called where there is something to do. progress: told how far this rank is, first before
-    `bind`. log: gets the traceback of a row that failed. warn: told where a batch was larger than memory, and halved.
+    `bind`. log: gets the traceback of a row that failed. warn: told where a batch was larger than memory, and halved,
+    and of secrets in answers.
     Raise StageFailed where more than `max_errors` rows fail or the plan was made for another `world_size`, DoesNotFit
     where one row is larger than memory, and every BigpipeError of the task.
     """
@@ -119,6 +121,7 @@ def compute_share(
     tell()  # before the model loads
     bound = bind()
     failed: list[Record] = []
+    masked: list[int] = []
     writing, noted = threading.Lock(), 0.0
     own = folder / f"rank-{rank}"
 
@@ -145,7 +148,7 @@ def compute_share(
             with writing:
                 seconds, ended = time.monotonic() - max(started, ended), time.monotonic()
                 records = _records(plan, own, batch, answers, seconds)
-                records_log.append(encoded(records))
+                records_log.append(encoded(records, masked.append))
                 syncing.result()  # of the chunk before
                 syncing = disk.submit(records_log.sync)
                 failed.extend(record for record in records if record.failed)
@@ -163,6 +166,9 @@ def compute_share(
             syncing.result()
             note()
         tell()  # others may have taken what it expected
+        if masked:
+            held = f"{counted(len(masked), 'answer')} held the value of a secret, in whose place *** stands"
+            warn(f"{held}; the first is of prompt {min(masked)}")
 
 
 def _records(
@@ -213,8 +219,7 @@ def _require_writable(payloads: Sequence[Mapping[str, object]]) -> None:
         if not str(error).startswith("Out of range float"):
             raise
         found = next(filter(None, (_no_number(payload, "") for payload in payloads)))
-        cure = "where the model overflows, as it may in float16, set dtype: float32"
-        raise ValueError(f"{found}, which no result can hold: {cure}") from error
+        raise ValueError(f"{found}, which no result can hold: {OVERFLOWS}") from error
 
 
 def _no_number(value: object, place: str) -> str | None:
@@ -263,7 +268,7 @@ def _failed(row: Row, error: Exception, log: Callable[[str], None]) -> Answer:
         ) from error
     log(f"prompt {row.index}: " + "".join(traceback.format_exception(error)))
     said = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
-    return Answer({"error": said})
+    return Answer({"error": redact(said)})
 
 
 def _peaks(computes: bool) -> dict[str, int]:

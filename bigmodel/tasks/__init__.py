@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .requests import URLS, Requests, request_reader, response
     from .rows import Prompts, Row, named_files, read_prompts, require_writable, template_parts
     from .sounds import read_sound, sound_seconds
-    from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments
+    from .task import OVERFLOWS, Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments
     from .text_generation import own_arguments
     from .tokenizing import (
         ANSWERED,

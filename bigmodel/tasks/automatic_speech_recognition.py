@@ -19,6 +19,7 @@ from .processing import load_processor, on_device, require_library, require_proc
 from .rows import Row
 from .sounds import read_sound
 from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .text_generation import computing_numbers, draw_alone
 from .tokenizing import embedded, load_tokenizer, require_tokenizer
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked = SpeechRecognition.model_validate(options.arguments)
     given = {name: value for name in ("language", "task") if (value := getattr(asked, name)) is not None}
     given |= {"return_timestamps": asked.return_timestamps, "num_beams": asked.num_beams}
+    draw_alone(model)
 
     def hear(chunks: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return [1, tokens] for each chunk, as many as the model makes."""
         import torch
 
         inputs = {name: torch.cat([chunk[name] for chunk in chunks]) for name in ("input_features", "attention_mask")}
-        with torch.inference_mode():
+        with torch.inference_mode(), computing_numbers():
             made = model.generate(**on_device(model, inputs), **given).cpu()
         return [tokens[tokens != model.generation_config.pad_token_id][None] for tokens in made]
 

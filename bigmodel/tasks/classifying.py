@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from bigpipe.bigmodel.architecture import position_limit
+
+from .task import Arguments
 from .together import afresh, most_together
-from .tokenizing import Bounded, Encoded, check_length, encode_texts, longest, pad
+from .tokenizing import UNLIMITED, Bounded, Encoded, check_length, encode_texts, longest, pad
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +20,23 @@ Reader = Callable[[Sequence[str | tuple[str, str]]], "tuple[list[Encoded], torch
 Raises ValueError for an empty text, and one that is longer than the model's positions."""
 
 
-def reader(model: Any, tokenizer: Any, bounded: Bounded, **asked: Any) -> Reader:
-    """Return what a loaded model says of texts. asked: what the tokenizer is to give besides."""
+class Truncating(Arguments):
+    """What is asked of texts that may be too long."""
+
+    truncate: bool = False
+    """Cut texts that are longer than the model takes, of a pair the longer one; else they are errors."""
+
+
+def reader(model: Any, tokenizer: Any, bounded: Bounded, *, truncate: bool, **asked: Any) -> Reader:
+    """Return what a loaded model says of texts. truncate: cut those that are too long. asked: what the tokenizer is to
+    give besides."""
     import torch
 
     most, begin = most_together(model), afresh(model)
+    known = (position_limit(model.config.to_dict()), tokenizer.model_max_length)
+    limit = min((each for each in known if each is not None and each < UNLIMITED), default=None)
+    if truncate and limit is not None:
+        asked |= {"truncation": True, "max_length": limit}
 
     def logits_of(encoded: Sequence[Encoded]) -> torch.Tensor:
         if len({len(each["input_ids"]) for each in encoded}) > 1 and longest(encoded) > most:
@@ -34,7 +49,7 @@ def reader(model: Any, tokenizer: Any, bounded: Bounded, **asked: Any) -> Reader
 
     def read(texts: Sequence[str | tuple[str, str]]) -> tuple[list[Encoded], torch.Tensor]:
         encoded = encode_texts(tokenizer, texts, bounded, **asked)
-        check_length(model, longest(encoded))
+        check_length(model, longest(encoded), otherwise=", or set truncate")
         return encoded, logits_of(encoded)
 
     return read

@@ -19,6 +19,7 @@ from .together import afresh, most_together
 from .tokenizing import (
     MODEL_INPUTS,
     OWN_FUNCTION,
+    UNLIMITED,
     Bounded,
     check_length,
     check_text_model,
@@ -34,10 +35,6 @@ from .tokenizing import (
 if TYPE_CHECKING:
     from bigpipe.bigmodel.architecture import Architecture
     from bigpipe.bigmodel.checkpoint import ModelDescription
-
-
-UNLIMITED = 10**9
-"""Tokens: a tokenizer whose files name no limit says 10³⁰."""
 
 
 class FeatureExtraction(Arguments):
@@ -71,7 +68,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         if pooling.max_length is not None and longest(encoded) > pooling.max_length:
             cause = f"{longest(encoded)} tokens are more than the {pooling.max_length} of its {LENGTHS}"
             raise ValueError(f"{cause}: shorten the text, or set truncate")
-        check_length(model, longest(encoded), encoded=True)
+        check_length(model, longest(encoded), encoded=True, otherwise=", or set truncate")
         lengths = [len(each["input_ids"]) for each in encoded]
         if len({*lengths}) > 1 and max(lengths) > most:
             return [answer([row])[0] for row in rows]

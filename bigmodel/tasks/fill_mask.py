@@ -11,9 +11,9 @@ from pydantic import Field
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .classifying import reader
+from .classifying import Truncating, reader
 from .rows import Row
-from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .task import Answer, Answerer, Task, TaskOptions
 from .tokenizing import OWN_FUNCTION, check_text_model, embedded, known_architecture, load_tokenizer, refuse_chats
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
 
-class FillMask(Arguments):
+class FillMask(Truncating):
     top_k: int = Field(5, ge=1)
     """How many tokens for each mask, the likeliest first."""
 
@@ -32,7 +32,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked = FillMask.model_validate(options.arguments)
     if tokenizer.mask_token_id is None:
         raise UsageError(f"{type(tokenizer).__name__} has no mask token", OWN_FUNCTION)
-    read = reader(model, tokenizer, options.bounded)
+    read = reader(model, tokenizer, options.bounded, truncate=asked.truncate)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         return [
@@ -50,7 +50,8 @@ def _fills(tokenizer: Any, tokens: list[int], logits: torch.Tensor, top_k: int) 
     """logits: [tokens, vocabulary]. A mask's entries are those of transformers' pipeline."""
     masks = [place for place, token in enumerate(tokens) if token == tokenizer.mask_token_id]
     if not masks:
-        raise ValueError(f"there is no mask in the text: write {tokenizer.mask_token} where a token is to be found")
+        read = f"the {len(tokens)} tokens that are read of the text"
+        raise ValueError(f"there is no mask in {read}: write {tokenizer.mask_token} where a token is to be found")
     single, fills = len(masks) == 1, []
     for place in masks:
         scores, likeliest = logits[place].softmax(-1).topk(min(top_k, logits.shape[-1]))
@@ -77,5 +78,5 @@ def _check_model(model: ModelDescription, arguments: Mapping[str, Any], sources:
 
 TASK = Task(
     name="fill-mask", bind=_bind, arguments=FillMask, check_model=_check_model, row_check=refuse_chats,
-    classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True,
+    classes=("ForMaskedLM", "ForPreTraining", "WithLMHeadModel"), side_by_side=True, needs_text=True,
 )  # fmt: skip

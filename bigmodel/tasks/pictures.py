@@ -15,7 +15,18 @@ def read_picture(path: Path, name: str) -> Any:
     from PIL import Image, ImageOps
 
     with reading(name, "picture"), Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _of_bytes(ImageOps.exif_transpose(image)).convert("RGB")
+
+
+def _of_bytes(image: Any) -> Any:
+    """With a byte for each channel: Pillow cuts off wider numbers where they are converted, to white or black."""
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value * (255 / 65535) + 0.5).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"nobody knows which of its numbers is white (mode {image.mode}): save it with 8 bits a channel"
+        )
+    return image
 
 
 def named_pictures(row: Row, column: str) -> list[str]:

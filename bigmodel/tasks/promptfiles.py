@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import errno
 import io
 import json
 import os
+import shlex
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from bigpipe.errors import UsageError
 from bigpipe.files import read_file
@@ -35,6 +39,13 @@ TIMES = 1000
 ROW = 100
 """Bytes of a row besides what it holds, as Python keeps it: at least."""
 SPLIT = "split it into several files, which a glob takes together"
+SEPARATORS = ",;\t"
+"""Of columns, as programs write them: some countries' tables have a comma in numbers."""
+CONVERTED: Mapping[str, str] = {
+    **dict.fromkeys((".m4a", ".aac", ".wma", ".amr", ".mp4", ".m4b", ".webm", ".mkv", ".mov"), ".wav"),
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl"), ".png"),
+}
+"""Ending of a sound or picture that is not read here → one that is, which other programs make of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +62,24 @@ PROMPTS = Wording()
 
 
 def read_rows(path: Path, column: str, wording: Wording = PROMPTS) -> Found:
-    """Yield each prompt of a file and where it stands, in their order: objects, or texts under `column`. The ending
-    tells how to read it, in any case. Raise UsageError for an ending that is none of `READERS`, and for what is not as
-    the ending says."""
+    """Yield each prompt of a file and where it stands, in their order: objects; texts and chats under `column`. The
+    ending tells how to read it, in any case. Raise UsageError for an ending that is none of `READERS`, and for what is
+    not as the ending says."""
     reader, said = READERS.get(path.suffix.lower()), f"{wording.field}: {path}"
     if reader is None:
         cause = f"{said} ends with {path.suffix!r}" if path.suffix else f"{said} has no ending"
-        cure = f"name it after what it holds: {', '.join(READERS)}"
+        cure = how_to_convert(path) or f"name it after what it holds: {', '.join(READERS)}"
         raise UsageError(f"{cause}, and no file of {wording.row}s does", cure)
     for place, value in reader(path, wording):
-        yield place, {column: value} if isinstance(value, str) else value
+        yield place, {column: value} if isinstance(value, str | list) else value
+
+
+def how_to_convert(path: Path) -> str:
+    """Return what to do with a sound or a picture that is not read here; nothing where it is none."""
+    ending = CONVERTED.get(path.suffix.lower())
+    if ending == ".wav":
+        return f"convert it: ffmpeg -i {shlex.quote(path.name)} {shlex.quote(f'{path.stem}.wav')}"
+    return f"convert it to {path.stem}{ending}" if ending else ""
 
 
 def _text(path: Path, wording: Wording) -> str:
@@ -150,19 +169,40 @@ def _json(path: Path, wording: Wording) -> Found:
 def _table(path: Path, wording: Wording, delimiter: str) -> Found:
     """Rows of a table whose first row names the columns (RFC 4180)."""
     with _opened(path, wording, "") as file:
-        rows = _cells(path, file, delimiter)
+        lines = _bounded(file, path)
+        first = next(lines, "")
+        _refuse_other_separator(path, first, delimiter)
+        rows = _cells(path, chain([first], lines), delimiter)
         _, head = next(rows, ("", []))
-        if doubled := [name for name in head if head.count(name) > 1]:
+        if doubled := [name for name in head if name and head.count(name) > 1]:
             raise UsageError(f"{path}:1: two columns are named {doubled[0]!r}", "rename one")
         for place, cells in rows:
             if len(cells) != len(head):
                 cause = f"{place}: {len(cells)} cells under {len(head)} names of columns"
                 raise UsageError(cause, "put texts into quotes")
-            yield place, dict(zip(head, cells, strict=True))
+            yield place, _named_cells(place, head, cells)
 
 
-def _cells(path: Path, file: io.TextIOWrapper, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    reader = csv.reader(_bounded(file, path), delimiter=delimiter, strict=True)
+def _refuse_other_separator(path: Path, first: str, delimiter: str) -> None:
+    """first: line of a table, which names its columns."""
+    others = [sign for sign in SEPARATORS if sign in first]
+    if others and delimiter not in others:
+        cause = f"{path}:1: its columns seem to be separated by {others[0]!r}, and not by {delimiter!r}"
+        raise UsageError(cause, "save it with commas as .csv, or with tabs as .tsv")
+
+
+def _named_cells(place: str, head: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """Without the columns that have no name, as a spreadsheet leaves them behind the others. One alone may hold
+    something, such as the numbers of the rows."""
+    if head.count("") < 2:
+        return dict(zip(head, cells, strict=True))
+    if lost := [cell for name, cell in zip(head, cells, strict=True) if cell and not name]:
+        raise UsageError(f"{place}: {lost[0]!r:.60} stands in one of several columns without a name", "name them")
+    return {name: cell for name, cell in zip(head, cells, strict=True) if name}
+
+
+def _cells(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         limit = csv.field_size_limit(LONGEST)  # of the whole process: only while a row is read
         try:
@@ -202,8 +242,8 @@ def _parquet(path: Path, wording: Wording) -> Found:
 
 
 def _rows_of_parquet(path: Path, table: Any, limit: int, wording: Wording = PROMPTS) -> Iterator[list[Any]]:
-    """All rows, few by few. A page of a few bytes may stand for any number of equal values: more than `limit` bytes of
-    them, as Python keeps them, are refused."""
+    """All rows, few by few: as JSON, but for columns of bytes. A page of a few bytes may stand for any number of equal
+    values: more than `limit` bytes of them, as Python keeps them, are refused."""
     groups = [table.metadata.row_group(group) for group in range(table.metadata.num_row_groups)]
     packed = [group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)]
     widest, left = max([1, *packed]), limit - sum(packed)
@@ -213,9 +253,22 @@ def _rows_of_parquet(path: Path, table: Any, limit: int, wording: Wording = PROM
         left -= len(repr(unpacked)) + ROW * len(unpacked)
         if left < 0:
             break
-        yield unpacked
+        yield [{name: _as_json(cell) for name, cell in row.items()} for row in unpacked]
     if left < 0:
         raise UsageError(f"{wording.field}: {path} unpacks to more than {format_size(limit)}", SPLIT)
+
+
+def _as_json(value: Any, listed: bool = False) -> Any:
+    """A value of Arrow: dates as ISO 8601, exact numbers as texts; without the bytes that an object holds, which JSON
+    has not. listed: is it of a list? All its members have the fields of one: what is null was not there."""
+    if isinstance(value, dict):
+        pairs = ((name, inner) for name, inner in value.items() if not (listed and inner is None))
+        return {name: _as_json(inner, listed) for name, inner in pairs if not isinstance(inner, bytes)}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner, True) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | datetime.timedelta | UUID) else value
 
 
 READERS: Mapping[str, Callable[[Path, Wording], Found]] = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from bigpipe.errors import UsageError
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import mask, redact_json
 
 from .rows import Prompts, Row
 
@@ -220,7 +220,8 @@ class _Asked:
 def response(row: Row, payload: Mapping[str, Any], read: int, made: int) -> dict[str, Any]:
     """Return the line of results of a request. payload: what the task gave. read, made: tokens of prompt and answer."""
     key = f"{row.digest}{row.index:08x}"
-    data = redact_json({name: row.data[name] for name in ("custom_id", "url")} | {"model": row.data["body"]["model"]})
+    own = {name: row.data[name] for name in ("custom_id", "url")} | {"model": row.data["body"]["model"]}
+    data = redact_json(own, mask)
     line: dict[str, Any] = {"id": f"batch_req_{key}", "custom_id": data["custom_id"], "response": None, "error": None}
     if "error" in payload:
         kind, _, said = str(payload["error"]).partition(": ")

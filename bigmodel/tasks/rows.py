@@ -17,13 +17,13 @@ from typing import Any, Literal
 from bigpipe.errors import UsageError
 from bigpipe.files import missing
 
-from .promptfiles import PROMPTS, Wording, read_rows
+from .promptfiles import PROMPTS, Wording, how_to_convert, read_rows
 
 Reads = Literal["text", "picture", "sound"]
 """What the rows of a task are."""
 MEDIA: Mapping[str, Reads] = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "picture"),
-    **dict.fromkeys((".wav", ".flac", ".ogg"), "sound"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf"), "sound"),
 }
 """Ending → what a file of that name is, as a row."""
 _canonical = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
@@ -106,6 +106,8 @@ class Prompts:
                 prompt, arguments = self.request(data, where)
             else:
                 prompt = _filled(data, parts, where) if parts else _prompt(data, self.column, where, self.wording)
+            if isinstance(self.given, str):  # which nobody named: a prompt is a text
+                data = {name: cell for name, cell in data.items() if not isinstance(cell, bytes)}
             require_writable(data, where)
             yield Row(index, prompt, data, place=where, field=field, arguments=arguments)
 
@@ -131,7 +133,8 @@ def _of_file(index: int, path: Path, column: str, base: Path, wording: Wording) 
     """A picture or a sound, which is a row by itself."""
     reads, told = MEDIA.get(path.suffix.lower()), f"{wording.field}: "
     if reads is None:
-        raise UsageError(f"{told}{path} is no picture or sound, as others beside it are", "name those alone")
+        cure = how_to_convert(path) or "name those alone"
+        raise UsageError(f"{told}{path} is no picture or sound, as others beside it are", cure)
     name = (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
     require_writable({column: name}, f"{told}{str(path)!a}")
     return Row(index, name, {column: name}, reads, str(path), wording.field)
@@ -192,7 +195,7 @@ def named_files(pattern: str, base: Path, wording: Wording = PROMPTS) -> list[Pa
 
 def _prompt(data: Any, column: str, where: str, wording: Wording) -> Any:
     if not isinstance(data, dict):
-        cause = f"{where}: a {wording.row} is an object with {column!r}, or a text"
+        cause = f"{where}: a {wording.row} is an object with {column!r}, a text, or a chat"
         raise UsageError(cause, "write one object per line")
     if column not in data:
         cause = f"{where}: there is no {column!r}, only {_names(data)}"

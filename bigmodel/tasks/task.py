@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 from bigpipe.names import did_you_mean, listed
+from bigpipe.sizes import counted
 
 from .tokenizing import OWN_FUNCTION, known_architecture
 
@@ -33,6 +34,8 @@ WRITTEN: Mapping[Reads, str] = {
     "sound": "name the files, each of which is a row: sounds/*.wav",
 }
 """What a task reads → how its prompts are written."""
+OVERFLOWS = "where the model overflows, as it may in float16, set dtype: float32"
+"""The cure of numbers that are none."""
 SEED_STEP = 0x9E3779B97F4A7C15
 """Between the seeds of what is made of a row: far from the seeds of other rows."""
 
@@ -118,6 +121,7 @@ class Task:
     length_of: (row, arguments) → the most tokens that a row may have; what a plan's memory, and its batches,
       are reckoned with.
     chats: may its rows be chats?
+    needs_text: is a prompt that is an empty text an error, whatever the model?
     library: whose models it runs. A model of transformers is loaded as its placement says, and handed to `bind`; of
       diffusers that is a pipeline, several models on one device.
     side_by_side: may another batch begin, in another thread, while one waits in a forward of the model? Only one of
@@ -141,6 +145,7 @@ class Task:
     named_columns: Mapping[str, Literal["text", "texts"]] = field(default_factory=dict)
     length_of: Callable[[Row, Mapping[str, Any]], int] = lambda row, arguments: row.nbytes
     chats: bool = True
+    needs_text: bool = False
     library: Literal["transformers", "diffusers"] = "transformers"
     side_by_side: bool = False
 
@@ -213,6 +218,18 @@ class Task:
                 self.files(row, arguments)
             yield row
 
+    def answerable(self, rows: Iterable[Row], max_errors: int) -> Iterator[Row]:
+        """Yield each row. Raise UsageError at the end where of more than `max_errors` it is known without a model that
+        they fail."""
+        first, count = None, 0
+        for row in rows:
+            if self.needs_text and not row.prompt:
+                first, count = first or row, count + 1
+            yield row
+        if first is not None and count > max_errors:
+            others = f", and so is that of {counted(count - 1, 'other row')}" if count > 1 else ""
+            raise first.wrong(f"the text is empty{others}", "leave it out, or let max_errors allow as many")
+
     def _require_class(self, model: ModelDescription, sources: Sources) -> None:
         architecture = known_architecture(model, sources) if self.classes else None
         if architecture is not None and not architecture.class_name.endswith(self.classes):
@@ -273,7 +290,8 @@ def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> No
 
 def function_task(name: str, function: Callable[..., Any]) -> Task:
     """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, and of
-    those among `prompt`, `index` and `seed` that it does not have itself."""
+    those among `prompt`, `index` and `seed` that it does not have itself. A row of which it gives an `error` that is a
+    text failed."""
 
     taken = _keywords(function)
     heeds = taken is None or "max_new_tokens" in taken
@@ -307,6 +325,13 @@ def refuse_arguments(name: str, taken: Collection[str] | None, arguments: Iterab
             raise UsageError(f"task {name}: the function takes no {argument!r}", cure, field=field)
 
 
+def _refuse_changed(name: str, made: Mapping[str, Any], own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise TypeError for what a function calls as a result's own fields are called, but for what it was given."""
+    for key, value in own.items():
+        if key in made and made[key] not in (value, given[key]):
+            raise TypeError(f"{name} gives another {key!r} than the row's, which a result holds too: name it otherwise")
+
+
 def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:
     import torch
 
@@ -315,4 +340,6 @@ def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) ->
     made = function(model, given)
     if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
         raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")
+    for entry, row, fields in zip(made, rows, given, strict=True):
+        _refuse_changed(function.func.__name__, entry, {"index": row.index, "prompt": row.prompt}, fields)
     return [Answer(dict(entry), entry["tokens"] if isinstance(entry.get("tokens"), int) else 0) for entry in made]

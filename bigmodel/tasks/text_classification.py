@@ -10,13 +10,13 @@ from pydantic import Field
 
 from bigpipe.bigmodel.sources import Sources
 
-from .classifying import Activation, labelled, reader
+from .classifying import Activation, Truncating, labelled, reader
 from .rows import Row
-from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .task import Answer, Answerer, Task, TaskOptions
 from .tokenizing import check_text_model, embedded, load_tokenizer, refuse_chats
 
 
-class TextClassification(Arguments):
+class TextClassification(Truncating):
     top_k: int | None = Field(1, ge=1)
     """How many labels, the likeliest first; null: all. More than one stand under `labels`."""
     pair: str | None = None
@@ -30,7 +30,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
     asked, config = TextClassification.model_validate(options.arguments), model.config
     # A decoder finds the end of a text by the padding token that its config names
     alone = config.get_text_config().pad_token_id != tokenizer.pad_token_id
-    read = reader(model, tokenizer, options.bounded)
+    read = reader(model, tokenizer, options.bounded, truncate=asked.truncate)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         if alone and len(rows) > 1:
@@ -51,5 +51,5 @@ def _length_of(row: Row, arguments: Mapping[str, Any]) -> int:
 TASK = Task(
     name="text-classification", bind=_bind, arguments=TextClassification, check_model=check_text_model,
     row_check=refuse_chats, classes=("ForSequenceClassification",), named_columns={"pair": "text"},
-    length_of=_length_of, side_by_side=True,
+    length_of=_length_of, side_by_side=True, needs_text=True,
 )  # fmt: skip

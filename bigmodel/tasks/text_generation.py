@@ -18,7 +18,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
 from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values, said_by_config
-from .task import Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
+from .task import OVERFLOWS, Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
 from .together import afresh, counts_padding, most_together
 from .tokenizing import (
     OWN_FUNCTION,
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _seeds: ContextVar[Sequence[int]] = ContextVar("seeds", default=())
 """Of the rows of the batch that this thread generates."""
+_broken: ContextVar[list[torch.Tensor] | None] = ContextVar("broken", default=None)
+"""Whether a score that this thread generates by was no number so far, a bool where it was computed."""
 
 
 class Generation(Arguments):
@@ -157,7 +159,7 @@ def generator(
             check_length(model, 1, length)
         seeds = [(row.arguments or {}).get("seed", options.seed + row.index) for row in rows]
         begin()
-        with torch.inference_mode(), drawing(seeds):
+        with torch.inference_mode(), drawing(seeds), computing_numbers():
             torch.manual_seed(seeds[0])
             made = model.generate(**found.inputs, **settings)
         made = getattr(made, "sequences", made)  # of a model whose own file asks for more than tokens
@@ -220,7 +222,9 @@ def _cutter(settings: Mapping[str, Any], tokenizer: Any) -> Callable[[list[int],
         end = next((place for place, token in enumerate(made, 1) if token in last), 0)
         if stopped and not end:
             padded = len(list(takewhile(lambda token: token == padding, reversed(made))))
-            for stop in range(max(len(made) - padded, 1), len(made) + 1):
+            # Without a token that ends texts transformers pads none: behind a stop it goes on with the longest
+            first = len(made) - padded if ends is not None else 1
+            for stop in range(max(first, 1), len(made) + 1):
                 if stopped(torch.tensor([tokens[: start + stop]]), None)[0]:
                     return made[:stop], True
         return made[: end or len(made)], bool(end)
@@ -235,7 +239,8 @@ TASK = Task(
 
 
 def draw_alone(model: Any) -> None:
-    """From here on `model.generate` draws the tokens of each text from a generator of its own, inside `drawing`. After
+    """From here on `model.generate` looks at its scores inside `computing_numbers`, and
+    draws the tokens of each text from a generator of its own, inside `drawing`. After
     all processors that transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al. 2014,
     arXiv 1411.0030), which draws exactly from the softmax of the scores. Beams are drawn by transformers, and so is all
     else with a transformers that is built otherwise."""
@@ -246,6 +251,8 @@ def draw_alone(model: Any) -> None:
     def processors(*arguments: Any, **named: Any) -> Any:
         found, seeds = ordinary(*arguments, **named), _seeds.get()
         config = named.get("generation_config") or arguments[0]
+        if (broken := _broken.get()) is not None:
+            found.insert(0, _observer(broken))
         if seeds and config.do_sample and (config.num_beams or 1) == 1:
             found.append(_row_sampler(seeds, config.num_return_sequences or 1))
         return found
@@ -261,6 +268,32 @@ def drawing(seeds: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         _seeds.reset(before)
+
+
+@contextmanager
+def computing_numbers() -> Iterator[None]:
+    """Raise ValueError at the end where texts were generated in this thread by scores that are infinite or no numbers:
+    what is likeliest of these means nothing. Asked once, lest a GPU waits at each token."""
+    broken: list[torch.Tensor] = []
+    before = _broken.set(broken)
+    try:
+        yield
+    finally:
+        _broken.reset(before)
+    if broken and bool(broken[0]):
+        raise ValueError(f"the model's scores are infinite or no numbers, and say no token: {OVERFLOWS}")
+
+
+def _observer(broken: list[torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    import torch
+
+    def observe(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """−∞ is what no token can be, and is a score."""
+        wrong = ~(scores < torch.inf).all()
+        broken[:] = [wrong.logical_or(*broken) if broken else wrong]
+        return scores
+
+    return observe
 
 
 def _row_sampler(seeds: Sequence[int], texts: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

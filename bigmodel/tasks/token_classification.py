@@ -11,16 +11,16 @@ from pydantic import Field
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .classifying import reader
+from .classifying import Truncating, reader
 from .rows import Row
-from .task import Answer, Answerer, Arguments, Task, TaskOptions
+from .task import Answer, Answerer, Task, TaskOptions
 from .tokenizing import Encoded, check_text_model, embedded, load_tokenizer, refuse_chats
 
 if TYPE_CHECKING:
     import torch
 
 
-class TokenClassification(Arguments):
+class TokenClassification(Truncating):
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "none"
     """How tokens become spans, as in transformers: `none` leaves them alone, `simple` joins neighbours of one label,
     the others let the tokens of a word agree before."""
@@ -36,7 +36,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         raise UsageError(cause, "use aggregation_strategy: simple")
     spans = _spans(model, tokenizer, asked)
     more = {"return_special_tokens_mask": True, "return_offsets_mapping": tokenizer.is_fast}
-    read = reader(model, tokenizer, options.bounded, **more)
+    read = reader(model, tokenizer, options.bounded, truncate=asked.truncate, **more)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         texts = [row.prompt for row in rows]
@@ -79,5 +79,5 @@ def _spans(model: Any, tokenizer: Any, asked: TokenClassification) -> Any:
 
 TASK = Task(
     name="token-classification", bind=_bind, arguments=TokenClassification, check_model=check_text_model,
-    row_check=refuse_chats, classes=("ForTokenClassification",), side_by_side=True,
+    row_check=refuse_chats, classes=("ForTokenClassification",), side_by_side=True, needs_text=True,
 )  # fmt: skip

@@ -38,6 +38,8 @@ TOKENIZER_FILES = (
     "byte_maps.json", "dict.txt", "emoji.json",
 )  # fmt: skip
 """One of the files that any tokenizer of transformers names, and no other does."""
+UNLIMITED = 10**9
+"""Tokens: a tokenizer whose files name no limit says 10³⁰."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 ANSWERED = {"add_generation_prompt": True}
 """How a chat ends that is to be answered, as arguments of `apply_chat_template`."""
@@ -324,14 +326,14 @@ def longest(encoded: Sequence[Encoded]) -> int:
     return max(len(each["input_ids"]) for each in encoded)
 
 
-def check_length(model: Any, tokens: int, new: int = 0, *, encoded: bool = False) -> None:
+def check_length(model: Any, tokens: int, new: int = 0, *, encoded: bool = False, otherwise: str = "") -> None:
     """Raise ValueError for a text beyond the positions of a model: it fails, on a GPU for good, or goes on with
-    nonsense. encoded: is it read by the encoder of an encoder-decoder alone?"""
+    nonsense. encoded: is it read by the encoder of an encoder-decoder alone? otherwise: what else helps."""
     from bigpipe.bigmodel.architecture import position_limit, read_limit
 
     limit = (read_limit if encoded else position_limit)(model.config.to_dict())
     if limit is not None and tokens + new > limit:
-        ones, cure = (f" and {new} new ones", " or max_new_tokens") if new else ("", "")
+        ones, cure = (f" and {new} new ones", " or max_new_tokens") if new else ("", otherwise)
         raise ValueError(
             f"{counted(tokens, 'token')}{ones} are more than the model's {limit} positions: shorten the prompt{cure}"
         )

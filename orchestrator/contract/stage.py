@@ -231,6 +231,9 @@ class Planning(Generic[P]):
     apart: Callable[[P], Sequence[str]] | None = None
     """Params that change how the work is done, and nothing of what comes out: their paths, `serving.timeout`. They are
     left out of the key, so that another value of them goes on with what is there."""
+    resumed: Callable[[P], Sequence[str]] | None = None
+    """Params that leave standing what a stopped run had done: their paths. They are in the key, and where only these
+    differ, `run` finds in `scratch` what was begun under the other key, and must tell what of it is still right."""
     leads_to: Callable[[P, Path], Sequence[Path]] | None = None
     """Files that the content of the params names, sounds of rows, by the manifest's directory: their content enters the
     key too. Raises UsageError for one that is not there."""

@@ -15,8 +15,9 @@ import glob
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from types import MappingProxyType, UnionType
@@ -52,6 +53,13 @@ class Identity:
     env: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
     facts: Mapping[str, Json] = field(default_factory=dict)
+
+    def without(self, paths: Iterable[str]) -> Identity:
+        """Return the same, as if it had no such params."""
+        params = deepcopy(dict(self.params))
+        for path in paths:
+            _leave_out(params, path)
+        return replace(self, params=params)
 
     @cached_property
     def as_json(self) -> dict[str, Json]:

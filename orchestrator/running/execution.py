@@ -87,6 +87,9 @@ def _work(attempt: Attempt) -> Iterator[Work]:
         work = held.enter_context(store.lock(attempt.key, cancelled=attempt.cancelled, waiting=attempt.waiting))
         if provisional is not None:
             store.resume_work(provisional, work)
+        if (resumed := attempt.node.kind.planning.resumed) is not None:
+            alike = attempt.session.identity(attempt.node).without(resumed(attempt.node.params))
+            store.resume_alike(alike.key(attempt.inputs), attempt.key, work)
         yield work
 
 

@@ -102,6 +102,8 @@ def record_path(folder: Path, digest: str) -> Path:
 
 JOURNAL = "publish.json"
 """In a work folder: what the publishing that began there still has to do."""
+FAMILY = "family"
+"""In a work folder: a digest that all keys have whose work may go on with what was begun there."""
 
 
 class Layout:

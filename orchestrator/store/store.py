@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
-from bigpipe.files import existing, move
+from bigpipe.files import existing, move, write_file
 from bigpipe.orchestrator.contract import Json
 
 from .artifacts import (
@@ -44,7 +44,7 @@ from .artifacts import (
 )
 from .hashing import digest_of
 from .keeping import keep_again, named_roots, release, remember, sweep
-from .layout import JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in, record_path
+from .layout import FAMILY, JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in, record_path
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
 from .work import Work, fetching_key
 
@@ -242,6 +242,35 @@ class Store:
                     remove_tree(work.folder / name)
                     move(folder / name, work.folder / name)
             remove_tree(folder)
+
+    def resume_alike(self, family: str, key: str, work: Work) -> None:
+        """Go on with what was begun under another key of the same `family`, where nothing was under this one, which is
+        held; what it had written of its output is dropped. From now on others find this one so."""
+        if not self._presence.locks_work:
+            return
+        with explained(work.folder):
+            if not names_in(work.out) and not names_in(work.scratch):
+                others = (f"sha256:{name}" for name in names_in(self.layout.work) if is_hex(name))
+                any(self._adopt(other, work) for other in others if other != key and self._is_of(other, family))
+            if not self._is_of(key, family):
+                write_file(work.folder / FAMILY, family)
+
+    def _is_of(self, key: str, family: str) -> bool:
+        try:
+            return (self.layout.working(key) / FAMILY).read_text() == family
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def _adopt(self, key: str, work: Work) -> bool:
+        """Take what was begun under a key that nobody holds. Return whether something was."""
+        folder = self.layout.working(key)
+        with if_free(self.layout.working_lock(key)) as free, if_free(folder / WORK_LOCK) as abandoned:
+            if not (free and abandoned) or (folder / JOURNAL).exists() or not (folder / "scratch").is_dir():
+                return False
+            remove_tree(work.scratch)
+            move(folder / "scratch", work.scratch, durable=True)
+            remove_tree(folder)
+        return True
 
     @contextmanager
     def hold(

@@ -2,9 +2,11 @@
 
     conceal(values)     from now on these are masked in all that this process says or records
     redact(text)        the text with them, and passwords in addresses, masked
+    mask(text)          data with them masked, where they are words of their own; what only looks like a secret stays
     printable(text)     the text with signs that move a terminal spelled out
 
-Errors are redacted as they are made, events and records as they are passed on, what is printed as it is printed.
+Errors are redacted as they are made, events and records as they are passed on, what is printed as it is printed. What
+a model or a person wrote is data: it is masked alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
@@ -26,6 +28,9 @@ SHORTEST = 4
 """Values shorter than this are left alone: masking every `a` would spoil the text and give the value away."""
 SHORTEST_ENCODED = 8
 """Bytes of a value that is looked for in base64 too."""
+SHORTEST_IN_DATA = 8
+"""Characters of a value that is looked for in data. Shorter ones are words that any text may have, such as the `EMPTY`
+that a server of one's own takes for a key."""
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 # As text: `re` compiles a pattern when it is first searched for, and keeps it.
 _ADDRESS = (
@@ -58,12 +63,18 @@ class Redactor:
 
     def __init__(self, values: Iterable[str]) -> None:
         self.values = frozenset(values)
-        forms = {form for value in self.values for form in _spelled(value) if len(form) >= SHORTEST}
-        self._forms = sorted(forms, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
+        words = {form for value in self.values for form in _spelled(value) if len(form) >= SHORTEST}
+        codes = {form for value in self.values for form in _coded(value)}
+        self._forms = sorted(words | codes, key=len, reverse=True)
+        self._anywhere = _any_of(self._forms)
+        words = {form for form in words if len(form) >= SHORTEST_IN_DATA}
+        self._in_data = _any_of(sorted(codes, key=len, reverse=True), sorted(words, key=len, reverse=True))
 
     def text(self, text: str) -> str:
-        return self._pattern.sub(MASK, text) if self._pattern else text
+        return self._anywhere.sub(MASK, text) if self._anywhere else text
+
+    def data(self, text: str) -> str:
+        return self._in_data.sub(MASK, text) if self._in_data else text
 
     def begun(self, text: str) -> int:
         """Return how many characters at the end of `text` may be the beginning of a value that goes on."""
@@ -72,10 +83,27 @@ class Redactor:
         return next((len(end) for end in ends if any(form.startswith(end) for form in self._forms)), 0)
 
 
+def _any_of(forms: Sequence[str], words: Sequence[str] = ()) -> re.Pattern[str] | None:
+    """words: forms that stand alone, or behind the letter of an escaped line's end."""
+    found = [*map(re.escape, forms)]
+    if words:
+        found.append(rf"(?:(?<!\w)|(?<=\\[nrt]))(?:{'|'.join(map(re.escape, words))})(?!\w)")
+    return re.compile("|".join(found)) if found else None
+
+
+def _parts(value: str) -> set[str]:
+    return {value, value.strip(), *value.splitlines()}
+
+
 def _spelled(value: str) -> Iterator[str]:
-    for part in {value, value.strip(), *value.splitlines()}:
+    for part in _parts(value):
         for once in _escaped(part):
             yield from (once, *_quoted(once))
+
+
+def _coded(value: str) -> Iterator[str]:
+    """In base64, where it stands amid other letters."""
+    for part in _parts(value):
         data = part.encode("utf-8", "surrogateescape")
         if len(data) >= SHORTEST_ENCODED:
             for offset in range(3):  # it may begin at any byte of three
@@ -150,33 +178,41 @@ def _without_password(found: re.Match[str]) -> str:
     return f"://{found['user']}:{MASK}@" if found["user"] is not None else f"://{MASK}@"
 
 
-def redact_json(value: Any) -> Any:
-    """Return the same JSON value, every string in it redacted, keys included."""
+def mask(text: str) -> str:
+    """Return data with all that is concealed masked, where it is a word of its own. Data is what a model or a person
+    wrote: what has but the form of a secret, as examples in code have it, stays as it is."""
+    return _known.data(text)
+
+
+def redact_json(value: Any, by: Callable[[str], str] = redact) -> Any:
+    """Return the same JSON value, every string in it redacted, keys included. by: `mask` for data."""
     if isinstance(value, str):
-        return redact(value)
+        return by(value)
     if value is None or isinstance(value, (int, float)):  # before Mapping, to which a look is dear
         return value
     if isinstance(value, Mapping):
-        return {redact(key) if isinstance(key, str) else key: redact_json(item) for key, item in value.items()}
+        return {by(key) if isinstance(key, str) else key: redact_json(item, by) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        found = [redact_json(item) for item in value]
+        found = [redact_json(item, by) for item in value]
         return tuple(found) if isinstance(value, tuple) else found
     return value
 
 
-def redacted_texts(values: Iterable[Any], encode: Callable[[Any], str]) -> list[str]:
-    """Return JSON values as `encode` spells them, on a line each, with every string in them redacted. Those that have
-    nothing to redact, as most, are spelled once and looked through together: a string without a backslash stands in
-    JSON as it is."""
+def masked_texts(values: Iterable[Any], encode: Callable[[Any], str]) -> tuple[list[str], list[int]]:
+    """Return JSON values that are data as `encode` spells them, with every string in them masked, and the numbers of
+    those that had something to mask. Those that have nothing, as most, are spelled once and looked through together: a
+    string without a backslash stands in JSON as it is."""
     values = list(values)
     texts = [encode(value) for value in values]
     if _is_clean("\n".join(texts)):
-        return texts
-    return [text if _is_clean(text) else encode(redact_json(value)) for text, value in zip(texts, values, strict=True)]
+        return texts, []
+    pairs = zip(texts, values, strict=True)
+    masked = [text if _is_clean(text) else encode(redact_json(value, mask)) for text, value in pairs]
+    return masked, [number for number, text in enumerate(texts) if masked[number] != text]
 
 
 def _is_clean(text: str) -> bool:
-    return "\\" not in text and redact(text) == text
+    return "\\" not in text and mask(text) == text
 
 
 def unfinished(text: str) -> int:

@@ -70,6 +70,18 @@ def test_a_text_may_be_the_message_of_a_user(api: Api) -> None:
     assert api.asked[0].body["messages"] == [{"role": "user", "content": "abc"}]
 
 
+def test_a_model_that_knows_only_newer_names_is_asked_by_them(api: Api) -> None:
+    def refusing(asked: Asked, reply: Reply) -> Reply:
+        old = sorted({"max_tokens", "temperature"} & asked.body.keys())
+        return Reply(error_body(f"Unsupported parameter: {old[0]!r}"), 400) if old else reply
+
+    api.change = refusing
+    with asking(api) as answer, pytest.raises(NoAnswer, match="Unsupported parameter: 'max_tokens'"):
+        answer(rows("ab"))
+    with asking(api, length_field="max_completion_tokens", do_sample=True, max_new_tokens=5) as answer:
+        assert answer(rows("ab"))[0].payload == {"text": "7:ba"}
+
+
 def test_vllm_goes_on_with_a_message_that_the_assistant_has_begun(api: Api) -> None:
     """As transformers does; of another server nobody knows whether it would."""
     asked, begun = [{"role": "user", "content": "a"}], {"role": "assistant", "content": "b"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ def test_counts_the_tokens_made(tmp_path: Path) -> None:
     third = int(model.generate(tokens, max_new_tokens=9)[0, tokens.shape[1] + 2])
     model.generation_config.eos_token_id = third
     assert task(rows()[:1])[0].tokens <= 3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [("llama", {}), ("llama", {"do_sample": True}), ("llama", {"num_beams": 2}), ("t5", {})],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_an_error(
+    tmp_path: Path, architecture: str, arguments: dict[str, Any], value: float
+) -> None:
+    path = make_checkpoint(tmp_path, architecture)
+    model = load(path)
+    task = bind("text-generation", model, path, max_new_tokens=3, arguments=arguments)
+    assert len(task(rows()[:2])) == 2
+    norm = next(each for name, each in model.named_parameters() if "norm" in name)
+    norm.data = torch.full_like(norm, value)
+    with pytest.raises(ValueError, match=r"infinite or no numbers.*dtype: float32"):
+        task(rows()[:2])
 
 
 def test_draws_depend_on_the_record_alone(tmp_path: Path) -> None:
@@ -168,6 +187,12 @@ def shout(model, rows, mark="!", **options):
 
 def wrong(model, rows):
     return ["text"] * len(rows)
+
+def given(model, rows):
+    return rows
+
+def other(model, rows, field):
+    return [{field: "another"} for row in rows]
 """
 
 
@@ -188,6 +213,12 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
     assert answers[0].tokens == 2
     with pytest.raises(TypeError, match="a list of 1 dicts"):
         bind("ownfunctions:wrong", model, path, sources=trusting(tmp_path))(rows(["a"]))
+    given = bind("ownfunctions:given", model, path, sources=trusting(tmp_path))
+    assert given([Row(0, "a", {"prompt": "a", "index": 7})])[0].payload["index"] == 7
+    for field in ("prompt", "index"):
+        other = bind("ownfunctions:other", model, path, sources=trusting(tmp_path), arguments={"field": field})
+        with pytest.raises(TypeError, match=f"another '{field}' than the row's"):
+            other(rows(["a"]))
     with pytest.raises(UsageError, match="no function or Task of that name"):
         bind("ownfunctions:gone", model, path, sources=trusting(tmp_path))
 

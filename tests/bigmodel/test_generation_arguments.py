@@ -230,13 +230,15 @@ def test_beams_that_are_drawn_depend_on_the_prompt_alone(model: Any, path: Path)
     assert task(rows()) == [task([row])[0] for row in rows()]
 
 
+@pytest.mark.parametrize("end", [2, None])
 @pytest.mark.parametrize("where", ["argument", "file"])
-def test_a_stop_string_ends_each_text_whatever_pads_it(tmp_path: Path, where: str) -> None:
+def test_a_stop_string_ends_each_text_whatever_pads_it(tmp_path: Path, where: str, end: int | None) -> None:
     path = Path(shutil.copytree(QUICKSTART, tmp_path / "model"))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     whole = {text: plain(load(path), text) for text in TEXTS}
     stop = tokenizer().decode(whole["Return a"][1:2])
     own = {} if where == "argument" else {"stop_strings": [stop]}
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **own}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end, **own}))
     arguments = {"pad_token_id": 50, **({} if own else {"stop_strings": [stop]})}  # 50 is a letter
     for text, answer in zip(TEXTS, generate(load(path), path, arguments), strict=True):
         made = [tokenizer().decode(whole[text][:length], skip_special_tokens=True) for length in range(1, 9)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,20 @@ def test_a_device_map_must_cover_everything_and_name_real_devices(tmp_path: Path
     if not torch.cuda.is_available():
         with pytest.raises(DoesNotFit, match="names GPU 1, and this machine has none"):
             load(tmp_path, {"": "cpu", "model.layers.0": 1})
+
+
+def test_what_a_streamed_model_cannot_do_says_what_to_do(tmp_path: Path) -> None:
+    model = load(make_checkpoint(tmp_path / "model", "llama"), {"": "disk"})
+    does: list[tuple[str, Callable[[], object]]] = [
+        ("save_checkpoint", lambda: model.save_pretrained(tmp_path / "out")),
+        ("a second time", lambda: copy.deepcopy(model)),
+        *(("in that dtype", getattr(model, name)) for name in ("half", "bfloat16", "float", "double")),
+    ]
+    for cure, doing in does:
+        with pytest.raises(UsageError, match="the weights of this LlamaForCausalLM are streamed") as error:
+            doing()
+        assert cure in error.value.cure
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_device_of_a_streamed_model_is_where_its_inputs_belong(tmp_path: Path) -> None:

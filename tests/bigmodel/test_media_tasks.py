@@ -13,6 +13,7 @@ from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.inference.working import answer_batch
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task, read_prompts
+from bigpipe.bigmodel.tasks.pictures import read_picture
 from bigpipe.errors import UsageError
 
 pytest.importorskip("PIL")
@@ -63,6 +64,20 @@ def test_a_picture_lies_as_its_camera_says(tmp_path: Path) -> None:
         picture.rotate(180).save(tmp_path / "p/b.png", exif=exif)
     first, second = bind("image-classification", path, tmp_path)(read_prompts("p/*.png", "prompt", tmp_path))
     assert first.payload["score"] == pytest.approx(second.payload["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_a_picture_of_16_bits_is_that_of_8(tmp_path: Path, ending: str) -> None:
+    import numpy
+    from PIL import Image
+
+    ramp = numpy.linspace(0, 65535, 256).astype(numpy.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / f"a.{ending}")
+    found = numpy.asarray(read_picture(tmp_path / f"a.{ending}", "a"))
+    assert abs(found - (ramp // 257)[..., None].astype(int)).max() <= 1
+    Image.fromarray(ramp.astype(numpy.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="8 bits a channel"):
+        read_picture(tmp_path / "f.tif", "f")
 
 
 def test_a_picture_that_cannot_be_read_is_an_error_of_its_row(tmp_path: Path, pictures: list[Row]) -> None:

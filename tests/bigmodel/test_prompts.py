@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,7 @@ TWO = {
     "list.json": b'[{"prompt": "one, \xc3\xa9", "n": 1},\n {"prompt": "two\\nlines", "n": 2}]',
     "texts.json": b'["one, \xc3\xa9", "two\\nlines"]',
     "a.csv": b'n,prompt\r\n1,"one, \xc3\xa9"\r\n2,"two\nlines"\r\n',
+    "unnamed.csv": b'n,prompt,,\r\n1,"one, \xc3\xa9",,\r\n2,"two\nlines",,\r\n',
     "a.tsv": b'n\tprompt\n1\tone, \xc3\xa9\n2\t"two\nlines"\n',
 }
 
@@ -68,6 +71,13 @@ def test_each_ending_in_any_case_with_and_without_a_mark(tmp_path: Path, name: s
 def test_a_mark_is_no_part_of_a_line_of_text(tmp_path: Path) -> None:
     (tmp_path / "A.TXT").write_bytes(BOM + b"one\r\ntwo\rthree\n")
     assert texts("A.TXT", "prompt", tmp_path) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_chat_is_a_row_with_or_without_an_object_around_it(tmp_path: Path, name: str) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    (tmp_path / name).write_text(json.dumps([chat] if name == "a.json" else chat) + "\n")
+    assert read_prompts(name, "prompt", tmp_path)[0].data == read_prompts([chat], "prompt", tmp_path)[0].data
 
 
 def test_one_object_over_many_lines(tmp_path: Path) -> None:
@@ -95,15 +105,59 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.Parquet")
     rows = read_prompts("a.Parquet", "prompt", tmp_path)
     assert [row.data for row in rows] == [{"prompt": "one", "n": 1}, {"prompt": "two", "n": None}]
-    parquet.write_table(pyarrow.table({"prompt": ["one"], "raw": [b"\x00"]}), tmp_path / "bytes.parquet")
-    with pytest.raises(UsageError, match=r"bytes\.parquet\[0\]: 'raw' is no JSON value"):
-        read_prompts("bytes.parquet", "prompt", tmp_path)
+
+
+def test_parquet_whose_other_columns_are_no_json(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    moment, price = datetime.datetime(2024, 1, 1), Decimal("1.50")
+    cells = {
+        "raw": b"\x00",
+        "at": moment,
+        "day": moment.date(),
+        "price": price,
+        "image": {"bytes": b"\x00", "path": None},
+    }
+    table = pyarrow.Table.from_pylist([{"prompt": "one", **cells, "more": [{"day": moment.date()}]}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = read_prompts("a.parquet", "prompt", tmp_path)
+    assert row.data == {
+        "prompt": "one", "at": "2024-01-01T00:00:00", "day": "2024-01-01", "price": "1.50", "image": {"path": None},
+        "more": [{"day": "2024-01-01"}],
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=r"a\.parquet\[0\]: 'raw' is neither a text nor a list of messages"):
+        read_prompts("a.parquet", "raw", tmp_path)
+
+
+def test_what_other_messages_of_a_parquet_column_have_a_message_does_not(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    called = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "x"}, {"type": "image", "path": "a"}],
+        "call": "f",
+    }
+    chats = [[{"role": "user", "content": [{"type": "text", "text": "hi"}]}], [called]]
+    parquet.write_table(pyarrow.table({"prompt": chats}), tmp_path / "a.parquet")
+    assert [row.prompt for row in read_prompts("a.parquet", "prompt", tmp_path)] == chats
 
 
 def test_what_is_no_parquet_is_refused_with_or_without_pyarrow(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(UsageError, match=r"a\.parquet (needs pyarrow|cannot be read)"):
         read_prompts("a.parquet", "prompt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("a b.m4a", "ffmpeg -i 'a b.m4a' 'a b.wav'"), ("a.HEIC", "convert it to a.png")]
+)
+def test_a_sound_or_picture_that_is_not_read_is_to_be_converted(tmp_path: Path, name: str, cure: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UsageError) as raised:
+        read_prompts(name, "prompt", tmp_path)
+    assert cure in raised.value.cure
 
 
 @pytest.mark.parametrize("name", ["prompts", "a.jsonlines", "a.md", "a.jsonl.gz", "a.xlsx", "a.yaml", ".jsonl"])
@@ -120,7 +174,8 @@ def test_an_ending_that_says_nothing_is_an_error(tmp_path: Path, name: str) -> N
     [
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", '{"text": "a"}', r"p\.jsonl:1: there is no 'prompt', only 'text'"),
-        ("p.jsonl", '["a"]', r"p\.jsonl:1: a prompt is an object with 'prompt'"),
+        ("p.jsonl", '["a"]', r"p\.jsonl:1: 'prompt' is neither a text nor a list of messages"),
+        ("p.jsonl", "5", r"p\.jsonl:1: a prompt is an object with 'prompt', a text, or a chat"),
         ("p.jsonl", '{"prompt": 5}', r"p\.jsonl:1: 'prompt' is neither a text nor a list"),
         ("p.jsonl", '{"prompt": 5}', "put it in quotes"),
         ("p.jsonl", '{"prompt": null}', "write a text, or leave the row out"),
@@ -137,14 +192,17 @@ def test_an_ending_that_says_nothing_is_an_error(tmp_path: Path, name: str) -> N
         ("p.json", '[{"prompt": "a"}, 5]', r"p\.json\[1\]: a prompt is an object"),
         ("p.json", '[{"prompt": "a"}', r"p\.json: not JSON"),
         ("p.json", '{"prompt": "a"}\n{"prompt"', r"p\.json:2: not JSON"),
-        ("p.csv", "id;prompt\n1;a\n", r"p\.csv:2: there is no 'prompt', only 'id;prompt'"),
+        ("p.csv", "id;prompt\n1;a, b\n", r"p\.csv:1: its columns seem to be separated by ';'"),
+        ("p.csv", '"id";"prompt"\n"1";"a"\n', r"p\.csv:1: its columns seem to be separated by ';'"),
+        ("p.csv", "id\tprompt\n1\ta\n", r"p\.csv:1: its columns seem to be separated by '\\t'"),
+        ("p.csv", ",id,prompt,\n1,2,a,b\n", r"p\.csv:2: '1' stands in one of several columns without a name"),
         ("p.csv", "id,prompt\n1,a, b\n", r"p\.csv:2: 3 cells under 2 names"),
         ("p.csv", "prompt,prompt\na,b\n", r"p\.csv:1: two columns are named 'prompt'"),
         ("p.csv", 'prompt\n"a" b\n', r"p\.csv:2: no row of a table"),
         ("p.csv", 'prompt\n"a\n', r"p\.csv:2: no row of a table"),
         ("p.csv", "prompt\n", "there is no prompt"),
         ("p.csv", "", "there is no prompt"),
-        ("p.tsv", "id,prompt\n1,a\n", r"p\.tsv:2: there is no 'prompt', only 'id,prompt'"),
+        ("p.tsv", "id,prompt\n1,a\n", r"p\.tsv:1: its columns seem to be separated by ','"),
     ],
 )
 def test_says_which_line_is_wrong(tmp_path: Path, name: str, content: str, cause: str) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from bigpipe.bigmodel.inference import Record, read_log
+from bigpipe.bigmodel.inference import Record, plain_result, read_log
 from bigpipe.bigmodel.inference.lines import from_line, to_line
-from bigpipe.bigmodel.inference.records import _line_at, append, open_log
+from bigpipe.bigmodel.inference.records import _line_at, append, encoded, open_log
+from bigpipe.bigmodel.tasks import Row
+from bigpipe.redaction import conceal
 
 RECORDS = [Record(index, f"{index:016x}", {"text": f"é{index}\n"}, index, 0.25) for index in range(6)]
 
@@ -42,15 +44,43 @@ def test_a_line_is_read_from_where_it_begins_to_its_end(
 
 
 def test_a_secret_is_masked_in_the_record_that_holds_it_alone(tmp_path: Path) -> None:
-    token = "hf_" + "a1B2" * 9
+    token, short = "t0kenless", "EMPTY"
+    conceal([token, short])
     payloads = [
         {"text": "plain"}, {"text": f"with {token}"}, {"text": 'a "quote"\n', token: [token]}, {"text": "a\\b"},
+        {"text": f"{token}ness is {short}"},
     ]  # fmt: skip
-    write(tmp_path / "records.jsonl", [Record(number, "0", payload) for number, payload in enumerate(payloads)])
-    assert token.encode() not in (tmp_path / "records.jsonl").read_bytes()
+    told: list[int] = []
+    lines = encoded([Record(number, "0", payload) for number, payload in enumerate(payloads)], told.append)
+    (tmp_path / "records.jsonl").write_bytes(lines)
     assert [record.payload for record in read_log(tmp_path / "records.jsonl")] == [
-        payloads[0], {"text": "with ***"}, {"text": 'a "quote"\n', "***": ["***"]}, payloads[3],
+        payloads[0], {"text": "with ***"}, {"text": 'a "quote"\n', "***": ["***"]}, payloads[3], payloads[4],
     ]  # fmt: skip
+    assert told == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'engine = create_engine("postgresql://postgres:postgres@localhost:5432/app")',
+        'headers = {"Authorization": "Bearer YOUR_API_KEY"}',
+        "git clone https://oauth2@github.com/x/y",
+        "GET https://api.example.com/items?token=abc&page=2\n",
+        "token = hf_" + "a1B2" * 9,
+    ],
+)
+def test_what_has_but_the_form_of_a_secret_is_data_and_stays(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "records.jsonl", [Record(0, "0", {"text": text})])
+    (record,) = read_log(tmp_path / "records.jsonl")
+    assert plain_result(Row(0, text, {"prompt": text}), record) == {"index": 0, "prompt": text, "text": text}
+
+
+@pytest.mark.parametrize(
+    ("payload", "failed"),
+    [({"error": None}, False), ({"error": 0.0}, False), ({"error": ""}, False), ({"error": "why"}, True), ({}, False)],
+)
+def test_a_record_failed_where_its_error_says_why(payload: dict[str, Any], failed: bool) -> None:
+    assert Record(0, "0", payload).failed == failed
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))

@@ -362,6 +362,15 @@ def test_tasks_that_make_or_score_text_refuse_the_other_kind_of_model(tmp_path: 
     list(find_task("scoring", Sources()).checked({}, given, causal))
 
 
+@pytest.mark.parametrize("name", ["text-classification", "token-classification", "fill-mask"])
+def test_empty_texts_are_counted_before_there_is_a_model(name: str) -> None:
+    task, given = find_task(name, Sources()), rows(["", "a", "", ""])
+    assert len(list(task.answerable(given, 3))) == 4
+    with pytest.raises(UsageError, match="row 0: the text is empty, and so is that of 2 other rows"):
+        list(task.answerable(given, 2))
+    assert len(list(find_task("text-generation", Sources()).answerable(given, 0))) == 4
+
+
 def test_what_a_row_does_wrong_is_its_own_error(tmp_path: Path) -> None:
     path = make_with_head(tmp_path, "bert", "ForMaskedLM", max_position_embeddings=16)
     given = rows(["hello [MASK]", "", "no mask", "a " * 20 + "[MASK]"])
@@ -369,9 +378,30 @@ def test_what_a_row_does_wrong_is_its_own_error(tmp_path: Path) -> None:
     assert "fills" in found[0]
     assert [each["error"] for each in found[1:]] == [
         "ValueError: the text is empty",
-        "ValueError: there is no mask in the text: write [MASK] where a token is to be found",
-        "ValueError: 23 tokens are more than the model's 16 positions: shorten the prompt",
+        "ValueError: there is no mask in the 8 tokens that are read of the text: write [MASK] where a token is to be"
+        " found",
+        "ValueError: 23 tokens are more than the model's 16 positions: shorten the prompt, or set truncate",
     ]
+    assert_alike(answer_batch(bind("fill-mask", path, truncate=True), given[:1], str)[0].payload, found[0])
+    cut = answer_batch(bind("fill-mask", path, truncate=True), given[3:], str)[0].payload["error"]
+    assert cut.startswith("ValueError: there is no mask in the 16 tokens that are read")
+
+
+@pytest.mark.parametrize("name", ["text-classification", "token-classification"])
+def test_a_text_that_is_too_long_is_cut_where_that_is_asked_for(tmp_path: Path, name: str) -> None:
+    path = make_with_head(tmp_path, "bert", HEADS[name], max_position_embeddings=16)
+    task = bind(name, path, truncate=True)
+    short = rows(["a " * 14, "b " * 3])
+    wanted = payloads(task, short)
+    assert_alike(payloads(task, rows(["a " * 40, "b " * 3])), wanted)
+    assert_alike([answer.payload for answer in bind(name, path)(short)], wanted)
+
+
+def test_the_longer_text_of_a_pair_is_cut(tmp_path: Path) -> None:
+    path = make_with_head(tmp_path, "bert", "ForSequenceClassification", max_position_embeddings=16)
+    task = bind("text-classification", path, truncate=True, pair="second")
+    pairs = [rows(["a " * length], second=["b " * 3])[0] for length in (10, 40)]
+    assert_alike(task([pairs[1]])[0].payload, task([pairs[0]])[0].payload)
 
 
 HEADS = {

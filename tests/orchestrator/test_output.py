@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import os
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given, strategies as st
 from bigpipe.orchestrator.contract import Event, NodeFinished, OneAtATime
 from bigpipe.orchestrator.launch import output
 from bigpipe.orchestrator.launch.output import LONGEST_LINE, LineSplitter, Log, OutputReader
-from bigpipe.redaction import Redactor, conceal, conceal_environment, redact, redact_json, stored_hub_token
+from bigpipe.redaction import Redactor, conceal, conceal_environment, mask, redact, redact_json, stored_hub_token
 
 SECRET = "s3cr3t/with+signs=="
 
@@ -79,6 +80,13 @@ def test_other_spellings_of_a_secret_are_masked_too() -> None:
     assert redact(r'{"x": "two\twords"}') == '{"x": "***"}'
     assert redact("ab") == "ab"
     assert redact_json({"k": [SECRET, 1, None, {"n": SECRET}]}) == {"k": ["***", 1, None, {"n": "***"}]}
+
+
+def test_data_holds_a_secret_neither_as_a_word_nor_in_base64() -> None:
+    conceal(["s3cr3t-key", "EMPTY"])
+    assert mask('{"k": "s3cr3t-key"} \\ns3cr3t-key=s3cr3t%2Dkey') == '{"k": "***"} \\n***=s3cr3t%2Dkey'
+    assert mask("s3cr3t-keys are EMPTY") == "s3cr3t-keys are EMPTY"
+    assert base64.b64encode(b"s3cr3t-key")[4:-4].decode() not in mask(base64.b64encode(b"me:s3cr3t-key!").decode())
 
 
 def test_passwords_of_addresses_are_concealed_unless_they_are_words_like_any_other() -> None:

@@ -42,6 +42,26 @@ class TestLocks:
         with store.lock(record("a").key) as work:
             assert list(work.out.iterdir()) == list(work.scratch.iterdir()) == []
 
+    def test_what_was_begun_under_a_key_of_the_same_family_is_gone_on_with(self, store):
+        def begin(key, family):
+            with store.lock(record(key).key) as work:
+                store.resume_alike(family, record(key).key, work)
+                found = [path.name for path in work.scratch.iterdir()]
+                fill(work.scratch, {f"by-{key}": b"rows"})
+                fill(work.out, {f"results-of-{key}": b"half"})
+                return found, [path.name for path in work.out.iterdir()]
+
+        assert begin("a", "one") == ([], ["results-of-a"])
+        assert begin("b", "two") == ([], ["results-of-b"])
+        with store.lock(record("a").key):  # somebody is at it
+            assert begin("c", "one") == ([], ["results-of-c"])
+        with store.lock(record("c").key) as work:
+            work.done()
+        assert begin("d", "one") == (["by-a"], ["results-of-d"])
+        assert sorted(begin("d", "one")[0]) == ["by-a", "by-d"]
+        assert sorted(begin("a", "one")[0]) == ["by-a", "by-d"]
+        assert store.verify().clean
+
     def test_what_a_killed_writer_left_goes_before_the_work_goes_on(self, store):
         with store.lock(record("a").key) as work:
             fill(work.out, {"w/shard-1": b"finished", partial_name(Path("w/shard-2")).as_posix(): b"torn"})

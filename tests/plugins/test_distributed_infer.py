@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,49 @@ def test_a_function_of_ones_own_over_a_file(tmp_path: Path, model: Path) -> None
     assert results(ctx) == wanted
 
 
+CALLS = """
+def go(model, rows):
+    with open("calls", "a") as calls:
+        calls.write("".join(row["prompt"] for row in rows))
+    if any(row["prompt"] == "x" for row in rows):
+        raise ValueError("no x")
+    return [{"text": row["prompt"]} for row in rows]
+"""
+
+
+def test_a_failed_row_is_asked_again_alone_whatever_changes(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calls.py").write_text(CALLS)
+    ctx = context(tmp_path, model, trust=Trust(modules=("calls",)))
+
+    def calls(prompts: list[Any], **fields: Any) -> str:
+        Path("calls").write_text("")
+        with suppress(StageFailed):
+            infer(InferParams(task="calls:go", prompts=prompts, **fields), ctx)
+        return Path("calls").read_text()
+
+    assert calls(["a", "b", "x"]) == "abx"
+    assert calls(["a", "b", "x"], max_errors=1) == "x"
+    assert calls(["a", "c", "x"], max_errors=1, rows_per_file=2) == "cx"
+    assert [name.name for name in sorted(ctx.out.glob("*-of-*"))] == [f"results-0000{n}-of-00002.jsonl" for n in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({}, True), ({"prompts": "more/*.jsonl"}, True), ({"batch_size": 2}, False), ({"batch_tokens": 9}, False),
+        ({"prompts": "pictures/*"}, False),
+    ],
+)  # fmt: skip
+def test_what_leaves_the_answers_of_a_stopped_run_standing(fields: dict[str, Any], rows: bool) -> None:
+    assert STAGE.planning.resumed is not None
+    resumed = STAGE.planning.resumed(params(**fields))
+    assert {"max_errors", "output_format", "rows_per_file"} <= set(resumed)
+    assert ({"prompts", "limit"} <= set(resumed)) == rows
+
+
 RECORDS_NOTHING = """
 import torch
 
@@ -400,6 +444,15 @@ def test_checks_prompts_task_and_tokenizer_before_anything_runs(tmp_path: Path, 
     for wrong in ({"batch_size": 0}, {"batch_tokens": 0}, {"split": "even"}, {"max_tokens": 5}, {"seed": 2**63}):
         with pytest.raises(ValidationError):
             params(**wrong)
+
+
+def test_a_text_that_no_model_takes_is_missed_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    ctx = checking(tmp_path)
+    inferring.check(InferParams(task="fill-mask", prompts="p.jsonl", max_errors=1), ctx)
+    with pytest.raises(UsageError, match=r"p\.jsonl:2: the text is empty") as error:
+        inferring.check(InferParams(task="fill-mask", prompts="p.jsonl"), ctx)
+    assert error.value.field == "prompts"
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _choices(texts: list[str], wrap: Callable[[str], dict[str, Any]]) -> dict[st
 
 
 def _made(text: str, body: Mapping[str, Any]) -> list[str]:
-    made = [follows(text, body["max_tokens"], body.get("seed"))] * body.get("n", 1)
+    made = [follows(text, body.get("max_tokens") or body["max_completion_tokens"], body.get("seed"))] * body.get("n", 1)
     return [each.partition(body["stop"])[0] if body.get("stop") else each for each in made]
 
 
