@@ -16,11 +16,14 @@ import fsspec
 import huggingface_hub
 import pytest
 import yaml
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import ValidationError
+from s3fs import S3FileSystem
 from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
 from support.models import make_checkpoint
+from support.sharing import BUCKET, S3, s3_server
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
@@ -508,8 +511,23 @@ def bucket() -> type[MemoryFileSystem]:
     return Bucket
 
 
-def test_an_fsspec_url(tmp_path: Path, bucket: type[MemoryFileSystem]) -> None:
-    url = f"bucket://{uuid.uuid4().hex}/model"
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch.setenv) as server:
+        S3FileSystem.clear_instance_cache()  # of a server that another module had
+        yield server
+
+
+@pytest.fixture(params=["bucket", "s3"])
+def service(request: pytest.FixtureRequest) -> tuple[type[AbstractFileSystem], str]:
+    """A file system, and an address on it where nothing is yet."""
+    found = request.getfixturevalue(request.param)
+    name = uuid.uuid4().hex
+    return (S3FileSystem, f"{found.address}/{name}") if request.param == "s3" else (found, f"bucket://{name}/model")
+
+
+def test_an_fsspec_url(tmp_path: Path, service: tuple[type[AbstractFileSystem], str]) -> None:
+    url = service[1]
     given = params(url)
     check(tmp_path, given)
     found = metrics(save(tmp_path, given))
@@ -527,6 +545,24 @@ def test_an_fsspec_url(tmp_path: Path, bucket: type[MemoryFileSystem]) -> None:
     save(tmp_path, params(url, overwrite=True))
     assert not system.exists(f"{root}/stale-shard.safetensors")
     assert present(tmp_path, given)
+    assert not [path for path in system.find(root) if ".bigpipe-" in path]
+
+
+def test_a_folder_that_somebody_made_in_a_bucket_is_no_file(tmp_path: Path, s3: S3) -> None:
+    """The console of S3 makes an object whose name ends in a slash."""
+    url, client = f"{s3.address}/{uuid.uuid4().hex}", s3.client()
+
+    def mark(name: str) -> None:
+        client.put_object(Bucket=BUCKET, Key=f"{url}/{name}".removeprefix(f"s3://{BUCKET}/"))
+
+    mark("")
+    check(tmp_path, params(url))
+    save(tmp_path, params(url))
+    mark("")
+    mark("results/")
+    assert present(tmp_path, params(url))
+    check(tmp_path, params(url))
+    save(tmp_path, params(url))
 
 
 @pytest.mark.parametrize(
@@ -755,11 +791,12 @@ def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -
 
 @pytest.mark.parametrize("breaks", ["open", "cp_file"])
 def test_a_transfer_file_by_file_that_broke_off_is_repeated(
-    tmp_path: Path, bucket: type[MemoryFileSystem], breaks: str
+    tmp_path: Path, service: tuple[type[AbstractFileSystem], str], breaks: str
 ) -> None:
     """While it writes, the old version stays; while that is replaced, what is there is nobody else's work."""
+    system, address = service
 
-    class Breaking(bucket):  # type: ignore[valid-type, misc]
+    class Breaking(system):  # type: ignore[valid-type, misc]
         left = 3
         cachable = False
 
@@ -776,8 +813,7 @@ def test_a_transfer_file_by_file_that_broke_off_is_repeated(
             if self.left < 0:
                 raise ConnectionError("the service hung up")
 
-    root = f"/{uuid.uuid4().hex}/model"
-    given = params(f"bucket:/{root}")
+    given, root = params(address), system._strip_protocol(address)
     save(tmp_path, given)
     model = artifact(tmp_path / "store", {**MODEL, "config.json": b'{"model_type": "gpt"}'})
     provenance = Provenance(recipe="tiny-int8", node="test")
