@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -655,6 +656,47 @@ def test_the_plan_asks_whether_the_token_may_write(
         check(tmp_path, params("hf://ada/theirs"), environment)
 
 
+def fine_grained(name: str, *permissions: str) -> dict[str, Any]:
+    scopes = [{"entity": {"type": "user", "name": name}, "permissions": ["repo.content.read", *permissions]}]
+    return {"role": "fineGrained", "fineGrained": {"global": [], "scoped": scopes}}
+
+
+@pytest.mark.parametrize(
+    ("role", "refused"),
+    [
+        ({"role": "read"}, "the token of ada may only read"),
+        (fine_grained("ada"), "the token of ada is not for writing to ada/new"),
+        (fine_grained("bob", "repo.write"), "not for writing"),
+        (fine_grained("ada", "repo.write"), ""),
+        (fine_grained("Ada/New", "repo.write"), ""),
+        ({"role": "fineGrained", "fineGrained": "x"}, ""),
+        ({"role": 5, "fineGrained": {"scoped": [5]}}, ""),
+    ],
+)
+def test_the_plan_knows_what_the_token_is_for(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path, role: dict[str, Any], refused: str
+) -> None:
+    server.roles["secret-token"] = role
+    with pytest.raises(NotAuthorised, match=refused) if refused else nullcontext():
+        check(tmp_path, params("hf://ada/new"), environment)
+
+
+@pytest.mark.parametrize("given", [{}, {"revision": "int8"}])
+@pytest.mark.parametrize("files", [{}, {"config.json": b"{}"}])
+def test_the_plan_asks_whether_a_repository_that_is_there_may_be_written(
+    server: LoopbackHub,
+    environment: dict[str, str],
+    tmp_path: Path,
+    files: dict[str, bytes],
+    given: dict[str, Any],
+) -> None:
+    """Also one that is empty, or has no such branch."""
+    server.create("ada/model", {".gitattributes": b"", **files})
+    server.fail("status", "/auth-check/write", status=403)
+    with pytest.raises(NotAuthorised, match="403"):
+        check(tmp_path, params("hf://ada/model", overwrite=True, **given), environment)
+
+
 def test_nothing_is_asked_of_a_bucket_where_that_is_switched_off(
     tmp_path: Path, bucket: type[MemoryFileSystem]
 ) -> None:
@@ -832,7 +874,8 @@ def test_a_repository_is_not_written_over_what_is_downloaded_of_it(
 ) -> None:
     checkpoint = make_checkpoint(workshop.folder / "model")
     commit = server.create("ada/model", {path.name: path.read_bytes() for path in checkpoint.iterdir()})
-    server.create("ada/renamed", {})
+    repository = server.repositories["ada/old"] = server.repositories["ada/model"]
+    repository.branches["int8"] = repository.branches["nf4"] = commit
     text = """\
 version: 1
 name: onto
@@ -841,8 +884,9 @@ stages:
   save: {{uses: save, inputs: download, with: {{to: 'hf://{to}', revision: {revision}, overwrite: true}}}}
 """
     for source, to, revision, code in (
-        ("main", "ada/model", "main", 2), ("main", "Ada/Model", "main", 2), (commit, "ada/model", "main", 2),
-        ("main", "ada/model", "int8", 0), ("main", "ada/other", "main", 0),
+        ("main", "ada/model", "main", 2), ("main", "Ada/Model", "main", 2), ("main", "ada/old", "main", 2),
+        (commit, "ada/model", "main", 0), ("main", "ada/model", "int8", 0), ("main", "ada/model", "new", 0),
+        ("main", "ada/other", "main", 0),
     ):  # fmt: skip
         workshop.manifest.write_text(text.format(source=source, to=to, revision=revision))
         plan = workshop.command("plan", "recipe.yaml", **environment)
@@ -921,3 +965,34 @@ def test_a_pull_request_takes_a_model_and_a_tag_does_not(
     assert repository.branches == {"main": head, "refs/pr/1": found.commit}
     assert present(tmp_path, given, environment)
     check(tmp_path, params("hf://ada/model", revision="new", overwrite=True), environment)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pull_request_to_the_repository_of_others_takes_a_model(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    head = server.create("org/model", {"README.md": b"of the first\n"})
+    server.repositories["org/model"].branches["refs/pr/1"] = head
+    server.repositories["org/model"].authors["refs/pr/1"] = "ada"
+    given = params("hf://org/model", revision="refs/pr/1", overwrite=True)
+    check(tmp_path, given, environment)
+    found = metrics(save(tmp_path, given, environment))
+    assert server.repositories["org/model"].branches == {"main": head, "refs/pr/1": found.commit}
+    with pytest.raises(NotAuthorised):
+        check(tmp_path, params("hf://org/model", overwrite=True), environment)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_branch_is_made_when_all_files_are_sent(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    server.create("ada/model", {"stale.txt": b"of main"})
+    given = params("hf://ada/model", revision="int8")
+    server.fail("status", "/preupload/", status=403)
+    with pytest.raises(NotAuthorised):
+        save(tmp_path, given, environment)
+    repository = server.repositories["ada/model"]
+    assert list(repository.branches) == ["main"]
+    check(tmp_path, given, environment)
+    save(tmp_path, given, environment)
+    assert "stale.txt" not in repository.commits[repository.branches["int8"]]
