@@ -159,6 +159,14 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     )
 
 
+def only(params: DownloadParams, context: ForecastContext) -> Sequence[str]:
+    """The files that the Hub cache has, where the Hub may not be asked for more."""
+    if params.repo is None or not late("bigpipe.plugins.library:is_offline")(context):
+        return []
+    found: list[str] = late("bigpipe.plugins.downloading:only")(params, context)
+    return found
+
+
 def reads(params: DownloadParams, context: ForecastContext) -> list[str]:
     if params.repo is None:
         return []
@@ -205,6 +213,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.downloading:check"),
         pin=pin,
         pin_asks=("repo", "revision"),
+        only=only,
         reads=reads,
         facts=facts,
         apart=apart,

@@ -118,6 +118,13 @@ def answers_of(
         return {}
 
 
+def is_offline(context: ForecastContext) -> bool:
+    """Return whether the Hub may not be asked."""
+    from bigpipe.bigmodel.hub import Hub
+
+    return Hub.of(sources_of(context)).offline
+
+
 def hub_reads(repo: str, revision: str, context: ForecastContext) -> list[str]:
     """What is read of a repository at a revision: the Hub's own, and the Hub cache, where its files stay."""
     from bigpipe.bigmodel.hub import Hub, address_of

@@ -147,6 +147,8 @@ class Repository:
     """What the paths of the files start from; the repository's root, unless it is said otherwise."""
     renamed: str = ""
     """What the Hub calls it now, where it was asked for by another name."""
+    whole: bool = True
+    """False: it may have files besides these, which lie in the Hub cache."""
 
     def below(self, subfolder: str) -> Repository:
         """Return it with the files of one folder alone, as if that were the root. Raise UsageError where it is none."""
@@ -325,7 +327,8 @@ def _cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
     no snapshot."""
     found = Repository(hub=hub, repo=repo, commit=commit, files=())
     paths = [path for path in sorted(found.snapshot.rglob("*")) if path.is_file()]
-    return replace(found, files=tuple(_cached_file(path, found.snapshot) for path in paths)) if paths else None
+    files = tuple(_cached_file(path, found.snapshot) for path in paths)
+    return replace(found, files=files, whole=False) if files else None
 
 
 def _cached_file(path: Path, snapshot: Path) -> HubFile:
