@@ -336,6 +336,9 @@ class Stage(Generic[P]):
     """Distributions whose versions enter the key because the output's bytes depend on them."""
     secrets: tuple[str, ...] = ()
     """Environment variables with secrets that the kind itself needs."""
+    inherits: tuple[str, ...] = ()
+    """What the names of variables begin with that its workers inherit besides those of any child: `AWS_`, where what
+    they write to is signed in to by these."""
     asks: bool = False
     """It asks servers that are no Hub: its workers are given the passwords of proxies."""
     reproducible: bool = True

@@ -42,6 +42,7 @@ from bigpipe.bigmodel.publishing.card import card_of, front_matter
 from bigpipe.bigmodel.publishing.destinations import FileSystem
 from bigpipe.bigmodel.publishing.publication import inspect
 from bigpipe.bigmodel.writing import save_checkpoint
+from bigpipe.environment import inherited
 from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
@@ -547,6 +548,33 @@ def test_an_fsspec_url(tmp_path: Path, service: tuple[type[AbstractFileSystem], 
     assert not system.exists(f"{root}/stale-shard.safetensors")
     assert present(tmp_path, given)
     assert not [path for path in system.find(root) if ".bigpipe-" in path]
+
+
+def test_a_run_signs_in_to_a_bucket_as_its_plan_does(workshop: Workshop, s3: S3) -> None:
+    """By variables of this process: a key and its secret, the region, where the service is."""
+    make_checkpoint(workshop.folder / "model")
+    url = f"{s3.address}/{uuid.uuid4().hex}"
+    text = SAVING.replace("to: dist", "to: '{url}'").format(overwrite="false", url=url)
+    ran = workshop.run(text)
+    assert statuses(ran)["save"] == "succeeded", ran.nodes["save"]
+    assert any(name.endswith("model.safetensors") for name in s3.objects(url))
+    assert set(statuses(workshop.run()).values()) == {"cached"}
+
+
+@pytest.mark.parametrize(
+    ("to", "seen"),
+    [
+        ("s3://bucket/model", {"AWS_PROFILE", "FSSPEC_CONFIG_DIR"}),
+        ("simplecache::gs://bucket/model", {"GOOGLE_APPLICATION_CREDENTIALS", "FSSPEC_CONFIG_DIR"}),
+        ("abfs://bucket/model", {"AZURE_STORAGE_KEY", "FSSPEC_CONFIG_DIR"}),
+        ("hf://ada/model", set()),
+        ("dist", set()),
+    ],
+)
+def test_what_a_package_signs_in_by_reaches_what_writes_there_alone(to: str, seen: set[str]) -> None:
+    told = ("AWS_PROFILE", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_KEY", "FSSPEC_CONFIG_DIR")
+    stage = STAGE.with_params(params(to))
+    assert {name for name in inherited(dict.fromkeys(told, "/x"), besides=stage.inherits) if name in told} == seen
 
 
 def test_a_folder_that_somebody_made_in_a_bucket_is_no_file(tmp_path: Path, s3: S3) -> None:
