@@ -372,6 +372,20 @@ def test_what_others_wrote_or_changed_is_not_replaced_unless_asked(tmp_path: Pat
         check(tmp_path, params("dist"))
 
 
+def test_weights_that_somebody_trained_in_place_are_not_replaced(tmp_path: Path) -> None:
+    """A plan does not read large files, so the run does before it replaces them."""
+    large = {**MODEL, "model.safetensors": bytes(10_000_001)}
+    model = inputs(model=artifact(tmp_path / "store", large))
+    save(tmp_path, params("dist"), inputs=model)
+    weights = tmp_path / "base" / "dist" / "model.safetensors"
+    save(tmp_path, params("dist"), inputs=model)
+    with weights.open("r+b") as file:
+        file.write(b"theirs")
+    with pytest.raises(UsageError, match=r"was changed since it was saved: model\.safetensors"):
+        save(tmp_path, params("dist"), inputs=model)
+    assert weights.read_bytes()[:6] == b"theirs"
+
+
 def test_a_link_that_somebody_put_there_is_a_change(tmp_path: Path) -> None:
     save(tmp_path, params("dist"))
     for name, target in (("logs", tmp_path), ("gone", tmp_path / "nothing")):
