@@ -82,7 +82,7 @@ class DownloadParams(Params):
     include: tuple[str, ...] = ()
     """Globs of the files to take; none: one weight format, configs and tokenizer."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out."""
+    """Globs of files to leave out, before anything is chosen."""
     subfolder: str | None = None
     """The folder of the repository or directory that holds the model; it becomes the root."""
     variant: str | None = None
@@ -201,7 +201,7 @@ def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
 
 STAGE = Stage(
     kind="download",
-    version=4,
+    version=5,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},

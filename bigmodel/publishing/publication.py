@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.checkpoint import is_part
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 from bigpipe.files import explained, lies_in, real_folders, write_file
 from bigpipe.sizes import counted
@@ -102,7 +103,7 @@ def _as_written(target: Destination, name: str, seen: Stored, written: Mapping[s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """Directories whose files are published. Links are followed."""
+    """Directories whose files are published, but what git and the Hub's client keep there. Links are followed."""
 
     model: Path | None = None
     """Goes to the root, with a model card."""
@@ -123,8 +124,9 @@ class Contents:
         files: dict[str, Path] = {}
         for prefix, directory in {**folders, "": self.model}.items():
             for path in sorted(directory.rglob("*")) if directory else ():
-                if path.is_file():
-                    files.setdefault(prefix + path.relative_to(directory or path).as_posix(), path.resolve())
+                name = path.relative_to(directory or path).as_posix()
+                if path.is_file() and is_part(name):
+                    files.setdefault(prefix + name, path.resolve())
         files.pop(PROVENANCE, None)
         return files
 

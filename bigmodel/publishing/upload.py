@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from bigpipe.bigmodel.checkpoint import is_part
 from bigpipe.bigmodel.hub import (
     COMMIT,
     LOGIN,
@@ -36,8 +37,6 @@ MOST_REGULAR = 64 * 2**20
 TOKENS = f"make one that may write, under Settings → Access Tokens on the Hub, and {LOGIN}"
 REQUESTS = "refs/pr/"
 """How the revisions of pull requests begin. They are no branches, and take commits."""
-GIT_ATTRIBUTES = ".gitattributes"
-"""The Hub writes it itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ class HubRepository(Destination):
 
     def listing(self) -> Mapping[str, Stored] | None:
         described = self._described()
-        files = [file for file in described.files if file.path != GIT_ATTRIBUTES] if described else []
+        files = [file for file in described.files if is_part(file.path)] if described else []
         return {file.path: Stored("", file.size, file.etag) for file in files} or None
 
     def read(self, name: str) -> bytes:

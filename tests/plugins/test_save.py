@@ -28,6 +28,7 @@ from support.sharing import BUCKET, S3, s3_server
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.origin import check_directory
 from bigpipe.bigmodel.publishing import (
     Contents,
     Directory,
@@ -73,6 +74,7 @@ def artifact(store: Path, files: dict[str, bytes]) -> Path:
         if not kept.exists():
             kept.write_bytes(content)
             kept.chmod(0o444)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(kept)
     return folder
 
@@ -663,6 +665,25 @@ def test_the_hub_gets_a_private_repository_with_one_commit_and_gives_it_back(
     assert 'from_pretrained("ada/tiny-int8"' in card
     assert present(tmp_path, given, environment)
     assert not any("secret-token" in path.read_text(errors="ignore") for path in (tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_what_git_and_the_client_keep_in_a_folder_is_not_saved(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A clone, or what `hf download --local-dir` brought: taken whole, as by `include: ['*']`."""
+    kept = {".gitattributes": b"mine", ".git/config": b"", ".cache/huggingface/x.metadata": b"", "sub/.cache/x": b""}
+    model = inputs(model=artifact(tmp_path / "store", {**MODEL, **kept}))
+    for given in (params("hf://ada/model"), params("dist")):
+        save(tmp_path, given, environment, inputs=model)
+        assert present(tmp_path, given, environment)
+        check(tmp_path, given, environment)
+    repository = server.repositories["ada/model"]
+    on_hub = repository.commits[repository.branches["main"]]
+    assert on_hub.keys() == {".gitattributes", "provenance.json", *MODEL}
+    assert on_hub[".gitattributes"].content != b"mine"
+    assert tree(tmp_path / "base" / "dist").keys() == {"provenance.json", *MODEL}
+    assert not check_directory(tmp_path / "base" / "dist").findings
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
