@@ -40,11 +40,11 @@ from bigpipe.bigmodel.publishing import (
     read_provenance,
 )
 from bigpipe.bigmodel.publishing.card import card_of, front_matter
-from bigpipe.bigmodel.publishing.destinations import FileSystem
+from bigpipe.bigmodel.publishing.destinations import FileSystem, Receipt, Stored, is_present
 from bigpipe.bigmodel.publishing.publication import inspect
 from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.environment import inherited
-from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
 
@@ -593,6 +593,42 @@ def test_what_a_package_signs_in_by_reaches_what_writes_there_alone(to: str, see
     assert {name for name in inherited(dict.fromkeys(told, "/x"), besides=stage.inherits) if name in told} == seen
 
 
+class Said(Exception):
+    """As botocore says what a service answered."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("SlowDown")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("no route"), Transient),
+        (TimeoutError("read timeout"), Transient),
+        (type("EndpointConnectionError", (type("HTTPClientError", (Exception,), {}),), {})(), Transient),
+        (Said(503), Transient),
+        (Said(429), Transient),
+        (Said(416), StageFailed),
+        (PermissionError("AccessDenied"), NotAuthorised),
+        (type("NoCredentialsError", (Exception,), {})(), NotAuthorised),
+        (Said(403), NotAuthorised),
+        (ValueError("a bug of theirs"), StageFailed),
+    ],
+)
+def test_a_service_that_is_away_or_busy_is_asked_again(tmp_path: Path, error: Exception, kind: type[Exception]) -> None:
+    class Away(MemoryFileSystem):  # type: ignore[misc]
+        def find(self, *_: Any, **__: Any) -> None:
+            raise OSError("as the package translates it") from error
+
+    away = FileSystem("bucket://a", Away(), "/a")
+    contents = Contents(results=artifact(tmp_path / "store", RESULTS))
+    with pytest.raises((kind, UsageError)) as caught:
+        publish(contents, away, Provenance(), scratch=tmp_path)
+    assert type(caught.value) is (UsageError if kind is StageFailed else kind)
+    assert is_present(away, Receipt("bucket://a", {"a": Stored("", 1, "m")})) == (kind is Transient)
+
+
 def test_a_folder_that_somebody_made_in_a_bucket_is_no_file(tmp_path: Path, s3: S3) -> None:
     """The console of S3 makes an object whose name ends in a slash."""
     url, client = f"{s3.address}/{uuid.uuid4().hex}", s3.client()
@@ -922,7 +958,7 @@ def test_a_transfer_file_by_file_that_broke_off_is_repeated(
     save(tmp_path, given)
     model = artifact(tmp_path / "store", {**MODEL, "config.json": b'{"model_type": "gpt"}'})
     provenance = Provenance(recipe="tiny-int8", node="test")
-    with pytest.raises(StageFailed, match="the service hung up"):
+    with pytest.raises(Transient, match="the service hung up"):
         publish(Contents(model=model), FileSystem(given.to, Breaking(), root), provenance, scratch=tmp_path)
     assert present(tmp_path, given) == (breaks == "open")
     check(tmp_path, given)
