@@ -23,7 +23,7 @@ from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import absolute_places
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, Offline, Transient, UsageError, first_few
-from bigpipe.redaction import conceal_environment
+from bigpipe.redaction import conceal_environment, printable
 
 from .connection import MAX_ANSWER, asking, clean_token, guard_answers, request
 from .errors import hub_errors
@@ -280,7 +280,8 @@ def check_name(repo: str, name: str) -> None:
     terminal."""
     parts = PurePosixPath(name).parts
     plain = name and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
-    if not plain or "\\" in name or DRIVE.match(name) or not name.isprintable():
+    moves = printable(name) != name or not {"\n", "\t"}.isdisjoint(name)
+    if not plain or "\\" in name or DRIVE.match(name) or moves:
         cause = f"{repo} lists a file named {name[:200]!r}, which could lead out of the repository"
         raise InvalidCheckpoint(cause, UNUSABLE)
     if len(name.encode()) > LONGEST_NAME or any(len(part.encode()) > LONGEST_PART for part in parts):

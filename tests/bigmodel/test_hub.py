@@ -219,7 +219,21 @@ def test_an_answer_that_never_comes(server: LoopbackHub, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil", "/etc/passwd", "a/../../b", "C:/x", "a\\b", "a//b", "./a", "line\nbreak", "..", "a/"]
+    "name",
+    [
+        "../evil",
+        "/etc/passwd",
+        "a/../../b",
+        "C:/x",
+        "a\\b",
+        "a//b",
+        "./a",
+        "line\nbreak",
+        "..",
+        "a/",
+        "a\x1b[2J",
+        "a\u202eb",
+    ],
 )
 def test_names_that_lead_out_are_refused(name: str) -> None:
     with pytest.raises(InvalidCheckpoint, match="could lead out"):
@@ -233,7 +247,16 @@ def test_such_a_name_in_a_listing_is_refused(server: LoopbackHub, hub: Hub) -> N
 
 
 def test_plain_names_pass() -> None:
-    for name in ("config.json", "unet/model.safetensors", ".gitattributes", "1_Pooling/config.json", "a b.txt"):
+    for name in (
+        "config.json",
+        "unet/model.safetensors",
+        ".gitattributes",
+        "1_Pooling/config.json",
+        "a b.txt",
+        "assets/at 3.45.12\u202fPM.png",
+        "a\u00a0b\u200b.txt",
+        "\U0001f469\u200d\U0001f4bb.md",
+    ):
         check_name("org/model", name)
 
 
