@@ -82,7 +82,7 @@ class DownloadParams(Params):
     include: tuple[str, ...] = ()
     """Globs of the files to take; none: one weight format, configs and tokenizer."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out."""
+    """Globs of files to leave out, before anything is chosen."""
     subfolder: str | None = None
     """The folder of the repository or directory that holds the model; it becomes the root."""
     variant: str | None = None
@@ -159,6 +159,14 @@ def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
     )
 
 
+def only(params: DownloadParams, context: ForecastContext) -> Sequence[str]:
+    """The files that the Hub cache has, where the Hub may not be asked for more."""
+    if params.repo is None or not late("bigpipe.plugins.library:is_offline")(context):
+        return []
+    found: list[str] = late("bigpipe.plugins.downloading:only")(params, context)
+    return found
+
+
 def reads(params: DownloadParams, context: ForecastContext) -> list[str]:
     if params.repo is None:
         return []
@@ -193,7 +201,7 @@ def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
 
 STAGE = Stage(
     kind="download",
-    version=4,
+    version=5,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},
@@ -205,6 +213,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.downloading:check"),
         pin=pin,
         pin_asks=("repo", "revision"),
+        only=only,
         reads=reads,
         facts=facts,
         apart=apart,

@@ -67,6 +67,14 @@ def listing(params: DownloadParams, context: CheckContext, commit: str) -> dict[
     return files | {name: PinnedFile(len(content), hashlib.sha256(content).hexdigest()) for name, content in own}
 
 
+def only(params: DownloadParams, context: ForecastContext) -> list[str]:
+    """The files that are taken of a repository where they may not be all that are asked for."""
+    source = _source(params, context, context.pins)
+    with suppress(BigpipeError):  # which the check tells
+        return source.only() if isinstance(source, HubSource) else []
+    return []
+
+
 def check(params: DownloadParams, context: CheckContext) -> None:
     """Trust, token, gate, and whether a directory is a checkpoint: what would fail later fails now."""
     if params.architecture is not None:
@@ -203,6 +211,7 @@ def _forecast_source(params: DownloadParams, context: ForecastContext) -> Foreca
         metrics={**metrics, "fetched_bytes": 0} if copied else metrics,
         output=_foreseen(params, expected, context) if PIPELINE in sizes else expected.description,
         misfits=expected.misfits,
+        unknown=(f"left out: {expected.lacking}",) if expected.lacking else (),
         summary=f"{format_transfer(total)} copied from {params.path}" if copied else remote,
     )
 

@@ -47,8 +47,8 @@ def of_evaluation(params: EvaluateParams, base: Path) -> set[str]:
 
 
 def of_destination(params: SaveParams, base: Path) -> set[str]:
-    """Of the file system, that one goes through another (`simplecache::s3://…`) included."""
-    return {"s3" for part in params.to.split("::") if part.partition("://")[0] in IN_S3 and "://" in params.to}
+    """Of the file system."""
+    return {"s3" for scheme in params.schemes if scheme in IN_S3}
 
 
 def _endings(named: Any, base: Path) -> Iterator[str]:

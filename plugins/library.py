@@ -118,9 +118,16 @@ def answers_of(
         return {}
 
 
+def is_offline(context: ForecastContext) -> bool:
+    """Return whether the Hub may not be asked."""
+    from bigpipe.bigmodel.hub import Hub
+
+    return Hub.of(sources_of(context)).offline
+
+
 def hub_reads(repo: str, revision: str, context: ForecastContext) -> list[str]:
     """What is read of a repository at a revision: the Hub's own, and the Hub cache, where its files stay."""
-    from bigpipe.bigmodel.hub import COMMIT, Hub, addresses
+    from bigpipe.bigmodel.hub import Hub, address_of
 
-    commit = context.pins.get("revision") or (revision if COMMIT.fullmatch(revision) else None)
-    return [str(Hub.of(sources_of(context)).cache.absolute()), *addresses(repo, revision, commit)]
+    hub, commit = Hub.of(sources_of(context)), context.pins.get("revision")
+    return [str(hub.cache.absolute()), address_of(repo, revision, commit and str(commit), hub=hub)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +16,20 @@ GONE = ("memory",)
 """File systems of fsspec that end with the process that fills them."""
 READ_ONLY = ("http", "https", "data", "github", "gist", "git", "reference", "zip", "tar", "libarchive")
 """File systems of fsspec that nothing here can write through."""
+
+
+OWN = ("hf", "file", "local")
+"""What needs no package of fsspec's."""
+SIGNED_BY: Mapping[str, str] = {
+    **dict.fromkeys(("s3", "s3a"), "AWS_"),
+    **dict.fromkeys(("gs", "gcs"), "GOOGLE_"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "AZURE_"),
+}
+"""File systems of fsspec → what the names of variables begin with by which their packages sign in."""
+
+
+def _schemes(to: str) -> list[str]:
+    return [part.partition("://")[0] for part in to.split("::")] if "://" in to else []
 
 
 SCHEMES = r"(hf|s3|gs|gcs|az|abfs|https?|file):"
@@ -38,11 +54,15 @@ class SaveParams(Params):
             raise ValueError(f"{to} does not name a repository; write it as hf://owner/name")
         return to
 
+    @property
+    def schemes(self) -> list[str]:
+        """Of an address, that one goes through another (`simplecache::s3://…`) included."""
+        return _schemes(self.to)
+
     @field_validator("to")
     @classmethod
     def _outlasts_the_run(cls, to: str) -> str:
-        schemes = [part.partition("://")[0] for part in to.split("::")] if "://" in to else []
-        for scheme in schemes:
+        for scheme in _schemes(to):
             if scheme in GONE:
                 raise ValueError(f"{to} is gone once the run is over; name a directory, a bucket or a repository")
             if scheme in READ_ONLY:
@@ -78,6 +98,13 @@ class SaveMetrics(Metrics):
     commit: str | None = None
 
 
+def settled(params: SaveParams) -> Stage[SaveParams]:
+    """A plan looks at a destination as this user, and so must what writes there."""
+    foreign = {scheme for scheme in params.schemes if scheme not in OWN}
+    signed = {SIGNED_BY[scheme] for scheme in foreign if scheme in SIGNED_BY}
+    return replace(STAGE, inherits=("FSSPEC_", *sorted(signed))) if foreign else STAGE
+
+
 STAGE = Stage(
     kind="save",
     version=4,
@@ -99,6 +126,7 @@ STAGE = Stage(
     ),
     smoke=late("bigpipe.plugins.smoking:save"),
     secrets=("HF_TOKEN",),
+    settled=settled,
     reproducible=False,
     needs_input=True,
     title="Write a model, results and reports to a directory, a URL or the Hub, with a model card and provenance",

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from .bytesource import ByteSource, FileSource
     from .choosing import (
         ADAPTER_CONFIG,
+        NO_PART,
         WeightSet,
         choose_weights,
         is_index,
         is_module,
+        is_part,
         no_weights,
         refuse_adapter,
         variants,

@@ -7,7 +7,7 @@ which transformers and diffusers look, and where it leaves a choice nobody makes
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ ADAPTER = re.compile(r"adapter|pytorch_lora_weights")
 ADAPTER_CONFIG = "adapter_config.json"
 CONSOLIDATED = "consolidated"
 """How Mistral's and Meta's own programs name the weights that they read, whose tensors have other names."""
+NO_PART = (".git", ".gitattributes", ".github", ".gitignore", ".cache")
+"""At the top of a clone, which OpenSSF's model signing leaves out too, and of what `hf download --local-dir` brought:
+no part of the model."""
 OTHERS = (".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".tflite", ".npz", ".pb", ".nemo", ".mlmodel", ".distcp")
 
 _USUAL = (
@@ -107,9 +110,10 @@ def _check_whole(shards: list[_Name], where: object) -> None:
         raise InvalidCheckpoint(cause, "fetch those that are missing; the upload may be unfinished")
 
 
-def _ambiguous(where: object, names: Iterable[_Name]) -> InvalidCheckpoint:
+def _ambiguous(where: object, names: Sequence[_Name]) -> InvalidCheckpoint:
     cause = f"{where}: which of {', '.join([name.whole for name in names][:8])} is the model?"
-    return InvalidCheckpoint(cause, "name the one file or index (a download: `include`)")
+    cure = f"name the one file or index; of a download leave out the others, such as `exclude: [{names[-1].whole}]`"
+    return InvalidCheckpoint(cause, cure)
 
 
 def _weight_name(name: str) -> _Name | None:
@@ -147,6 +151,13 @@ def refuse_adapter(names: Collection[str], where: object) -> None:
         "leave the adapter out if the model is meant (a download: `exclude: adapter*`), or merge it into the model;"
         " take it alone if the adapter is meant (`include: adapter*`)",
     )
+
+
+def is_part(name: str) -> bool:
+    """Return whether a file, by its relative path, may be a part of a model. What git and the Hub's client keep for
+    themselves is none, and the Hub takes none of it."""
+    parts = Path(name).parts
+    return parts[0] not in NO_PART and not {".git", ".cache"}.intersection(parts)
 
 
 def is_index(name: str) -> bool:

@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
+    from .access import Login, check_access, whoami
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
     from .connection import OFFICIAL, guard_answers, http_client, uploading
     from .errors import LOGIN, hub_errors
     from .exchange import Exchange, exchanging
     from .remote import Need, answers, describe_pipeline, describe_repository
-    from .repository import (
-        Hub,
-        Repository,
-        addresses,
-        cached_commit,
-        check_access,
-        describe,
-        read_range,
-        resolve_commit,
-        whoami,
-    )
+    from .repository import Hub, Repository, address_of, cached_commit, describe, read_range, resolve_commit
     from .responses import BUSY, COMMIT, NOT_A_HUB, asked_pause, bound_body, is_address
     from .selection import ANY, Choice, Library
     from .snapshot import fetch

@@ -30,9 +30,10 @@ from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Heads, Outlet
 from bigpipe.sizes import counted, format_transfer
 
+from .access import check_access
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
 from .remote import describe_remote_adapter, describe_repository
-from .repository import CURE_OFFLINE, Hub, HubFile, Repository, check_access, describe
+from .repository import CURE_OFFLINE, Hub, HubFile, Repository, describe
 from .selection import Choice, adapter_files, check_index, detect, weight_files
 from .snapshot import Fetched, Report, fetch, missing_bytes
 
@@ -51,6 +52,8 @@ class Expected:
     cache: Path | None = None
     """The Hub cache, where files stay; None: they are copied."""
     misfits: tuple[Misfit, ...] = ()
+    lacking: str = ""
+    """What may not come although it is asked for, and why; "" where all comes."""
 
     @property
     def largest_passing(self) -> int:
@@ -106,12 +109,15 @@ class HubSource:
             raise no_weights(repository.repo, [file.path for file in repository.files])
 
     def _described(self) -> tuple[Repository, list[HubFile]]:
+        repository, files = self._asked_for()
+        return repository, self._those_here(repository, files) if self.hub.offline else files
+
+    def _asked_for(self) -> tuple[Repository, list[HubFile]]:
         repository = describe(self.repo, self.revision, hub=self.hub)
         if self.subfolder:
             repository = repository.below(self.subfolder)
         chosen = set(self.choice.among([file.path for file in repository.files], repository.library))
-        files = [file for file in repository.files if file.path in chosen]
-        return repository, self._those_here(repository, files) if self.hub.offline else files
+        return repository, [file for file in repository.files if file.path in chosen]
 
     def _those_here(self, repository: Repository, files: list[HubFile]) -> list[HubFile]:
         """Offline a model that is in the cache is enough: who filled it may have left the licence out, and a commit's
@@ -127,6 +133,20 @@ class HubSource:
         """Return the files to take. Raise as `describe` and `Choice.among`."""
         return self._described()[1]
 
+    def only(self) -> list[str]:
+        """Return the names of the files to take where these may not be all that are asked for, as offline; else none.
+        Raise as `chosen`."""
+        repository, files = self._described()
+        return [file.path for file in files] if self._lacking(repository, files) else []
+
+    def _lacking(self, repository: Repository, files: list[HubFile]) -> str:
+        here = {file.path for file in files}
+        left = [file.path for file in self._asked_for()[1] if file.path not in here] if self.hub.offline else []
+        if repository.whole and not left:
+            return ""
+        what = first_few(left) if repository.whole else "whatever the Hub cache does not have"
+        return f"{what} of {self.repo}: asking the Hub is switched off"
+
     def expect(self) -> Expected:
         """Return what comes, by the repository's listing, config, index and headers; no weights move."""
         repository, files = self._described()
@@ -138,6 +158,7 @@ class HubSource:
             missing=missing,
             cache=self.hub.cache,
             misfits=_misfits(missing, self.hub),
+            lacking=self._lacking(repository, files),
         )
 
     def _description(self, repository: Repository, names: list[str]) -> ModelDescription | AdapterDescription | None:
@@ -158,6 +179,8 @@ class HubSource:
         repository, files = self._described()
         chosen = {file.path: file for file in files if file.path not in skip}
         watch.log(f"{repository.repo} at {repository.commit}: {counted(len(chosen), 'file')}")
+        if lacking := self._lacking(repository, files):
+            watch.log(f"left out: {lacking}")
         for misfit in _misfits(missing_bytes(repository, chosen.values()), self.hub):
             raise misfit.error()
         bringing = _Bringing(out, watch, chosen, _indexes(chosen, self.choice, repository.library))

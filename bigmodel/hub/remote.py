@@ -53,7 +53,7 @@ COUNTED = ("model.safetensors", "model.safetensors.index.json")
 """What the Hub counts: one of these at the root of a repository. It knows nothing of `.bin` or of components."""
 ENTRY = 150
 """Bytes that a tensor takes in a header besides its name, at most: dtype, a shape of three, two offsets."""
-ANSWER_VERSION = 3
+ANSWER_VERSION = 4
 Origin = Literal["headers", "index", "config"]
 
 

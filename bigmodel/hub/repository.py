@@ -22,17 +22,18 @@ from urllib.parse import quote
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.environment import absolute_places
-from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
-from bigpipe.redaction import conceal_environment
+from bigpipe.errors import BigpipeError, InvalidCheckpoint, Offline, Transient, UsageError, first_few
+from bigpipe.redaction import conceal_environment, printable
 
 from .connection import MAX_ANSWER, asking, clean_token, guard_answers, request
-from .errors import LOGIN, hub_errors
+from .errors import hub_errors
 from .exchange import exchanging
 from .responses import COMMIT, DIGEST, NO_RANGE, NOT_A_HUB, shown
 
 DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,19}")
 """As safetensors writes them."""
 LIBRARY = re.compile(r"[\w.+-]{1,64}", re.ASCII)
+NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 DRIVE = re.compile(r"[A-Za-z]:")
 READERS = 8
 """Files that are asked about at a time."""
@@ -144,6 +145,10 @@ class Repository:
     """Safetensors dtype → elements, as the Hub counts them; None where it does not."""
     subfolder: str = ""
     """What the paths of the files start from; the repository's root, unless it is said otherwise."""
+    renamed: str = ""
+    """What the Hub calls it now, where it was asked for by another name."""
+    whole: bool = True
+    """False: it may have files besides these, which lie in the Hub cache."""
 
     def below(self, subfolder: str) -> Repository:
         """Return it with the files of one folder alone, as if that were the root. Raise UsageError where it is none."""
@@ -181,10 +186,15 @@ class Repository:
         return file.may_be(self.blob(file)) or file.may_be(self.cached(file))
 
 
-def addresses(repo: str, revision: str, commit: str | None) -> list[str]:
-    """Return what a repository at a revision, which means `commit`, is called where two are compared. The Hub takes
-    names in any case, and a renamed repository by its old name: its commits are the same."""
-    return [f"hf://{repo.lower()}@{revision}", *([f"hf-commit:{commit}"] if commit else [])]
+def address_of(repo: str, revision: str, commit: str | None = None, *, hub: Hub) -> str:
+    """Return what a repository at a revision is called where two are compared. The Hub takes names in any case, and a
+    renamed repository by its old one. Another branch is another place, also where it means the same commit. commit:
+    what the revision means, where that is known."""
+    try:
+        name = describe(repo, commit or revision, hub=hub).renamed
+    except BigpipeError:  # not there yet, or it cannot be asked now
+        name = ""
+    return f"hf://{(name or repo).lower()}@{revision}"
 
 
 def resolve_commit(repo: str, revision: str, *, hub: Hub) -> str:
@@ -214,10 +224,10 @@ def _ask(hub: Hub, repo: str, revision: str) -> Repository:
     if hub.offline:
         commit = cached_commit(hub, repo, revision)
         if commit is None or (known := _remembered(hub, repo, commit)) is None:
-            raise _offline(hub, repo, revision)
+            raise unknown_here(hub, repo, revision)
         return known
     path = f"/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
-    data = _get_json(hub, path, repo, revision, {"blobs": "true"})
+    data = get_json(hub, path, repo, revision, {"blobs": "true"})
     described = _sized(_parse(hub, repo, data, revision if COMMIT.fullmatch(revision) else ""))
     hub.remember(as_listing(described), "listing", repo, described.commit)
     return described
@@ -251,38 +261,10 @@ def _asked_for(repository: Repository, file: HubFile) -> HubFile:
     return HubFile(file.path, told.size, digest if len(digest) == 40 else "", digest if len(digest) == 64 else None)
 
 
-def check_access(repo: str, *, hub: Hub, write: bool = False) -> None:
-    """Ask whether this login may read (or write) the repository's files, without reading any.
-    Raise GatedRepository, NotAuthorised, UsageError (no such repository), Offline, Transient."""
-    if hub.offline:
-        raise _offline(hub, repo, None)
-    try:
-        _get_json(hub, f"/api/models/{quote(repo)}/auth-check{'/write' if write else ''}", repo, None, {})
-    except (UsageError, StageFailed):
-        if write:
-            raise
-        describe(repo, hub=hub)  # a mirror may not know this question, and tell of the repository nonetheless
-
-
-def whoami(hub: Hub) -> list[str]:
-    """Return the login's user, then its organisations. Raise NotAuthorised, Offline, Transient."""
-    try:
-        data = _get_json(hub, "/api/whoami-v2", "whoami", None, {})
-    except NotAuthorised as error:
-        raise NotAuthorised(f"{hub.endpoint} knows no user for this login, or there is none (401)", LOGIN) from error
-    try:
-        names = [data["name"], *[organisation["name"] for organisation in data.get("orgs", [])]]
-        if not all(isinstance(name, str) and name.isprintable() for name in names):
-            raise TypeError(f"names are {names!r}")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise Transient(f"{hub.endpoint} does not tell who this login is ({_why(error)})", NOT_A_HUB) from error
-    return names
-
-
 def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub) -> bytes:
     """Return `size` bytes of one file from byte `start` on, by an HTTP range; fewer only where the file ends."""
     if hub.offline:
-        raise _offline(hub, repo, commit)
+        raise unknown_here(hub, repo, commit)
     address = f"/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}"
     headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
     with hub_errors(hub.endpoint, repo, commit, path):
@@ -298,7 +280,8 @@ def check_name(repo: str, name: str) -> None:
     terminal."""
     parts = PurePosixPath(name).parts
     plain = name and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
-    if not plain or "\\" in name or DRIVE.match(name) or not name.isprintable():
+    moves = printable(name) != name or not {"\n", "\t"}.isdisjoint(name)
+    if not plain or "\\" in name or DRIVE.match(name) or moves:
         cause = f"{repo} lists a file named {name[:200]!r}, which could lead out of the repository"
         raise InvalidCheckpoint(cause, UNUSABLE)
     if len(name.encode()) > LONGEST_NAME or any(len(part.encode()) > LONGEST_PART for part in parts):
@@ -345,7 +328,8 @@ def _cached_repository(hub: Hub, repo: str, commit: str) -> Repository | None:
     no snapshot."""
     found = Repository(hub=hub, repo=repo, commit=commit, files=())
     paths = [path for path in sorted(found.snapshot.rglob("*")) if path.is_file()]
-    return replace(found, files=tuple(_cached_file(path, found.snapshot) for path in paths)) if paths else None
+    files = tuple(_cached_file(path, found.snapshot) for path in paths)
+    return replace(found, files=files, whole=False) if files else None
 
 
 def _cached_file(path: Path, snapshot: Path) -> HubFile:
@@ -356,7 +340,8 @@ def _cached_file(path: Path, snapshot: Path) -> HubFile:
     return HubFile(name, size, "", digest) if len(digest) == 64 else HubFile(name, size, digest)
 
 
-def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
+def unknown_here(hub: Hub, repo: str, revision: str | None) -> Offline:
+    """Return the error for what must be asked, and may not."""
     known = cached_commit(hub, repo, revision) if revision else None
     seen = f"the Hub cache saw {revision} at {known}: write `revision: {known}`, or " if known else ""
     at = f" at {revision}" if revision else ""
@@ -365,7 +350,8 @@ def _offline(hub: Hub, repo: str, revision: str | None) -> Offline:
     )
 
 
-def _get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mapping[str, str]) -> Any:
+def get_json(hub: Hub, path: str, repo: str, revision: str | None, query: Mapping[str, str]) -> Any:
+    """Return what the Hub answers to a GET. Raise what `hub_errors` knows."""
     with hub_errors(hub.endpoint, repo, revision, refs=lambda: _revisions(hub, repo)):
         return json.loads(_request(hub, path, query)[1])
 
@@ -400,14 +386,23 @@ def _parse(hub: Hub, repo: str, data: Any, wanted: str = "") -> Repository:
         told = data.get("library_name")
         library = told if isinstance(told, str) and LIBRARY.fullmatch(told) else None
         _check_names(repo, [file.path for file in files])
-        return Repository(hub=hub, repo=repo, commit=data["sha"], files=files, library=library, elements=elements)
+        return Repository(
+            hub=hub, repo=repo, commit=data["sha"], files=files, library=library, elements=elements,
+            renamed=_renamed(data.get("id"), repo),
+        )  # fmt: skip
     except (AttributeError, KeyError, TypeError) as error:
         raise Transient(
-            f"{hub.endpoint} describes {repo} without what a Hub tells ({_why(error)})", NOT_A_HUB
+            f"{hub.endpoint} describes {repo} without what a Hub tells ({why(error)})", NOT_A_HUB
         ) from error
 
 
-def _why(error: Exception) -> str:
+def _renamed(told: Any, repo: str) -> str:
+    known = isinstance(told, str) and NAME.fullmatch(told)
+    return told if known and told.lower() != repo.lower() else ""
+
+
+def why(error: Exception) -> str:
+    """Return what is wrong with an answer, as one short line."""
     return shown(f"{type(error).__name__}: {error}")
 
 
@@ -429,6 +424,7 @@ def as_listing(repository: Repository) -> dict[str, Any]:
     """Return what a plan reads of the Hub's model info, and nothing else that a server may have put there."""
     told = {"sha": repository.commit, "siblings": [_as_sibling(file) for file in repository.files]}
     told |= {"library_name": repository.library} if repository.library else {}
+    told |= {"id": repository.renamed} if repository.renamed else {}
     return told | ({"safetensors": {"parameters": repository.elements}} if repository.elements is not None else {})
 
 

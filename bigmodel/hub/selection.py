@@ -19,6 +19,7 @@ from bigpipe.bigmodel.checkpoint import (
     choose_weights,
     is_index,
     is_module,
+    is_part,
     refuse_adapter,
     variants,
 )
@@ -37,8 +38,9 @@ TEMPLATES = "additional_chat_templates"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Which files of a model to take.
-    include: globs over whole relative paths (`*` crosses `/`, as on the Hub); given, they replace the rules here.
-    exclude: globs taken away in either case. library: whose rules; left out, as `detect` finds.
+    include: globs over whole relative paths (`*` crosses `/`, as on the Hub); given, they replace the rules here. What
+    git and the Hub's client keep is taken only by one that begins with a dot.
+    exclude: globs of what is left out before anything is chosen. library: whose rules; left out, as `detect` finds.
     variant: of the weights, as `fp16` in `model.fp16.safetensors`; of a pipeline's parts, where they have it."""
 
     include: Sequence[str] = ()
@@ -55,10 +57,11 @@ class Choice:
             if not any(fnmatchcase(name, glob) for name in names):
                 cause = f"include: {glob!r} matches none of {len(names)} files"
                 raise UsageError(cause, f"there are {first_few(names)}", field="include")
-        wanted = [name for name in names if _matches(name, self.include)]
-        if not self.include:
-            wanted = adapter_files(names) or self._model_files(names, hint)
-        left = [name for name in wanted if not _matches(name, self.exclude)]
+        left = _without(names, self.exclude)
+        if self.include:
+            left = [name for name in left if any(_takes(glob, name) for glob in self.include)]
+        else:
+            left = adapter_files(left) or self._model_files(left, hint)
         if not left:
             raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
         refuse_adapter([name for name in left if "/" not in name], "the model's folder")
@@ -107,6 +110,25 @@ def adapter_files(names: Iterable[str]) -> list[str]:
 
 def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
+
+
+def _without(names: list[str], exclude: Sequence[str]) -> list[str]:
+    """The names that nobody left out. An index goes with the last of the weights that it may name."""
+    left = [name for name in names if not _matches(name, exclude)]
+    gone = {_beside(name) for name in names if not is_index(name)} - {
+        _beside(name) for name in left if not is_index(name)
+    }
+    return [name for name in left if not is_index(name) or _beside(name) not in gone]
+
+
+def _beside(name: str) -> tuple[str, str]:
+    """The folder and the ending of weights, or of those that an index of this name is about."""
+    folder, _, file = name.rpartition("/")
+    return folder, Name(file.partition(".index")[0]).suffix
+
+
+def _takes(glob: str, name: str) -> bool:
+    return fnmatchcase(name, glob) and (glob.startswith(".") or is_part(name))
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:

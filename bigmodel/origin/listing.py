@@ -7,13 +7,10 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from bigpipe.bigmodel.checkpoint import NO_PART
 from bigpipe.bigmodel.publishing import Stored
 from bigpipe.errors import UsageError
 from bigpipe.files import explained, hash_file
-
-NO_PART = (".git", ".gitattributes", ".github", ".gitignore", ".cache")
-"""At the top of a clone, which OpenSSF's model signing leaves out too, and of what `hf download --local-dir` brought:
-no part of the model."""
 
 
 def files_of(directory: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Stored]:

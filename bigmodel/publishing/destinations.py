@@ -277,7 +277,7 @@ class FileSystem(Destination):
             return {
                 name: Stored("", int(info["size"]), self._mark(info))
                 for name, info in files.items()
-                if not name.startswith(BESIDE)
+                if not name.startswith(BESIDE) and not _is_folder(name)
             } or None
 
     def is_broken_off(self) -> bool:
@@ -348,7 +348,7 @@ class FileSystem(Destination):
         """Name → size of the files in a transfer's folder, once they are all there; else none."""
         with self._errors(StageFailed):
             try:
-                sizes = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}"), 0, LONGEST_READ))
+                sizes = json.loads(self.system.cat_file(self._path(f"{folder}/{WHOLE}"), start=0, end=LONGEST_READ))
             except (FileNotFoundError, ValueError, RecursionError):
                 return {}
             told = sizes if isinstance(sizes, dict) else {}
@@ -395,6 +395,11 @@ class FileSystem(Destination):
         """Whatever the file system tells that changes with the content."""
         names = ("ETag", "etag", "md5Hash", "content_settings", "LastModified", "mtime", "updated", "created")
         return next((f"{name}={info[name]}"[:LONGEST_MARK] for name in names if info.get(name)), "")
+
+
+def _is_folder(name: str) -> bool:
+    """Is this how a bucket marks a folder: by an object without a name, which its console and other programs make?"""
+    return name == "" or name.endswith("/")
 
 
 def _is_file(name: str, size: object) -> bool:

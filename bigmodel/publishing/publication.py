@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigpipe.bigmodel.checkpoint import is_part
 from bigpipe.errors import InvalidCheckpoint, StageFailed, UsageError
 from bigpipe.files import explained, lies_in, real_folders, write_file
 from bigpipe.sizes import counted
@@ -49,12 +50,14 @@ def check_destination(
             raise UsageError(cause, "name a directory in it", field="to")
     target.check()
     if not overwrite:
-        require_replaceable(target, maker)
+        require_replaceable(target, maker, longest=SMALL)
 
 
-def require_replaceable(target: Destination, maker: tuple[str, str] | None = None) -> None:
+def require_replaceable(
+    target: Destination, maker: tuple[str, str] | None = None, *, longest: int | None = None
+) -> None:
     """Raise UsageError where `target` holds what bigpipe did not write, another maker wrote, or somebody changed.
-    maker: recipe and node; None: not known yet."""
+    maker: recipe and node; None: not known yet. longest: bytes of a file that may be read; None: whatever there are."""
     there = target.listing()
     if not there or target.is_broken_off():
         return
@@ -71,7 +74,7 @@ def require_replaceable(target: Destination, maker: tuple[str, str] | None = Non
     told = provenance.get("files")
     written: Mapping[str, Any] = told if isinstance(told, dict) else {}
     names = [name for name in there if name != PROVENANCE]
-    if changed := [name for name in names if not _as_written(target, name, there[name], written)]:
+    if changed := [name for name in names if not _as_written(target, name, there[name], written, longest)]:
         raise UsageError(
             f"to: {target.url} was changed since it was saved: {', '.join(sorted(changed)[:4])}", CURE, field="to"
         )
@@ -88,17 +91,19 @@ def _provenance(target: Destination, there: Mapping[str, Stored]) -> dict[str, A
     return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
 
-def _as_written(target: Destination, name: str, seen: Stored, written: Mapping[str, Any]) -> bool:
-    """Small files by digest: an edit may keep the size. Large ones, and what can be had again, by size."""
+def _as_written(target: Destination, name: str, seen: Stored, written: Mapping[str, Any], longest: int | None) -> bool:
+    """By digest: an edit may keep the size, as weights of the same shapes do. What may not be read, and what can be had
+    again, by size."""
     listed = written.get(name)
     if not isinstance(listed, Mapping) or listed.get("size") != seen.size:
         return False
-    return target.keeps_versions or seen.size > SMALL or target.digest(name) == listed.get("sha256")
+    unread = longest is not None and seen.size > longest
+    return target.keeps_versions or unread or target.digest(name) == listed.get("sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """Directories whose files are published. Links are followed."""
+    """Directories whose files are published, but what git and the Hub's client keep there. Links are followed."""
 
     model: Path | None = None
     """Goes to the root, with a model card."""
@@ -119,8 +124,9 @@ class Contents:
         files: dict[str, Path] = {}
         for prefix, directory in {**folders, "": self.model}.items():
             for path in sorted(directory.rglob("*")) if directory else ():
-                if path.is_file():
-                    files.setdefault(prefix + path.relative_to(directory or path).as_posix(), path.resolve())
+                name = path.relative_to(directory or path).as_posix()
+                if path.is_file() and is_part(name):
+                    files.setdefault(prefix + name, path.resolve())
         files.pop(PROVENANCE, None)
         return files
 

@@ -9,33 +9,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from bigpipe.bigmodel.checkpoint import is_part
 from bigpipe.bigmodel.hub import (
     COMMIT,
     LOGIN,
     NOT_A_HUB,
     Hub,
-    addresses,
+    Login,
+    Repository,
+    address_of,
     check_access,
     describe,
     exchanging,
     guard_answers,
     hub_errors,
     read_range,
-    resolve_commit,
     uploading,
     whoami,
 )
-from bigpipe.errors import BigpipeError, NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
+from bigpipe.errors import NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import CHUNK, link, make_directory, make_folders
 
 from .destinations import Destination, Receipt, Report, Stored
 
 MOST_REGULAR = 64 * 2**20
 """Bytes. The Hub takes 10 MB outside LFS."""
+TOKENS = f"make one that may write, under Settings → Access Tokens on the Hub, and {LOGIN}"
 REQUESTS = "refs/pr/"
 """How the revisions of pull requests begin. They are no branches, and take commits."""
-GIT_ATTRIBUTES = ".gitattributes"
-"""The Hub writes it itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +60,11 @@ class HubRepository(Destination):
         return self.repo
 
     def names(self) -> list[str]:
-        """As `addresses` calls it, and by the commit that its branch means now: a repository may have been renamed."""
-        try:
-            commit = resolve_commit(self.repo, self.revision, hub=self.hub)
-        except BigpipeError:  # not there yet, or it cannot be asked now
-            commit = None
-        return addresses(self.repo, self.revision, commit)
+        return [address_of(self.repo, self.revision, hub=self.hub)]
 
     def pinned(self) -> Self:
-        with suppress(UsageError):  # there is none yet
-            return replace(self, head=describe(self.repo, self.revision, hub=self.hub).commit)
-        return self
+        described = self._described()
+        return replace(self, head=described.commit) if described else self
 
     def check(self) -> None:
         if self.repo.count("/") != 1 or not all(self.repo.split("/")):
@@ -79,14 +74,31 @@ class HubRepository(Destination):
         if self.hub.offline:
             cause = f"hf://{self.repo} cannot be written while asking the Hub is switched off"
             raise Offline(cause, "run without --offline and HF_HUB_OFFLINE, or save to a directory")
-        owner, spaces = self.repo.split("/")[0], whoami(self.hub)
-        if owner not in spaces:
-            cause = f"the token's user {spaces[0]} may not write to {owner}"
-            raise NotAuthorised(cause, f"use {spaces[0]}/…, or {LOGIN}")
+        login = whoami(self.hub)
+        if login.reads_only:
+            raise NotAuthorised(f"the token of {login.user} may only read, not write to {self.repo}", TOKENS)
+        if not self._is_request:  # who opened one may write to it, whoever's the repository is
+            self._require_rights(login)
         if self.revision != "main":
             self._require_branch()
-        if self.listing() is not None:
+
+    @property
+    def _is_request(self) -> bool:
+        return self.revision.startswith(REQUESTS)
+
+    def _require_rights(self, login: Login) -> None:
+        """Raise NotAuthorised where the user, or the token, may not write there."""
+        owner = self.repo.split("/")[0]
+        if owner not in login.names:
+            cause = f"the token's user {login.user} may not write to {owner}"
+            raise NotAuthorised(cause, f"use {login.user}/…, or {LOGIN}")
+        if not login.may_write(self.repo):
+            raise NotAuthorised(f"the token of {login.user} is not for writing to {self.repo}", TOKENS)
+        try:
             check_access(self.repo, hub=self.hub, write=True)
+        except UsageError:  # no such repository yet
+            if self.listing() is not None:
+                raise
 
     def _require_branch(self) -> None:
         """Raise UsageError for a tag, and for a pull request that is not there: a branch alone is made."""
@@ -105,16 +117,19 @@ class HubRepository(Destination):
         if self.revision in tags - branches:
             cause = f"revision {self.revision} is a tag of {self.repo}, and nothing can be added to it"
             raise UsageError(cause, f"name a branch, such as {first_few(sorted(branches), 3)}", field="revision")
-        if self.revision.startswith(REQUESTS) and self.revision not in requests:
+        if self._is_request and self.revision not in requests:
             cause = f"{self.repo} has no pull request {self.revision}"
             raise UsageError(cause, "open it on the Hub first, or name a branch", field="revision")
 
+    def _described(self) -> Repository | None:
+        """What the branch means, or `head`; None where there is no such branch, or repository, yet."""
+        with suppress(UsageError):
+            return describe(self.repo, self.head or self.revision, hub=self.hub)
+        return None
+
     def listing(self) -> Mapping[str, Stored] | None:
-        try:
-            described = describe(self.repo, self.head or self.revision, hub=self.hub)
-        except UsageError:
-            return None
-        files = [file for file in described.files if file.path != GIT_ATTRIBUTES]
+        described = self._described()
+        files = [file for file in described.files if is_part(file.path)] if described else []
         return {file.path: Stored("", file.size, file.etag) for file in files} or None
 
     def read(self, name: str) -> bytes:
@@ -165,15 +180,18 @@ class HubRepository(Destination):
         guard_answers(self.hub.endpoint)
         api: Any = HfApi(endpoint=self.hub.endpoint, token=self.hub.token, library_name="bigpipe")
         with hub_errors(self.hub.endpoint, self.repo, self.revision), exchanging(uploading(self.repo)):
-            api.create_repo(self.repo, private=self.private, exist_ok=True)
-            if self.revision != "main" and not self.revision.startswith(REQUESTS):
-                api.create_branch(self.repo, branch=self.revision, exist_ok=True)
+            if not self._is_request:
+                api.create_repo(self.repo, private=self.private, exist_ok=True)
             added = [CommitOperationAdd(name, staging / name) for name in sorted(stored)]
+            # A branch that is not there yet begins as main is now, and not before all files are sent
+            revision = self.revision if self._described() else "main"
+            api.preupload_lfs_files(self.repo, added, revision=revision, free_memory=False)
+            self._check_modes(added, stored)
+            if revision != self.revision:
+                api.create_branch(self.repo, branch=self.revision, exist_ok=True)
             stale = [
                 CommitOperationDelete(name, is_folder=False) for name in self.listing() or {} if name not in stored
             ]
-            api.preupload_lfs_files(self.repo, added, revision=self.revision, free_memory=False)
-            self._check_modes(added, stored)
             sent = api.create_commit(
                 self.repo, [*stale, *added], revision=self.revision, commit_message="Save with bigpipe",
                 parent_commit=self.head,

@@ -218,6 +218,9 @@ class Planning(Generic[P]):
     pin_asks: tuple[str, ...] = ()
     """What `pin` reads of the params: paths of fields, `revision`. What it gave once is used without asking, locked or
     offline, only where these say the same. Left out: all params."""
+    only: Callable[[P, ForecastContext], Sequence[str]] | None = None
+    """The names of what `run` takes where that may be less than the params ask for, as where nothing may be asked; else
+    none. They enter the key then: what is made of less is no answer to the same question."""
     present: Callable[[P, Path, CheckContext], bool] | None = None
     """Is the outside effect that this artifact records still there? A hit needs True."""
     reads: Callable[[P, ForecastContext], Sequence[str]] | None = None
@@ -336,6 +339,9 @@ class Stage(Generic[P]):
     """Distributions whose versions enter the key because the output's bytes depend on them."""
     secrets: tuple[str, ...] = ()
     """Environment variables with secrets that the kind itself needs."""
+    inherits: tuple[str, ...] = ()
+    """What the names of variables begin with that its workers inherit besides those of any child: `AWS_`, where what
+    they write to is signed in to by these."""
     asks: bool = False
     """It asks servers that are no Hub: its workers are given the passwords of proxies."""
     reproducible: bool = True

@@ -33,7 +33,8 @@ def worker_environment(stage: Stage[Any], surroundings: Surroundings, parent: Ma
     if refused:
         raise UsageError(f"env may not set {', '.join(refused)}", "it would load other code into the worker")
     speaks = sees_hub_token(stage, own)
-    environment = inherited(parent, passwords=speaks or stage.asks)  # who asks nobody needs no password of a proxy
+    # Who asks nobody needs no password of a proxy
+    environment = inherited(parent, passwords=speaks or stage.asks, besides=stage.inherits)
     environment |= {
         "GLIBC_TUNABLES": parent.get("GLIBC_TUNABLES", ALLOCATOR),
         **DEVICE_ORDER,

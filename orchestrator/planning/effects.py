@@ -11,7 +11,6 @@ from pathlib import Path
 
 from bigpipe.errors import UsageError
 from bigpipe.files import lies_in, real_folders
-from bigpipe.orchestrator.contract import ForecastContext
 from bigpipe.orchestrator.recipe import Node
 
 from .keys import content_paths
@@ -68,11 +67,7 @@ def _refuse(node: Node, written: Mapping[str, Sequence[str]], keep: Iterable[Kep
 
 def _written(session: Session, node: Node) -> Mapping[str, Sequence[str]]:
     writes = node.kind.planning.writes
-    return session.ask(node, writes, _context(session, node)) if writes else {}
-
-
-def _context(session: Session, node: Node) -> ForecastContext:
-    return ForecastContext(surroundings=session.surroundings(node), pins=session.known_pins(node).values)
+    return session.ask(node, writes, session.foreseeing(node)) if writes else {}
 
 
 def _kept(session: Session) -> Iterator[Kept]:
@@ -115,7 +110,7 @@ def _read(session: Session, node: Node) -> Iterator[Kept]:
     if node.launch.config_file is not None:
         yield from _files(what, [session.base / node.launch.config_file])
     if reads is not None:
-        yield from (Kept(what, place) for place in session.ask(node, reads, _context(session, node)))
+        yield from (Kept(what, place) for place in session.ask(node, reads, session.foreseeing(node)))
 
 
 def _files(what: str, files: list[Path]) -> Iterator[Kept]:

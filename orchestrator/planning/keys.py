@@ -107,11 +107,12 @@ def identity(
     machine: Machine,
     trust: Trust,
     pins: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
     ranks: int | None = None,
     recorded: Mapping[str, str] = MappingProxyType({}),
 ) -> Identity:
     """Return the identity of a node on this machine.
-    base: the manifest's directory. trust: what the manifest trusts. pins: what the kind's `pin` gave.
+    base: the manifest's directory. trust: what the manifest trusts. pins, only: what the kind's `pin` and `only` gave.
     ranks: how many will run, where it is not what the node's own `launch` says. recorded: versions of packages that it
     last ran with; they count where a package is not installed here.
     Raise UsageError where a file the params name is not there."""
@@ -128,14 +129,16 @@ def identity(
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) or recorded.get(name) or planned_version(name) for name in kind.packages},
-        facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, trust, ranks)},
+        facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, trust, ranks, only)},
     )
 
 
-def _facts_of(node: Node, base: Path, memo: StatMemo, trust: Trust, ranks: int | None) -> dict[str, Json]:
-    """What the contract itself asks a kind for: files that its content leads to, code that may run, and the number of
-    ranks."""
-    found: dict[str, Json] = {}
+def _facts_of(
+    node: Node, base: Path, memo: StatMemo, trust: Trust, ranks: int | None, only: Sequence[str]
+) -> dict[str, Json]:
+    """What the contract itself asks a kind for: files that its content leads to, code that may run, the number of
+    ranks, and what is taken where not all may be."""
+    found: dict[str, Json] = {"only": sorted(only)} if only else {}
     if node.kind.planning.leads_to is not None and (paths := node.kind.planning.leads_to(node.params, base)):
         found["files"] = digest_of("files", [memo.sha256(path) for path in paths])
     if node.kind.planning.heeds_code and trust.remote_code:

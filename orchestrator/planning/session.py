@@ -17,7 +17,16 @@ from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.git import Checkout
 from bigpipe.machine import detect
-from bigpipe.orchestrator.contract import CheckContext, Json, LogLine, Machine, Pinned, Reporter, Surroundings
+from bigpipe.orchestrator.contract import (
+    CheckContext,
+    ForecastContext,
+    Json,
+    LogLine,
+    Machine,
+    Pinned,
+    Reporter,
+    Surroundings,
+)
 from bigpipe.orchestrator.launch import visible_secrets
 from bigpipe.orchestrator.recipe import Node, Recipe, Shared, load_recipe
 from bigpipe.orchestrator.store import KeyRecord, StatMemo, Store, default_root, digest_of
@@ -209,6 +218,13 @@ class Session:
             recipe_name=self.recipe.name, node=node.name,
         )  # fmt: skip
 
+    def foreseeing(self, node: Node) -> ForecastContext:
+        """Return the context of what is asked with the pins that are known so far."""
+        return ForecastContext(
+            surroundings=self.surroundings(node), known=self.locked_answers.get(node.name, {}),
+            pins=self.known_pins(node).values,
+        )  # fmt: skip
+
     def room(self, jobs: int) -> dict[str, int]:
         """Return what all running nodes together may hold here, see `states.States`. A cluster keeps account of what it
         has: there all start at once. Where there is no GPU, nobody waits for one."""
@@ -302,6 +318,14 @@ class Session:
             name: version for name, version in (last.identity if last else {}).get("packages", {}).items() if version
         }
 
+    def _only(self, node: Node) -> Sequence[str]:
+        """What a node takes where that may be less than it asks for."""
+        if (only := node.kind.planning.only) is None:
+            return ()
+        self.pinned(node)
+        found: Sequence[str] = self.ask(node, only, self.foreseeing(node))
+        return found
+
     def identity(self, node: Node) -> Identity:
         """Return what the node computes, apart from its inputs. Raise UsageError with the place of a missing file."""
         if node.name not in self._identities:
@@ -313,7 +337,8 @@ class Session:
         try:
             return identity(
                 node, base=self.base, memo=self.memo, machine=self.machine_of(node), trust=self.recipe.trust,
-                pins=self.pinned(node).values, ranks=self._ranks(node), recorded=self._recorded(node),
+                pins=self.pinned(node).values, only=self._only(node), ranks=self._ranks(node),
+                recorded=self._recorded(node),
             )  # fmt: skip
         except BigpipeError as error:
             error.place, error.node = error.place or node.places.of(error.field), node.name

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 T = TypeVar("T")
-CREDENTIAL = re.compile(r"(?:AWS|FSSPEC|AZURE|GOOGLE|GCS|S3)_\w*(?:SECRET|TOKEN|PASSWORD|KEY)\w*")
-"""Variables that hold what the packages of fsspec sign with."""
 POLL = 0.2
 """Seconds between two looks whether who waits was interrupted."""
 PATIENCE = 30.0
@@ -318,7 +315,7 @@ def open_remote(address: str, base: Path, root: Path, environment: Mapping[str, 
     """Return the remote store at an address, or a path that begins at `base`; nothing is asked yet. root: of the store
     that uses it. Credentials in the address, or for it in `environment`, are concealed from now on. Raise UsageError
     for an address that is none, or a directory of the store itself."""
-    conceal_environment({**environment, "": address}, filter(CREDENTIAL.fullmatch, environment))
+    conceal_environment({**environment, "": address})
     if only_a_shell_reads(address, home=False):
         cause = f"{address[:200]} would be a name with a dollar sign in it: no shell reads it"
         raise UsageError(cause, "write it out, or set BIGPIPE_REMOTE where it differs")

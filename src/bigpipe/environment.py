@@ -24,16 +24,18 @@ PREFIXES = (
 PLACES = frozenset({
     "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE",
     "HF_DATASETS_CACHE", "HF_TOKEN_PATH", "TRANSFORMERS_CACHE", "TORCH_HOME", "XDG_CACHE_HOME", "TMPDIR", "TEMP", "TMP",
-    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_CA_BUNDLE", "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "GOOGLE_APPLICATION_CREDENTIALS",
 })  # fmt: skip
 """Files and folders."""
 KEPT_OUT = frozenset({"CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"})
 """In spite of their prefix: they load other code, or let a file of weights do so."""
 
 
-def inherited(parent: Mapping[str, str], *, passwords: bool = False) -> dict[str, str]:
-    """Return the variables that a child may see. passwords: also those in addresses, such as a proxy's."""
-    allowed = {name: value for name, value in parent.items() if _allowed(name)}
+def inherited(parent: Mapping[str, str], *, passwords: bool = False, besides: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the variables that a child may see. passwords: also those in addresses, such as a proxy's. besides: what
+    the names of further ones begin with."""
+    allowed = {name: value for name, value in parent.items() if _allowed(name) or name.startswith(besides)}
     allowed |= absolute_places(allowed, Path.cwd())
     if passwords:
         return allowed

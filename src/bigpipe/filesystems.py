@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import BigpipeError, UsageError
+from .errors import BigpipeError, NotAuthorised, Transient, UsageError
+
+AWAY = frozenset({
+    "ConnectionError", "TimeoutError", "gaierror", "HTTPClientError", "ClientConnectionError", "ServiceRequestError",
+    "ServiceResponseError", "TransportError",
+})  # fmt: skip
+"""Classes, by name, of what cannot be reached: Python's, botocore's, aiohttp's, azure's, google.auth's."""
+REFUSED = frozenset({
+    "PermissionError", "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError",
+    "ClientAuthenticationError", "DefaultCredentialsError", "RefreshError",
+})  # fmt: skip
+BUSY = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def open_address(address: str, *, field: str = "", **options: Any) -> tuple[Any, str]:
@@ -52,12 +63,42 @@ def protocols(system: Any) -> frozenset[str]:
 
 @contextmanager
 def foreign_errors(address: str, kind: type[BigpipeError]) -> Iterator[None]:
-    """Raise as `kind` whatever a file system's library raises: each has classes of its own, and none is a bug of ours.
-    A BigpipeError stays as it is."""
+    """Raise what a file system's library raises, each with classes of its own: as Transient where the service is away
+    or busy now, as NotAuthorised where it lets nobody in, else as `kind`. A BigpipeError stays as it is."""
     try:
         yield
     except BigpipeError:
         raise
     except Exception as error:
-        cause = f"{address}: {type(error).__name__}: {error}"
-        raise kind(cause, "check the address and the credentials that its fsspec package reads") from error
+        raise _told(f"{address}: {type(error).__name__}: {error}", list(_chain(error)), kind) from error
+
+
+def _told(cause: str, chain: Sequence[BaseException], kind: type[BigpipeError]) -> BigpipeError:
+    names = {base.__name__ for error in chain for base in type(error).__mro__}
+    statuses = set(map(_status, chain))
+    if names & REFUSED or statuses & {401, 403}:
+        return NotAuthorised(cause, "check the credentials that its fsspec package reads")
+    if names & AWAY or statuses & BUSY:
+        return Transient(cause, "run again later; check the network, and where the service is")
+    return kind(cause, "check the address")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it, nearest first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status that an error is about, where its package tells it: botocore, gcsfs, azure; 0 where none does."""
+    response = getattr(error, "response", None)
+    answered = response.get("ResponseMetadata") if isinstance(response, Mapping) else None
+    told = answered.get("HTTPStatusCode") if isinstance(answered, Mapping) else None
+    for status in (told, getattr(error, "status_code", None), getattr(error, "code", None)):
+        if str(status).isdecimal():
+            return int(str(status))
+    return 0

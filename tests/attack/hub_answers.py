@@ -123,8 +123,6 @@ BAD_NAMES = {
     "C1": "a\x9b2J.json",
     "right to left": "a\u202e.json",
     "a line separator": "a\u2028.json",
-    "zero width": "a\u200b.json",
-    "a BOM": "\ufeffa.json",
     "half a pair": "a\ud800.json",
     "a long part": "a" * 260 + ".json",
     "long in bytes": "ä" * 130 + ".json",
@@ -176,6 +174,11 @@ ODD_NAMES = {
     "case": "Config.json",
     "cases": "TOKENIZER.JSON",
     "look-alikes": "сonfig.json",
+    "of a screenshot": "at 3.45\u202fPM.json",
+    "a space that holds": "a\u00a0b.json",
+    "zero width": "a\u200b.json",
+    "a BOM": "\ufeffa.json",
+    "joined pictures": "\U0001f469\u200d\U0001f4bb.json",
     "hidden": ".env",
     "code": "modeling.py",
     "a shell": "run.sh",
@@ -296,7 +299,8 @@ def listings() -> Iterator[Case]:
             f"name: {name}", listing=more(extra), include=("*",), refused=True, ends=INVALID * isinstance(value, str)
         )
     for name, value in ODD_NAMES.items():
-        yield Case(f"odd name: {name}", files={value: name.encode()}, include=("*",), refused=False)
+        globs = ("*", ".*") if value.startswith(".") else ("*",)
+        yield Case(f"odd name: {name}", files={value: name.encode()}, include=globs, refused=False)
     extra = sibling("config.json", b"other")
     yield Case("name: twice", listing=more(sibling("config.json", FILES["config.json"])), refused=True)
     yield Case("name: twice, with other bytes", listing=more(extra), refused=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.enemy import TOKEN, Asked, Change, Enemy, Said, Script, drip, silence
-from support.under_attack import Victims
+from support.under_attack import Victims, moves
 
 from attack.hub_answers import FILES, WEIGHTS, Case, cases
 from attack.hub_uploads import uploads
@@ -146,7 +146,7 @@ class Scene:
         elif not outcome["cause"] or not outcome["cure"]:
             yield f"no cause or no cure: {outcome['cause']!r} {outcome['cure']!r}"
         text = outcome.get("cause", "") + outcome.get("cure", "") + outcome.get("said", "")
-        if any(not sign.isprintable() and sign != "\n" for sign in text):
+        if any(moves(sign) and sign != "\n" for sign in text):
             yield f"signs that move a terminal: {text!r}"
         if len(text) > 20_000:
             yield f"says {len(text)} characters"
@@ -174,7 +174,7 @@ class Scene:
             yield f"files beside the cache: {strangers}"
         if strangers := {path.name for path in self.root.iterdir() if not path.name.isdigit()} - {"canary", "victims"}:
             yield f"files elsewhere: {strangers}"
-        if odd := [path.name for path in home.rglob("*") if not path.name.isprintable()]:
+        if odd := [path.name for path in home.rglob("*") if any(map(moves, path.name))]:
             yield f"names that move a terminal: {odd}"
         for path in (home / "memo").rglob("*"):
             if path.is_file() and b"\x1b" in path.read_bytes():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.enemy import TOKEN, Enemy
+from support.under_attack import moves
 
 from attack.hub_answers import FILES, Case, cases
 
@@ -76,7 +77,7 @@ def play(enemy: Enemy, home: Path, case: Case) -> list[str]:
         code, said = command(home, enemy.url, *arguments)
         if code not in ENDS or "Traceback" in said:
             faults.append(f"{arguments[0]}: exit {code} after {time.monotonic() - begun:.0f} s: {said[-1500:]}")
-        if any(not sign.isprintable() and sign not in "\n\t" for sign in said):
+        if any(moves(sign) and sign not in "\n\t" for sign in said):
             faults.append(f"{arguments[0]}: moves the terminal: {said!r}")
         if arguments[0] == "run":
             json.loads(next(line for line in said.splitlines() if line.startswith('{"schema"')))

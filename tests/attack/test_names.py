@@ -92,7 +92,7 @@ ODDLY_NAMED = """\
 version: 1
 name: odd
 stages:
-  download: {uses: download, with: {path: model, include: ["*"]}}
+  download: {uses: download, with: {path: model, include: ["*", ".*"]}}
   shard: {uses: shard, inputs: download, with: {max_shard_size: 1MB}}
   save: {uses: save, inputs: shard, with: {to: saved}}
 """

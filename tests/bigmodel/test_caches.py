@@ -13,7 +13,8 @@ from support.hub import LoopbackHub
 from support.hub_answers import as_json
 
 from bigpipe.bigmodel.hub import Choice, HubSource, Watch
-from bigpipe.bigmodel.hub.repository import Hub, check_access, describe, resolve_commit
+from bigpipe.bigmodel.hub.access import check_access
+from bigpipe.bigmodel.hub.repository import Hub, describe, resolve_commit
 from bigpipe.errors import BigpipeError, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
 from bigpipe.files import hash_file
 

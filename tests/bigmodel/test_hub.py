@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from support.hub import LoopbackHub
 
+from bigpipe.bigmodel.hub.access import check_access
 from bigpipe.bigmodel.hub.repository import (
     Hub,
+    address_of,
     cached_commit,
-    check_access,
     check_name,
     describe,
     read_range,
@@ -79,6 +80,17 @@ def test_the_listing_has_sizes_and_digests_and_is_kept_for_a_commit(
     assert len(server.log) == asked
     away = replace(hub, offline=True)
     assert describe("org/model", described.commit, hub=away) == described
+
+
+def test_a_renamed_repository_has_one_address_by_both_names(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+    hub = replace(hub, memo=tmp_path / "memo")
+    server.repositories["org/old"] = server.repositories["org/model"]
+    commit = describe("org/old", hub=hub).commit
+    asked = len(server.log)
+    assert address_of("org/old", "main", commit, hub=hub) == "hf://org/model@main"
+    assert len(server.log) == asked, "it is kept with the listing"
+    assert address_of("Org/Model", "main", hub=hub) == "hf://org/model@main"
+    assert address_of("org/Away", "main", hub=replace(hub, offline=True)) == "hf://org/away@main"
 
 
 def test_ranges_are_read_without_the_rest_and_the_token_stays_on_the_hub(server: LoopbackHub, tmp_path: Path) -> None:
@@ -207,7 +219,21 @@ def test_an_answer_that_never_comes(server: LoopbackHub, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil", "/etc/passwd", "a/../../b", "C:/x", "a\\b", "a//b", "./a", "line\nbreak", "..", "a/"]
+    "name",
+    [
+        "../evil",
+        "/etc/passwd",
+        "a/../../b",
+        "C:/x",
+        "a\\b",
+        "a//b",
+        "./a",
+        "line\nbreak",
+        "..",
+        "a/",
+        "a\x1b[2J",
+        "a\u202eb",
+    ],
 )
 def test_names_that_lead_out_are_refused(name: str) -> None:
     with pytest.raises(InvalidCheckpoint, match="could lead out"):
@@ -221,7 +247,16 @@ def test_such_a_name_in_a_listing_is_refused(server: LoopbackHub, hub: Hub) -> N
 
 
 def test_plain_names_pass() -> None:
-    for name in ("config.json", "unet/model.safetensors", ".gitattributes", "1_Pooling/config.json", "a b.txt"):
+    for name in (
+        "config.json",
+        "unet/model.safetensors",
+        ".gitattributes",
+        "1_Pooling/config.json",
+        "a b.txt",
+        "assets/at 3.45.12\u202fPM.png",
+        "a\u00a0b\u200b.txt",
+        "\U0001f469\u200d\U0001f4bb.md",
+    ):
         check_name("org/model", name)
 
 

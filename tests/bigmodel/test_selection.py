@@ -73,6 +73,41 @@ def test_include_replaces_the_choice_and_exclude_takes_away() -> None:
     assert "merges.txt" not in Choice(exclude=["*.txt"]).among(OPT_13B)
 
 
+DUAL = [
+    "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin",
+    "pytorch_model.bin.index.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "exclude", "taken"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["*.safetensors"], ["pytorch_model.bin"]),
+        (DUAL, ["*.safetensors"], ["config.json", *DUAL[4:]]),
+        (DUAL, ["*.safetensors*"], ["config.json", *DUAL[4:]]),
+        (["model.fp16.safetensors", "model.safetensors"], ["model.safetensors"], ["model.fp16.safetensors"]),
+        (["a.safetensors", "b.safetensors", "config.json"], ["b.safetensors"], ["a.safetensors", "config.json"]),
+        (["adapter_config.json", "adapter_model.bin", "model.bin"], ["adapter*"], ["model.bin"]),
+    ],
+)
+def test_what_is_left_out_is_not_chosen(names: list[str], exclude: list[str], taken: list[str]) -> None:
+    assert Choice(exclude=exclude).among(names) == taken
+
+
+def test_of_two_models_the_cure_is_to_leave_one_out() -> None:
+    with pytest.raises(InvalidCheckpoint, match="which of a") as caught:
+        Choice().among(["a.safetensors", "b.safetensors"])
+    assert "exclude: [b.safetensors]" in caught.value.cure
+
+
+def test_what_git_and_the_client_keep_is_no_part_unless_it_is_named() -> None:
+    kept = [".gitattributes", ".git/objects/ab/cd", ".cache/huggingface/x.metadata", "sub/.cache/x", ".github/a.yml"]
+    names = [*kept, ".hidden.json", "config.json", "sub/.gitignore"]
+    assert Choice(include=["*"]).among(names) == [".hidden.json", "config.json", "sub/.gitignore"]
+    assert Choice(include=[".git*", "*.json"]).among(names)[:2] == [".git/objects/ab/cd", ".gitattributes"]
+
+
 def test_a_glob_without_a_match_says_what_is_there() -> None:
     with pytest.raises(UsageError, match=r"'\*\.safetensor' matches none of 17") as caught:
         Choice(include=["*.safetensor"]).among(OPT_13B)

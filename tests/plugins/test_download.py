@@ -19,6 +19,8 @@ from support.hub import LoopbackHub
 
 from bigpipe.bigmodel.architecture import class_source
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.hub import Choice, Hub
+from bigpipe.bigmodel.hub.bringing import HubSource, Watch
 from bigpipe.errors import DoesNotFit, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
 from bigpipe.orchestrator.planning.keys import content_params
 from bigpipe.orchestrator.stage import StageResult, Trust
@@ -171,6 +173,28 @@ def test_offline_the_cache_is_enough(server: LoopbackHub, environment: dict[str,
     result = download(tmp_path / "elsewhere", environment, given, offline=True)
     assert sorted(result.files) == TAKEN
     assert len(server.log) == asked
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_offline_a_plan_and_a_run_say_what_the_cache_does_not_have(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path, listed: bool
+) -> None:
+    two = Choice(include=("config.json", "model.safetensors"))
+    HubSource("org/model", "main", two, Hub.from_environment(environment)).bring(tmp_path / "elsewhere", Watch())
+    given = params(repo="org/model", revision=server.repositories["org/model"].branches["main"])
+    context = forecast_context(tmp_path, environment=environment)
+    assert STAGE.planning.only(given, context) == []
+    if listed:
+        STAGE.forecast(given, context)
+    context = forecast_context(tmp_path, environment=environment, offline=True)
+    told = "README.md, tokenizer.json" if listed else "whatever the Hub cache does not have"
+    told = f"left out: {told} of org/model: asking the Hub is switched off"
+    assert STAGE.forecast(given, context).unknown == (told,)
+    assert STAGE.planning.only(given, context) == ["config.json", "model.safetensors"]
+    recorder = Recorder()
+    result = STAGE.run(given, stage_context(tmp_path, environment=environment, offline=True, reporter=recorder))
+    assert sorted(result.files) == ["config.json", "model.safetensors"]
+    assert told in recorder.lines
 
 
 def test_a_gate_is_found_by_the_plan(server: LoopbackHub, environment: dict[str, str], tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 from support.hub import LoopbackHub
 from support.hub_state import files_of
-from support.workshop import Workshop
+from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.hub import Choice, Hub
+from bigpipe.bigmodel.hub.bringing import HubSource, Watch
 from bigpipe.bigmodel.writing import save_checkpoint
 
 CANARY = "hf_canaryCANARYcanaryCANARYcanary"
@@ -119,6 +121,28 @@ def test_bin_shards_of_an_untrusted_repository(
     assert saved.format == "safetensors"
     for name in TENSORS:
         assert saved.read(name) == TENSORS[name].tobytes()
+
+
+@pytest.mark.parametrize("revision", ["main", "commit"])
+def test_what_a_cache_does_not_have_comes_once_the_hub_may_be_asked(
+    server: LoopbackHub, shop: Workshop, tmp_path: Path, revision: str
+) -> None:
+    """Whoever filled the cache took two files: what is made of these is not taken for what is made of all."""
+    hub = Hub.from_environment(server.environment(tmp_path / "hf"))
+    two = Choice(include=("config.json", "model.safetensors"))
+    HubSource("org/model", "main", two, hub).bring(tmp_path / "elsewhere", Watch())
+    commit = server.repositories["org/model"].branches["main"]
+    (hub.folder("org/model") / "refs").mkdir()
+    (hub.folder("org/model") / "refs" / "main").write_text(commit)
+    pinned = commit if revision == "commit" else revision
+    text = f"stages: {{download: {{uses: download, with: {{repo: org/model, revision: {pinned}}}}}}}\n"
+    away = shop.run(f"version: 1\nname: away\n{text}", offline=True)
+    assert away.nodes["download"].record.metrics["files"] == 2
+    assert set(statuses(shop.run(offline=True)).values()) == {"cached"}
+    near = shop.run()
+    assert statuses(near) == {"download": "succeeded"}
+    assert near.nodes["download"].record.metrics["files"] == 3
+    assert set(statuses(shop.run(offline=True)).values()) == {"cached"}, "by now all is there"
 
 
 @pytest.mark.parametrize(

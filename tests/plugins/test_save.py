@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,14 +17,18 @@ import fsspec
 import huggingface_hub
 import pytest
 import yaml
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import ValidationError
+from s3fs import S3FileSystem
 from support.contexts import Lineage, check_context, forecast_context, inputs, stage_context
 from support.hub import LoopbackHub
 from support.models import make_checkpoint
+from support.sharing import BUCKET, S3, s3_server
 from support.workshop import Workshop, statuses
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.origin import check_directory
 from bigpipe.bigmodel.publishing import (
     Contents,
     Directory,
@@ -35,10 +40,11 @@ from bigpipe.bigmodel.publishing import (
     read_provenance,
 )
 from bigpipe.bigmodel.publishing.card import card_of, front_matter
-from bigpipe.bigmodel.publishing.destinations import FileSystem
+from bigpipe.bigmodel.publishing.destinations import FileSystem, Receipt, Stored, is_present
 from bigpipe.bigmodel.publishing.publication import inspect
 from bigpipe.bigmodel.writing import save_checkpoint
-from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, UsageError
+from bigpipe.environment import inherited
+from bigpipe.errors import InvalidCheckpoint, NotAuthorised, Offline, StageFailed, Transient, UsageError
 from bigpipe.orchestrator.stage import Forecast, StageResult
 from bigpipe.plugins.save import STAGE, SaveMetrics, SaveParams
 
@@ -68,6 +74,7 @@ def artifact(store: Path, files: dict[str, bytes]) -> Path:
         if not kept.exists():
             kept.write_bytes(content)
             kept.chmod(0o444)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(kept)
     return folder
 
@@ -367,6 +374,20 @@ def test_what_others_wrote_or_changed_is_not_replaced_unless_asked(tmp_path: Pat
         check(tmp_path, params("dist"))
 
 
+def test_weights_that_somebody_trained_in_place_are_not_replaced(tmp_path: Path) -> None:
+    """A plan does not read large files, so the run does before it replaces them."""
+    large = {**MODEL, "model.safetensors": bytes(10_000_001)}
+    model = inputs(model=artifact(tmp_path / "store", large))
+    save(tmp_path, params("dist"), inputs=model)
+    weights = tmp_path / "base" / "dist" / "model.safetensors"
+    save(tmp_path, params("dist"), inputs=model)
+    with weights.open("r+b") as file:
+        file.write(b"theirs")
+    with pytest.raises(UsageError, match=r"was changed since it was saved: model\.safetensors"):
+        save(tmp_path, params("dist"), inputs=model)
+    assert weights.read_bytes()[:6] == b"theirs"
+
+
 def test_a_link_that_somebody_put_there_is_a_change(tmp_path: Path) -> None:
     save(tmp_path, params("dist"))
     for name, target in (("logs", tmp_path), ("gone", tmp_path / "nothing")):
@@ -508,8 +529,23 @@ def bucket() -> type[MemoryFileSystem]:
     return Bucket
 
 
-def test_an_fsspec_url(tmp_path: Path, bucket: type[MemoryFileSystem]) -> None:
-    url = f"bucket://{uuid.uuid4().hex}/model"
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch.setenv) as server:
+        S3FileSystem.clear_instance_cache()  # of a server that another module had
+        yield server
+
+
+@pytest.fixture(params=["bucket", "s3"])
+def service(request: pytest.FixtureRequest) -> tuple[type[AbstractFileSystem], str]:
+    """A file system, and an address on it where nothing is yet."""
+    found = request.getfixturevalue(request.param)
+    name = uuid.uuid4().hex
+    return (S3FileSystem, f"{found.address}/{name}") if request.param == "s3" else (found, f"bucket://{name}/model")
+
+
+def test_an_fsspec_url(tmp_path: Path, service: tuple[type[AbstractFileSystem], str]) -> None:
+    url = service[1]
     given = params(url)
     check(tmp_path, given)
     found = metrics(save(tmp_path, given))
@@ -527,6 +563,87 @@ def test_an_fsspec_url(tmp_path: Path, bucket: type[MemoryFileSystem]) -> None:
     save(tmp_path, params(url, overwrite=True))
     assert not system.exists(f"{root}/stale-shard.safetensors")
     assert present(tmp_path, given)
+    assert not [path for path in system.find(root) if ".bigpipe-" in path]
+
+
+def test_a_run_signs_in_to_a_bucket_as_its_plan_does(workshop: Workshop, s3: S3) -> None:
+    """By variables of this process: a key and its secret, the region, where the service is."""
+    make_checkpoint(workshop.folder / "model")
+    url = f"{s3.address}/{uuid.uuid4().hex}"
+    text = SAVING.replace("to: dist", "to: '{url}'").format(overwrite="false", url=url)
+    ran = workshop.run(text)
+    assert statuses(ran)["save"] == "succeeded", ran.nodes["save"]
+    assert any(name.endswith("model.safetensors") for name in s3.objects(url))
+    assert set(statuses(workshop.run()).values()) == {"cached"}
+
+
+@pytest.mark.parametrize(
+    ("to", "seen"),
+    [
+        ("s3://bucket/model", {"AWS_PROFILE", "FSSPEC_CONFIG_DIR"}),
+        ("simplecache::gs://bucket/model", {"GOOGLE_APPLICATION_CREDENTIALS", "FSSPEC_CONFIG_DIR"}),
+        ("abfs://bucket/model", {"AZURE_STORAGE_KEY", "FSSPEC_CONFIG_DIR"}),
+        ("hf://ada/model", set()),
+        ("dist", set()),
+    ],
+)
+def test_what_a_package_signs_in_by_reaches_what_writes_there_alone(to: str, seen: set[str]) -> None:
+    told = ("AWS_PROFILE", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_KEY", "FSSPEC_CONFIG_DIR")
+    stage = STAGE.with_params(params(to))
+    assert {name for name in inherited(dict.fromkeys(told, "/x"), besides=stage.inherits) if name in told} == seen
+
+
+class Said(Exception):
+    """As botocore says what a service answered."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("SlowDown")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("no route"), Transient),
+        (TimeoutError("read timeout"), Transient),
+        (type("EndpointConnectionError", (type("HTTPClientError", (Exception,), {}),), {})(), Transient),
+        (Said(503), Transient),
+        (Said(429), Transient),
+        (Said(416), StageFailed),
+        (PermissionError("AccessDenied"), NotAuthorised),
+        (type("NoCredentialsError", (Exception,), {})(), NotAuthorised),
+        (Said(403), NotAuthorised),
+        (ValueError("a bug of theirs"), StageFailed),
+    ],
+)
+def test_a_service_that_is_away_or_busy_is_asked_again(tmp_path: Path, error: Exception, kind: type[Exception]) -> None:
+    class Away(MemoryFileSystem):  # type: ignore[misc]
+        def find(self, *_: Any, **__: Any) -> None:
+            raise OSError("as the package translates it") from error
+
+    away = FileSystem("bucket://a", Away(), "/a")
+    contents = Contents(results=artifact(tmp_path / "store", RESULTS))
+    with pytest.raises((kind, UsageError)) as caught:
+        publish(contents, away, Provenance(), scratch=tmp_path)
+    assert type(caught.value) is (UsageError if kind is StageFailed else kind)
+    assert is_present(away, Receipt("bucket://a", {"a": Stored("", 1, "m")})) == (kind is Transient)
+
+
+def test_a_folder_that_somebody_made_in_a_bucket_is_no_file(tmp_path: Path, s3: S3) -> None:
+    """The console of S3 makes an object whose name ends in a slash."""
+    url, client = f"{s3.address}/{uuid.uuid4().hex}", s3.client()
+
+    def mark(name: str) -> None:
+        client.put_object(Bucket=BUCKET, Key=f"{url}/{name}".removeprefix(f"s3://{BUCKET}/"))
+
+    mark("")
+    check(tmp_path, params(url))
+    save(tmp_path, params(url))
+    mark("")
+    mark("results/")
+    assert present(tmp_path, params(url))
+    check(tmp_path, params(url))
+    save(tmp_path, params(url))
 
 
 @pytest.mark.parametrize(
@@ -587,6 +704,25 @@ def test_the_hub_gets_a_private_repository_with_one_commit_and_gives_it_back(
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_what_git_and_the_client_keep_in_a_folder_is_not_saved(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A clone, or what `hf download --local-dir` brought: taken whole, as by `include: ['*']`."""
+    kept = {".gitattributes": b"mine", ".git/config": b"", ".cache/huggingface/x.metadata": b"", "sub/.cache/x": b""}
+    model = inputs(model=artifact(tmp_path / "store", {**MODEL, **kept}))
+    for given in (params("hf://ada/model"), params("dist")):
+        save(tmp_path, given, environment, inputs=model)
+        assert present(tmp_path, given, environment)
+        check(tmp_path, given, environment)
+    repository = server.repositories["ada/model"]
+    on_hub = repository.commits[repository.branches["main"]]
+    assert on_hub.keys() == {".gitattributes", "provenance.json", *MODEL}
+    assert on_hub[".gitattributes"].content != b"mine"
+    assert tree(tmp_path / "base" / "dist").keys() == {"provenance.json", *MODEL}
+    assert not check_directory(tmp_path / "base" / "dist").findings
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 def test_the_hub_is_looked_at_again_and_stale_shards_go(
     server: LoopbackHub, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -617,6 +753,47 @@ def test_the_plan_asks_whether_the_token_may_write(
     server.create("ada/theirs", {"model.bin": b"by hand"})
     with pytest.raises(UsageError, match="bigpipe did not write"):
         check(tmp_path, params("hf://ada/theirs"), environment)
+
+
+def fine_grained(name: str, *permissions: str) -> dict[str, Any]:
+    scopes = [{"entity": {"type": "user", "name": name}, "permissions": ["repo.content.read", *permissions]}]
+    return {"role": "fineGrained", "fineGrained": {"global": [], "scoped": scopes}}
+
+
+@pytest.mark.parametrize(
+    ("role", "refused"),
+    [
+        ({"role": "read"}, "the token of ada may only read"),
+        (fine_grained("ada"), "the token of ada is not for writing to ada/new"),
+        (fine_grained("bob", "repo.write"), "not for writing"),
+        (fine_grained("ada", "repo.write"), ""),
+        (fine_grained("Ada/New", "repo.write"), ""),
+        ({"role": "fineGrained", "fineGrained": "x"}, ""),
+        ({"role": 5, "fineGrained": {"scoped": [5]}}, ""),
+    ],
+)
+def test_the_plan_knows_what_the_token_is_for(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path, role: dict[str, Any], refused: str
+) -> None:
+    server.roles["secret-token"] = role
+    with pytest.raises(NotAuthorised, match=refused) if refused else nullcontext():
+        check(tmp_path, params("hf://ada/new"), environment)
+
+
+@pytest.mark.parametrize("given", [{}, {"revision": "int8"}])
+@pytest.mark.parametrize("files", [{}, {"config.json": b"{}"}])
+def test_the_plan_asks_whether_a_repository_that_is_there_may_be_written(
+    server: LoopbackHub,
+    environment: dict[str, str],
+    tmp_path: Path,
+    files: dict[str, bytes],
+    given: dict[str, Any],
+) -> None:
+    """Also one that is empty, or has no such branch."""
+    server.create("ada/model", {".gitattributes": b"", **files})
+    server.fail("status", "/auth-check/write", status=403)
+    with pytest.raises(NotAuthorised, match="403"):
+        check(tmp_path, params("hf://ada/model", overwrite=True, **given), environment)
 
 
 def test_nothing_is_asked_of_a_bucket_where_that_is_switched_off(
@@ -755,11 +932,12 @@ def test_of_two_nodes_that_depend_on_conditions_one_writes(workshop: Workshop) -
 
 @pytest.mark.parametrize("breaks", ["open", "cp_file"])
 def test_a_transfer_file_by_file_that_broke_off_is_repeated(
-    tmp_path: Path, bucket: type[MemoryFileSystem], breaks: str
+    tmp_path: Path, service: tuple[type[AbstractFileSystem], str], breaks: str
 ) -> None:
     """While it writes, the old version stays; while that is replaced, what is there is nobody else's work."""
+    system, address = service
 
-    class Breaking(bucket):  # type: ignore[valid-type, misc]
+    class Breaking(system):  # type: ignore[valid-type, misc]
         left = 3
         cachable = False
 
@@ -776,12 +954,11 @@ def test_a_transfer_file_by_file_that_broke_off_is_repeated(
             if self.left < 0:
                 raise ConnectionError("the service hung up")
 
-    root = f"/{uuid.uuid4().hex}/model"
-    given = params(f"bucket:/{root}")
+    given, root = params(address), system._strip_protocol(address)
     save(tmp_path, given)
     model = artifact(tmp_path / "store", {**MODEL, "config.json": b'{"model_type": "gpt"}'})
     provenance = Provenance(recipe="tiny-int8", node="test")
-    with pytest.raises(StageFailed, match="the service hung up"):
+    with pytest.raises(Transient, match="the service hung up"):
         publish(Contents(model=model), FileSystem(given.to, Breaking(), root), provenance, scratch=tmp_path)
     assert present(tmp_path, given) == (breaks == "open")
     check(tmp_path, given)
@@ -796,7 +973,8 @@ def test_a_repository_is_not_written_over_what_is_downloaded_of_it(
 ) -> None:
     checkpoint = make_checkpoint(workshop.folder / "model")
     commit = server.create("ada/model", {path.name: path.read_bytes() for path in checkpoint.iterdir()})
-    server.create("ada/renamed", {})
+    repository = server.repositories["ada/old"] = server.repositories["ada/model"]
+    repository.branches["int8"] = repository.branches["nf4"] = commit
     text = """\
 version: 1
 name: onto
@@ -805,8 +983,9 @@ stages:
   save: {{uses: save, inputs: download, with: {{to: 'hf://{to}', revision: {revision}, overwrite: true}}}}
 """
     for source, to, revision, code in (
-        ("main", "ada/model", "main", 2), ("main", "Ada/Model", "main", 2), (commit, "ada/model", "main", 2),
-        ("main", "ada/model", "int8", 0), ("main", "ada/other", "main", 0),
+        ("main", "ada/model", "main", 2), ("main", "Ada/Model", "main", 2), ("main", "ada/old", "main", 2),
+        (commit, "ada/model", "main", 0), ("main", "ada/model", "int8", 0), ("main", "ada/model", "new", 0),
+        ("main", "ada/other", "main", 0),
     ):  # fmt: skip
         workshop.manifest.write_text(text.format(source=source, to=to, revision=revision))
         plan = workshop.command("plan", "recipe.yaml", **environment)
@@ -885,3 +1064,34 @@ def test_a_pull_request_takes_a_model_and_a_tag_does_not(
     assert repository.branches == {"main": head, "refs/pr/1": found.commit}
     assert present(tmp_path, given, environment)
     check(tmp_path, params("hf://ada/model", revision="new", overwrite=True), environment)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pull_request_to_the_repository_of_others_takes_a_model(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    head = server.create("org/model", {"README.md": b"of the first\n"})
+    server.repositories["org/model"].branches["refs/pr/1"] = head
+    server.repositories["org/model"].authors["refs/pr/1"] = "ada"
+    given = params("hf://org/model", revision="refs/pr/1", overwrite=True)
+    check(tmp_path, given, environment)
+    found = metrics(save(tmp_path, given, environment))
+    assert server.repositories["org/model"].branches == {"main": head, "refs/pr/1": found.commit}
+    with pytest.raises(NotAuthorised):
+        check(tmp_path, params("hf://org/model", overwrite=True), environment)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_branch_is_made_when_all_files_are_sent(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    server.create("ada/model", {"stale.txt": b"of main"})
+    given = params("hf://ada/model", revision="int8")
+    server.fail("status", "/preupload/", status=403)
+    with pytest.raises(NotAuthorised):
+        save(tmp_path, given, environment)
+    repository = server.repositories["ada/model"]
+    assert list(repository.branches) == ["main"]
+    check(tmp_path, given, environment)
+    save(tmp_path, given, environment)
+    assert "stale.txt" not in repository.commits[repository.branches["int8"]]

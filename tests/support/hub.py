@@ -38,6 +38,8 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.users: dict[str, str] = {}
         """token → user"""
+        self.roles: dict[str, Mapping[str, Any]] = {}
+        """token → what is told of what it is for; else it may write."""
         self.objects: dict[str, Blob] = {}
         """LFS objects by sha256, uploaded ones included."""
         self.log: list[Request] = []
@@ -274,18 +276,20 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found, commit
 
-    def _writable(self, repo: str) -> Repository:
+    def _writable(self, repo: str, revision: str = "") -> Repository:
         if self.user is None:
             raise Refusal(401, "", "Invalid username or password.")
         found = self._repository(repo)
-        if repo.split("/")[0] != self.user and self.user not in found.members:
+        mine = self.user in found.members or found.authors.get(revision) == self.user
+        if repo.split("/")[0] != self.user and not mine:
             raise Refusal(403, "", "You don't have the rights to write here")
         return found
 
     def _whoami(self) -> Answer:
         if self.user is None:
             raise Refusal(401, "", "Invalid username or password.")
-        token = {"accessToken": {"displayName": "test", "role": "write"}}
+        role = self.hub.roles.get(self.entry.token or "", {"role": "write"})
+        token = {"accessToken": {"displayName": "test", **role}}
         return as_json({"type": "user", "name": self.user, "orgs": [], "auth": token})
 
     def _auth_check(self, repo: str, write: str = "") -> Answer:
@@ -398,7 +402,7 @@ class _Handler(BaseHTTPRequestHandler):
         return as_json({}, 201)
 
     def _preupload(self, repo: str, revision: str) -> Answer:
-        found = self._writable(repo)
+        found = self._writable(repo, revision)
         present = found.commits[self._at(repo, revision)[1]]
         files = [
             {
@@ -412,7 +416,8 @@ class _Handler(BaseHTTPRequestHandler):
         return as_json({"files": files})
 
     def _lfs_batch(self, repo: str) -> Answer:
-        self._writable(repo)
+        if self.user not in self._repository(repo).authors.values():
+            self._writable(repo)
         objects = []
         for asked in json.loads(self.body)["objects"]:
             actions = {
@@ -436,7 +441,7 @@ class _Handler(BaseHTTPRequestHandler):
         return as_json({})
 
     def _commit(self, repo: str, revision: str) -> Answer:
-        found = self._writable(repo)
+        found = self._writable(repo, revision)
         files: dict[str, Blob | None] = {}
         for line in self.body.splitlines():
             operation = json.loads(line)

@@ -91,6 +91,8 @@ class Repository:
     gated: Literal[False, "auto", "manual"] = False
     members: set[str] = field(default_factory=set)
     """Users who may see it while it is private or gated."""
+    authors: dict[str, str] = field(default_factory=dict)
+    """Pull request → the user who opened it."""
     library: str | None = "transformers"
     card: dict[str, Any] = field(default_factory=dict)
     told_counts: Any = None

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,12 @@ LIMIT = 0.5
 METADATA_LIMIT = 1.0
 MEMORY = 3 << 30
 TESTS = Path(__file__).parent.parent
+
+
+def moves(sign: str) -> bool:
+    """Is it a control character, the end of a line, half a pair, or what turns the direction of writing?"""
+    turns = unicodedata.bidirectional(sign) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return turns or unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")
 
 
 class Victims:
