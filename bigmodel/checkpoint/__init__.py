@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         CASTABLE,
         DECODED,
         FETCH_AGAIN,
+        OUR_LIMIT,
         SAFETENSORS_NAMES,
         STORAGE_CLASSES,
         Contents,
