@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_
 from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import (
+    Files,
     PlannedTensor,
     ReportProgress,
     carry_side_files,
@@ -158,11 +160,15 @@ def quantize_described(
         described, architecture = replace(described, custom={**(described.custom or {}), **architecture}), None
     outlined, quantized = understand(described, settings, architecture=architecture, sources=sources)
     groups = split(outlined, checkpoint, max_shard_size)
-    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress)
-    # Side files; the config, transformers' own or a custom class's description, says how the weights are stored
-    written |= carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
-    if quantized.custom is not None:
-        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
+
+    def beside() -> Files:
+        """The config, transformers' own or a custom class's description, says how the weights are stored."""
+        carried = carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
+        if quantized.custom is not None:
+            carried[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
+        return carried
+
+    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress, beside)
     return QuantizedCheckpoint(
         files=written,
         shards=len(plans),
@@ -219,10 +225,9 @@ def requantize(
         return Converted(name, weights[name], tensor.dtype, tensor.dtype, (rows, columns), False, settings.packing)
 
     outlined = Outline(tuple(map(part, checkpoint.tensors)), tuple(weights.values()), ())
-    written, plans = write_quantized(
-        checkpoint, split(outlined, checkpoint, max_shard_size), out, settings, parts, progress
-    )
-    written |= carry_side_files(checkpoint, out, linked=linked)
+    groups = split(outlined, checkpoint, max_shard_size)
+    beside = partial(carry_side_files, checkpoint, out, linked=linked)
+    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress, beside)
     return QuantizedCheckpoint(
         files=written, shards=len(plans), bytes=sum(plan.nbytes for plan in plans), source_bytes=checkpoint.nbytes,
         quantized=outlined.quantized, skipped=(),
