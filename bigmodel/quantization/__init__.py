@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_module, untied_checkpoint
+from bigpipe.bigmodel.architecture import Architecture, describe_module, set_free
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
@@ -154,11 +154,12 @@ def quantize_described(
     refuse_in_place(checkpoint, out)
     require_size(max_shard_size)
     stored, left = checkpoint.nbytes, left_out(describe_opened(checkpoint))
-    checkpoint = untied_checkpoint(decode(checkpoint))
+    checkpoint = decode(checkpoint)
     described = describe_opened(checkpoint)
     if isinstance(architecture, Mapping):
         described, architecture = replace(described, custom={**(described.custom or {}), **architecture}), None
     outlined, quantized = understand(described, settings, architecture=architecture, sources=sources)
+    checkpoint = set_free(checkpoint, [part.source for part in outlined.parts])
     groups = split(outlined, checkpoint, max_shard_size)
 
     def beside() -> Files:

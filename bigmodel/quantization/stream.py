@@ -194,7 +194,8 @@ def _key(checkpoint: Checkpoint, source: Path, group: Sequence[Converted | Kept]
     if settings.packing.measures:
         facts["threads"] = settings.threads
     outputs = [[(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs] for part in group]
-    tensors = [[part.source, part.dtype, made] for part, made in zip(group, outputs, strict=True)]
+    turned = [isinstance(part, Converted) and part.transposed for part in group]
+    tensors = [[part.source, part.dtype, *made] for part, *made in zip(group, outputs, turned, strict=True)]
     decoded = [tensor for part in group if (tensor := checkpoint.tensors[part.source]).made]
     beside = sorted({file for tensor in decoded for file in tensor.files} - {source})
     ways = [repr(tensor.made.decoder) for tensor in decoded if tensor.made]
