@@ -28,7 +28,7 @@ class MergeMetrics(Metrics):
 
 STAGE = Stage(
     kind="merge",
-    version=4,
+    version=5,
     params=MergeParams,
     metrics=MergeMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", many=True)},

@@ -71,7 +71,7 @@ def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
 
 STAGE = Stage(
     kind="quantize",
-    version=4,
+    version=5,
     params=QuantizeParams,
     metrics=QuantizeMetrics,
     inputs={"model": Port("checkpoint")},

@@ -24,7 +24,7 @@ class ShardMetrics(Metrics):
 
 STAGE = Stage(
     kind="shard",
-    version=4,
+    version=5,
     params=ShardParams,
     metrics=ShardMetrics,
     inputs={"model": Port("checkpoint")},
@@ -34,5 +34,6 @@ STAGE = Stage(
     planning=Planning(check=late("bigpipe.plugins.sharding:check")),
     passing=Passing(streams=True, follows="model"),
     smoke=late("bigpipe.plugins.smoking:shard"),
+    packages=("transformers",),
     title="Split, convert or cast a checkpoint, streaming and without torch",
 )

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         CASTABLE,
         DECODED,
         FETCH_AGAIN,
+        OUR_LIMIT,
         SAFETENSORS_NAMES,
         STORAGE_CLASSES,
         Contents,

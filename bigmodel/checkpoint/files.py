@@ -19,7 +19,7 @@ from typing import Any, Literal
 from bigpipe.errors import InvalidCheckpoint
 
 from .choosing import BIN_SUFFIXES, choose_weights, is_index, is_module, no_weights, refuse_adapter
-from .tensors import FETCH_AGAIN, invalid
+from .tensors import FETCH_AGAIN, OUR_LIMIT, invalid
 
 FileFormat = Literal["safetensors", "bin"]
 
@@ -30,7 +30,8 @@ WEIGHT_SUFFIXES = frozenset({
 UNFINISHED = (".part", ".partial", ".incomplete", ".lock")
 POINTER_SIZE = 1024
 """Bytes. A pointer of git-lfs is smaller."""
-MAX_INDEX = 16 * 2**20
+MAX_INDEX = 32 * 2**20
+"""Bytes. Kimi K2.5 has 207,360 tensors, whose names and files take 23 million."""
 MAX_CONFIG = 10_000_000
 
 
@@ -126,7 +127,7 @@ def read_json_list(file: Path, directory: Path, limit: int) -> list[Any]:
 def _read(file: Path, directory: Path, limit: int) -> bytes:
     check_file(file, directory)
     if file.stat().st_size > limit:
-        raise invalid(file, f"is larger than {limit} bytes", FETCH_AGAIN)
+        raise invalid(file, f"is larger than {limit} bytes", OUR_LIMIT)
     return file.read_bytes()
 
 

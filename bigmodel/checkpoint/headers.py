@@ -23,7 +23,7 @@ MAX_HEADER = 32 * 2**20
 MAX_TENSORS = 250_000
 MAX_ENTRY = 65_536
 """Bytes of one tensor's entry. Real ones have about 100; the limit keeps hostile lists out of memory."""
-MAX_METADATA = 4 * 2**20
+MAX_METADATA = 8 * 2**20
 MAX_DIMENSIONS = 64
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -132,14 +132,15 @@ class _HeaderText:
         limit = MAX_METADATA if name == "__metadata__" else MAX_ENTRY
         if self.text.find("}", at, at + limit) < 0:
             raise self._error(f"its description is longer than {limit} bytes", at, name)
-        value, length = self._decode(self.text[at : at + limit], 0, at)
+        cut = f", or its description is longer than {limit} bytes" if len(self.text) > at + limit else ""
+        value, length = self._decode(self.text[at : at + limit], 0, at, cut)
         return value, at + length
 
-    def _decode(self, text: str, start: int, place: int) -> tuple[Any, int]:
+    def _decode(self, text: str, start: int, place: int, cut: str = "") -> tuple[Any, int]:
         try:
             return self.decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            raise self._error(f"the header is not JSON: {str(error)[:200]}", place) from None
+            raise self._error(f"the header is not JSON: {str(error)[:200]}{cut}", place) from None
 
     def _skip(self, at: int) -> int:
         match = _SPACE.match(self.text, at)

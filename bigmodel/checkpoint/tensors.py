@@ -226,3 +226,4 @@ def beyond(tensor: str, dtype: str, file: Path | str, cure: str = ROOMY) -> Inva
 
 
 FETCH_AGAIN = "the file is damaged or was made by hand; fetch it again or save the model anew"
+OUR_LIMIT = "bigpipe reads no more, and no model that it knows has more; if this file is as it should be, report it"

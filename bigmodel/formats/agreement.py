@@ -24,7 +24,7 @@ from bigpipe.errors import InvalidCheckpoint, first_few
 
 from .decoding import OF_ACTIVATIONS
 from .matrices import matrix_shape
-from .packed import PackedWeight, set_apart
+from .packed import PackedWeight, set_apart, uncomputed
 from .plain import decoded, left_out
 from .recognition import format_of
 
@@ -73,7 +73,8 @@ def agree(
     """Return how a checkpoint, whose tensors are known, fits the class of its config. memo: of answers about classes.
     ask: may the class be built, where names do not tell? Otherwise what is missing or left over there is not known.
 
-    Raise InvalidCheckpoint, naming tensors, shapes and the field of the config, where it does not.
+    Raise InvalidCheckpoint, naming tensors, shapes and the field of the config, where it does not, and UsageError for
+    packed weights that the class puts together.
     """
     left, described = left_out(described), decoded(described)
     if described.tensors is None or architecture.outlined or not (found := format_of(described)).computes:
@@ -85,7 +86,7 @@ def agree(
     where = f"{described.path}: " if described.path else ""
     alias = {name: plain[kept] for name, kept in described.tied.items() if kept in plain}
     _check_shapes(where, {**plain, **alias}, matching, architecture, specs)
-    _check_packed(where, packed, architecture)
+    _check_packed(where, packed, architecture, matching)
     if matching.missing:
         raise InvalidCheckpoint(
             f"{where}no weights are stored for {first_few(matching.missing)} of {architecture.class_name}",
@@ -246,8 +247,14 @@ def _field(stored: tuple[int, ...], wanted: tuple[int, ...], config: Mapping[str
 
 
 def _check_packed(
-    where: str, packed: Mapping[str, PackedWeight[tuple[str, tuple[int, ...]]]], architecture: Architecture
+    where: str,
+    packed: Mapping[str, PackedWeight[tuple[str, tuple[int, ...]]]],
+    architecture: Architecture,
+    matching: Matching,
 ) -> None:
+    for parameter in matching.changed:
+        if found := [source for source in matching.made.get(parameter, ()) if source.removesuffix(".weight") in packed]:
+            raise uncomputed(where + found[0].removesuffix(".weight"), parameter, architecture.class_name)
     for name, weight in packed.items():
         own = next((own for own in architecture.spellings(name) if own in architecture.by_name), None)
         module = architecture.by_name.get(own or "")

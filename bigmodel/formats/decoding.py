@@ -36,6 +36,8 @@ BESIDE = re.compile(rf"[._](weight_scale(_inv)?|weight_zero_point|weight_shape|{
 """Names of what belongs to packed weights and to activations."""
 COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized")
 """Formats of compressed-tensors whose codes are one number each."""
+FP8_BLOCK = (128, 128)
+"""What transformers takes where a config of fp8 says nothing of blocks; `null` is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,8 @@ class WithScales(Decoding):
 
     codes: tuple[str, ...]
     """dtypes."""
-    block: tuple[int, int] | None = None
-    """(rows, columns) that share a scale, where neither a row nor the whole does."""
+    blocks: tuple[tuple[int, int], ...] = ()
+    """(rows, columns) that share a scale, of each group of weights where neither a row nor the whole does."""
 
     def made(self, stored: Tensors, dtype: str) -> Mapping[str, Decoded]:
         found = {}
@@ -110,12 +112,13 @@ class WithScales(Decoding):
                 raise InvalidCheckpoint(cause, "fetch all files again: its codes are no numbers without it")
             parts = [scale, *(end for end in [f"{name}_zero_point"] if end in stored)]
             dtypes, shapes = [_scales_dtype(stored[part][0]) for part in parts], {stored[part][1] for part in parts}
-            grid, blocks = _grid(shape, shapes.pop(), self.block)
+            grid, blocks = _grid(shape, shapes.pop(), self.blocks)
             if not grid or shapes or not SCALES.issuperset(dtypes):
                 told = ", ".join(f"{part} {stored[part][0]} {list(stored[part][1])}" for part in parts)
                 cause = f"{name} is {list(shape)}, and its scales are {told}"
-                cause += f" in blocks of {list(self.block)}" if self.block else ""
-                raise InvalidCheckpoint(cause, "check that config.json belongs to these weights")
+                cause += f" in blocks of {' or '.join(str(list(each)) for each in self.blocks)}" if self.blocks else ""
+                cure = "check that config.json belongs to these weights, and says how large their blocks are"
+                raise InvalidCheckpoint(cause, cure)
             decoder = Scaled(codes, dtypes[0], dtypes[1] if dtypes[1:] else None, dtype, shape, grid, blocks)
             found[name] = Decoded((name, *parts), dtype, shape, decoder)
         return found
@@ -126,20 +129,24 @@ class WithScales(Decoding):
 
 @cache
 def _grid(
-    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
+    shape: tuple[int, ...], scales: tuple[int, ...], blocks: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (blocks along each dimension, their sizes), told by the shape of the scales; nothing where it tells none.
-    block: (rows, columns) that share a scale, where the config says so."""
+    """Return (blocks along each dimension, their sizes); nothing where the shape of the scales does not tell these.
+    blocks: (rows, columns) that share a scale, as the config says. Along a dimension where no block is stated there is
+    one scale, or one for each entry: how long others are would be a guess."""
     if math.prod(scales) == 1:
         return (1,) * len(shape), shape
     grid = (*scales, *(1 for _ in shape[len(scales) :]))
-    sizes = (*(1 for _ in shape[:-2]), *(block or ()))
     if len(grid) != len(shape) or 0 in grid:
         return (), ()
-    if block and tuple(-(-size // each) for size, each in zip(shape, sizes, strict=True)) == grid:
-        return grid, sizes
-    whole = all(size % count == 0 for size, count in zip(shape, grid, strict=True))
-    return (grid, tuple(size // count for size, count in zip(shape, grid, strict=True))) if whole else ((), ())
+    whole = tuple(max(1, size) if count == 1 else 1 for size, count in zip(shape, grid, strict=True))
+    stated = {(*whole[:-2], *block)[-len(shape) :] for block in blocks}
+    found = [
+        sizes
+        for sizes in dict.fromkeys((whole, *sorted(stated)))
+        if tuple(-(-size // each) for size, each in zip(shape, sizes, strict=True)) == grid
+    ]
+    return (grid, found[0]) if len(found) == 1 or found[:1] == [whole] else ((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +224,8 @@ def decoding_of(quantization: Mapping[str, Any], tensors: Tensors) -> Decoding |
         return Microscaling()
     if method == "fp8":
         packed = any(tensors.get(name.removesuffix("_scale_inv"), ("",))[0] in ("int8", "uint8") for name in tensors)
-        return None if packed else WithScales(FLOAT8, _pair(quantization.get("weight_block_size")))
+        block = _pair(quantization.get("weight_block_size", FP8_BLOCK))
+        return None if packed else WithScales(FLOAT8, (block,) if block else ())
     return _compressed(quantization) if method == "compressed-tensors" else None
 
 
@@ -231,8 +239,14 @@ def _compressed(quantization: Mapping[str, Any]) -> Decoding | None:
     unordered = all(found.get("actorder") in (None, False, "static", "weight") for found in weights)
     if not unordered or any(found.get("num_bits") != 8 for found in weights):
         return None
-    blocks = {_pair(found.get("block_structure")) for found in weights} - {None}
-    return WithScales((*FLOAT8, "int8"), blocks.pop() if len(blocks) == 1 else None)
+    blocks = {block for found in weights if (block := _shared(found)) is not None}
+    return WithScales((*FLOAT8, "int8"), tuple(sorted(blocks)))
+
+
+def _shared(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) that share a scale in a group of compressed-tensors."""
+    block, columns = _pair(weights.get("block_structure")), weights.get("group_size")
+    return (1, columns) if block is None and isinstance(columns, int) and columns > 0 else block
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

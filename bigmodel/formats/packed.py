@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from bigpipe.errors import InvalidCheckpoint
+from bigpipe.errors import InvalidCheckpoint, UsageError
 
 from .format import Format, Packing
 from .registry import BUILT_IN, named
@@ -44,16 +44,26 @@ def set_apart(tensors: Mapping[str, T], format: Format) -> tuple[dict[str, T], d
     return plain, packed
 
 
+def uncomputed(stored: str, parameter: str, class_name: str) -> UsageError:
+    """Return the error for a packed weight that is a part of a parameter: experts, which older classes held one by
+    one. stored: the name of its module."""
+    cause = f"{stored} is packed by itself, and {class_name} holds it in one tensor with others, {parameter}"
+    return UsageError(f"{cause}: nothing here computes with that", "start from the weights before they were quantized")
+
+
 def replace_linears(
     model: torch.nn.Module, packed: Mapping[str, PackedWeight[TensorInfo]], config: Mapping[str, Any] | None
 ) -> None:
     """Put an empty module of its format wherever `packed` names one, and let the model say so, as `from_pretrained`
     does: what saves or adapts it asks there. config: `quantization_config`.
 
-    Raise InvalidCheckpoint for a module that the model does not have.
+    Raise InvalidCheckpoint for a module that the model does not have, UsageError for one that is a part of a parameter.
     """
-    modules = dict(model.named_modules())
+    modules, whole = dict(model.named_modules()), {name for name, _ in model.named_parameters()}
     for name, weight in packed.items():
+        if name in whole:
+            file = _file(weight.parts.values())
+            raise uncomputed(f"{file}: a quantized weight", name, type(model).__name__)
         if name not in modules:
             raise InvalidCheckpoint(
                 f"{_file(weight.parts.values())} holds a quantized weight for {name}, which the model does not have",

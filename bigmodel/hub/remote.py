@@ -19,9 +19,9 @@ from bigpipe.bigmodel.architecture import known_architecture
 from bigpipe.bigmodel.checkpoint import (
     ADAPTER_CONFIG,
     ARCHITECTURE_FILE,
-    FETCH_AGAIN,
     MAX_CONFIG,
     MAX_INDEX,
+    OUR_LIMIT,
     SAFETENSORS_NAMES,
     AdapterDescription,
     Contents,
@@ -169,7 +169,7 @@ def _json(repository: Repository, name: str, limit: int = MAX_CONFIG) -> dict[st
     if file is None:
         return None
     if file.size > limit:
-        raise invalid(name, f"has {file.size} bytes, more than {limit}", FETCH_AGAIN)
+        raise invalid(name, f"has {file.size} bytes, more than {limit}", OUR_LIMIT)
     with reading(repository, file) as (source, _):
         content = source.read(0, file.size)
         if isinstance(source, RangeSource):

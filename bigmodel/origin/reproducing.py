@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bigpipe.bigmodel.architecture import untied_checkpoint
+from bigpipe.bigmodel.architecture import set_free
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import PLAIN, decode, decoded, format_of
 from bigpipe.bigmodel.hub import COMMIT, Choice, DirectorySource, Hub, HubSource, Watch
@@ -132,7 +132,7 @@ def _reproduced(
     there: Found, origin: Found, record: Record, asked: Source, sources: Sources, progress: ReportProgress
 ) -> Reproduction:
     _refuse_quantized(origin)
-    source = untied_checkpoint(decode(origin.checkpoint))
+    source = decode(origin.checkpoint)
     for dtype in record.casts:
         source = cast_while_read(source, dtype)
     settings = replace(record.settings, threads=torch_threads())
@@ -145,6 +145,7 @@ def _reproduced(
     except InvalidCheckpoint as error:
         cause = f"{there.name} cannot come from {origin.name}: {error.cause}"
         raise InvalidCheckpoint(cause, CURE) from None
+    source = set_free(source, [part.source for part in expected.parts])
     comparison, summed = compare(
         there.checkpoint, source, expected.parts, settings, lambda done, total: progress(done, total, "recompute")
     )

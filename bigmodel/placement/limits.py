@@ -98,7 +98,7 @@ def limit_here(
     if speeds is None:
         return None
     products = products_of(machine, memo) if placement.main == "cpu" else None
-    stored = stored_bytes(model, architecture)
+    stored = stored_bytes(model, architecture, memo).of()
     return limit_of(placement, architecture, stored, stored_dtype(model), dtype, work, speeds, products, machine.cpus)
 
 

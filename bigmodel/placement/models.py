@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from bigpipe.bigmodel.architecture import (
 )
 from bigpipe.bigmodel.checkpoint import CASTABLE, ModelDescription, dtype_name, tensor_nbytes
 from bigpipe.bigmodel.footprint import architecture_of, cut_length, look
-from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, set_apart, uncomputable
+from bigpipe.bigmodel.formats import PLAIN, Agreement, agree, decoded, format_of, match_stored, set_apart, uncomputable
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit
 from bigpipe.fit import Misfit
@@ -113,6 +114,7 @@ def place_model(
     refused, model = uncomputable(model), decoded(model)
     if request.device_map == "optimal" and speeds is None and memo is not None:
         speeds = speeds_of(machine, memo)
+    stored = stored_bytes(model, architecture, memo)
 
     def placed(request: PlacementRequest, computed: str | None = None) -> Placement:
         dtype = request.dtype or stored_dtype(model)
@@ -122,7 +124,7 @@ def place_model(
         found = place_architecture(
             architecture,
             replace(request, dtype=dtype),
-            tensor_bytes=stored_bytes(model, architecture, plain=request.dtype is None, skip=request.special_dtypes),
+            tensor_bytes=stored.of(plain=request.dtype is None, skip=request.special_dtypes),
             headroom=replace(taken, casting=cast_ring(architecture, request, computed)) if computed else taken,
             machine=machine,
             speeds=speeds,
@@ -142,7 +144,8 @@ def place_model(
             cut_length(architecture, request.sequence_length),
         ]
         explanation = (*placement.explanation, *(f"{note}." for note in notes if note))
-        told = _with_streaming(replace(placement, explanation=explanation), architecture, model, chosen.dtype)
+        moved = streamed(architecture, placement, stored_dtype(model), stored.of())
+        told = _with_streaming(replace(placement, explanation=explanation), architecture, moved, chosen.dtype)
         return replace(told, dtype=request.dtype, measured=(*placement.measured, *chosen.measured))
 
     try:
@@ -152,9 +155,8 @@ def place_model(
         raise (Misfit(error.cause, cure) if cure else Misfit.of(error)).error() from None
 
 
-def _with_streaming(placement: Placement, architecture: Architecture, model: ModelDescription, dtype: str) -> Placement:
+def _with_streaming(placement: Placement, architecture: Architecture, moved: Streamed, dtype: str) -> Placement:
     """Tells what a token moves, and which experts stay. dtype: what is computed in."""
-    moved = streamed(architecture, placement, stored_dtype(model), stored_bytes(model, architecture))
     kept, total = room_for_experts(architecture, placement, dtype)
     return replace(
         placement,
@@ -187,28 +189,56 @@ def stored_dtype(model: ModelDescription) -> str:
     return named if named in (sizes or FLOATS) else max(sizes, key=lambda dtype: sizes[dtype], default="float32")
 
 
-def stored_bytes(
-    model: ModelDescription, architecture: Architecture, *, plain: bool = True, skip: Collection[str] = ()
-) -> dict[str, int]:
-    """Bytes on disk by the model's own tensor names. A quantized weight counts with its scales and tables.
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Bytes on disk by the model's own tensor names."""
 
-    plain: of weights that are not quantized too. skip: names to leave out.
-    """
+    plain: Mapping[str, int]
+    packed: Mapping[str, int]
+    """Of quantized weights, each with its scales and tables."""
+
+    def of(self, *, plain: bool = True, skip: Collection[str] = ()) -> dict[str, int]:
+        """Return those of all tensors. plain: of weights that are not quantized too; skip: names to leave out."""
+        sizes = {**(self.plain if plain else {}), **self.packed}
+        return {name: size for name, size in sizes.items() if name not in skip}
+
+
+def stored_bytes(model: ModelDescription, architecture: Architecture, memo: Path | None = None) -> StoredBytes:
+    """Return the bytes of each tensor as it is stored. The class is asked what stored names mean only where weights are
+    packed: of others the size is known without. memo: of its answers."""
     tensors = model.tensors or {}
     sizes = {name: tensor_nbytes(dtype, shape) for name, (dtype, shape) in tensors.items()}
     stored_in = format_of(model)
     single, quantized = set_apart(sizes, stored_in)
     known = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
-    packed: dict[str, int] = {}
+    makes: dict[str, list[TensorSpec]] = {}
+    for own, sources in match_stored(model, architecture, memo, ask=bool(quantized)).made.items():
+        for source in sources:
+            makes.setdefault(source, []).extend([known[own]] if own in known else [])
+
+    def named(sizes: Mapping[str, int]) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for name, size in sizes.items():
+            own = _own_name(name, known, architecture)
+            found.update(_shares(size, makes.get(name) or ([known[own]] if own else [])))
+        return dict(found)
+
+    packed = {f"{module}.weight": sum(weight.parts.values()) for module, weight in quantized.items()}
+    elsewhere: dict[str, int] = {}
     if not stored_in.computes:
-        packed = _packed_bytes({name: (tensors[name][0], size) for name, size in single.items()}, architecture, known)
-    stored = {
-        **(single if plain else {}),
-        **{f"{m}.weight": sum(weight.parts.values()) for m, weight in quantized.items()},
-    }
-    named = ((_own_name(name, known, architecture), size) for name, size in stored.items())
-    found = {name: size for name, size in named if name is not None} | packed
-    return {name: size for name, size in found.items() if name not in skip}
+        typed = {name: (tensors[name][0], size) for name, size in single.items()}
+        elsewhere = _packed_bytes(typed, architecture, known)
+    return StoredBytes(named(single), {**named(packed), **elsewhere})
+
+
+def _shares(size: int, tensors: Sequence[TensorSpec]) -> dict[str, int]:
+    """Each tensor's part of bytes that lie together, by their elements."""
+    shares: dict[str, int] = {}
+    left, elements = size, sum(tensor.elements for tensor in tensors)
+    for tensor in tensors:
+        shares[tensor.name] = left * tensor.elements // max(elements, 1)
+        left, elements = left - shares[tensor.name], elements - tensor.elements
+    return shares
 
 
 def _packed_bytes(
@@ -232,10 +262,7 @@ def _packed_bytes(
     found: dict[str, int] = {}
     for module, size in bytes_of.items():
         packed = [t for t in architecture.by_name[module].tensors if not t.buffer and t.name not in plain]
-        left, elements = size, sum(tensor.elements for tensor in packed)
-        for tensor in packed:
-            found[tensor.name] = left * tensor.elements // max(elements, 1)
-            left, elements = left - found[tensor.name], elements - tensor.elements
+        found.update(_shares(size, packed))
     return found
 
 

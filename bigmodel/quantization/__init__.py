@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.architecture import Architecture, describe_module, untied_checkpoint
+from bigpipe.bigmodel.architecture import Architecture, describe_module, set_free
 from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, Checkpoint, describe_opened, open_checkpoint
 from bigpipe.bigmodel.formats import decode, left_out
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import (
+    Files,
     PlannedTensor,
     ReportProgress,
     carry_side_files,
@@ -152,17 +154,22 @@ def quantize_described(
     refuse_in_place(checkpoint, out)
     require_size(max_shard_size)
     stored, left = checkpoint.nbytes, left_out(describe_opened(checkpoint))
-    checkpoint = untied_checkpoint(decode(checkpoint))
+    checkpoint = decode(checkpoint)
     described = describe_opened(checkpoint)
     if isinstance(architecture, Mapping):
         described, architecture = replace(described, custom={**(described.custom or {}), **architecture}), None
     outlined, quantized = understand(described, settings, architecture=architecture, sources=sources)
+    checkpoint = set_free(checkpoint, [part.source for part in outlined.parts])
     groups = split(outlined, checkpoint, max_shard_size)
-    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress)
-    # Side files; the config, transformers' own or a custom class's description, says how the weights are stored
-    written |= carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
-    if quantized.custom is not None:
-        written[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
+
+    def beside() -> Files:
+        """The config, transformers' own or a custom class's description, says how the weights are stored."""
+        carried = carry_side_files(checkpoint, out, config=quantized.config, linked=linked)
+        if quantized.custom is not None:
+            carried[ARCHITECTURE_FILE] = write_file(out / ARCHITECTURE_FILE, encode_config(quantized.custom))
+        return carried
+
+    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress, beside)
     return QuantizedCheckpoint(
         files=written,
         shards=len(plans),
@@ -219,10 +226,9 @@ def requantize(
         return Converted(name, weights[name], tensor.dtype, tensor.dtype, (rows, columns), False, settings.packing)
 
     outlined = Outline(tuple(map(part, checkpoint.tensors)), tuple(weights.values()), ())
-    written, plans = write_quantized(
-        checkpoint, split(outlined, checkpoint, max_shard_size), out, settings, parts, progress
-    )
-    written |= carry_side_files(checkpoint, out, linked=linked)
+    groups = split(outlined, checkpoint, max_shard_size)
+    beside = partial(carry_side_files, checkpoint, out, linked=linked)
+    written, plans = write_quantized(checkpoint, groups, out, settings, parts, progress, beside)
     return QuantizedCheckpoint(
         files=written, shards=len(plans), bytes=sum(plan.nbytes for plan in plans), source_bytes=checkpoint.nbytes,
         quantized=outlined.quantized, skipped=(),

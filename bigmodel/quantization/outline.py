@@ -354,7 +354,7 @@ def understand(
     architecture: what the model is; None: asked of `architecture_of`, which takes `sources`. The tensors of
     `described` must be known. Raise UsageError and InvalidCheckpoint."""
     refuse_quantized(described)
-    left, described = left_out(described), untied(decoded(described))
+    left, described = left_out(described), decoded(described)
     if not described.says_class and architecture is None:
         raise UsageError(
             "the checkpoint has no config that names its class, so nobody knows which weights are linear layers'",
@@ -363,6 +363,7 @@ def understand(
     config, told = described.config or {}, architecture is not None
     if architecture is None:
         architecture = architecture_of(described, sources)
+    described = untied(described, architecture)
     # Otherwise the description of a class does it; of a module that was given, in a file that names no class
     told_by_config = described.custom is None and described.config is not None
     notes = (*left, *agree(described, architecture, sources.memo, ask=not told).notes)

@@ -25,6 +25,7 @@ from bigpipe.bigmodel.writing import (
     SafetensorsFile,
     ShardPlan,
     Traffic,
+    WriteBeside,
     file_name,
     key_of,
     prepare,
@@ -151,12 +152,14 @@ def write_quantized(
     settings: Settings,
     parts: Path | None,
     progress: ReportProgress | None,
+    beside: WriteBeside,
 ) -> tuple[Files, list[ShardPlan]]:
-    """Write a file per group and their index into `out`; return them with their exact plans. parts: where finished
-    files are kept for later runs, if anywhere."""
+    """Write a file per group, their index and what lies beside them into `out`; return all with the exact plans. parts:
+    where finished files are kept for later runs, if anywhere."""
     names = [file_name("safetensors", number, len(groups)) for number in range(len(groups))]
-    prepare(out, set(names))
     finished = Finished(out, parts and parts / FOLDER, shelved=True)
+    prepare(finished, set(names))
+    others = beside()
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
 
         def content(group: Sequence[Converted | Kept]) -> tuple[SafetensorsFile, Produce]:
@@ -179,7 +182,7 @@ def write_quantized(
         ]
         files = write_files(outputs, finished, traffic=Traffic(progress, inlet=checkpoint.inlet, close=close))
     plans = [_plan_of(out / name) for name in names]
-    return files | write_index(out, plans), plans
+    return files | write_index(out, plans) | others, plans
 
 
 def _key(checkpoint: Checkpoint, source: Path, group: Sequence[Converted | Kept], settings: Settings) -> str:
@@ -191,7 +194,8 @@ def _key(checkpoint: Checkpoint, source: Path, group: Sequence[Converted | Kept]
     if settings.packing.measures:
         facts["threads"] = settings.threads
     outputs = [[(tensor.name, tensor.dtype, tensor.shape) for tensor in part.outputs] for part in group]
-    tensors = [[part.source, part.dtype, made] for part, made in zip(group, outputs, strict=True)]
+    turned = [isinstance(part, Converted) and part.transposed for part in group]
+    tensors = [[part.source, part.dtype, *made] for part, *made in zip(group, outputs, turned, strict=True)]
     decoded = [tensor for part in group if (tensor := checkpoint.tensors[part.source]).made]
     beside = sorted({file for tensor in decoded for file in tensor.files} - {source})
     ways = [repr(tensor.made.decoder) for tensor in decoded if tensor.made]

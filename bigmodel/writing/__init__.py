@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         ReportProgress,
         SavedCheckpoint,
         Traffic,
+        WriteBeside,
         prepare,
         write_checkpoint,
         write_files,

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,7 +137,6 @@ def convert(
         checkpoint = untied_checkpoint(checkpoint)
     plans, converted = conversion.of(describe_opened(checkpoint))
     config = converted.config if conversion.dtype or restated else None
-    carried = carry_side_files(checkpoint, out, config=config, linked=linked)
     parts = {plan.file: [checkpoint.tensors[tensor.name] for tensor in plan.tensors] for plan in plans}
     sources = {file: {source for tensor in tensors for source in tensor.files} for file, tensors in parts.items()}
 
@@ -146,7 +145,7 @@ def convert(
         return repr(sorted((source.name, checkpoint.identity(source)) for source in sources[file])) + "".join(decoders)
 
     with RangeReader(checkpoint) as reader:
-        saved = write_checkpoint(
+        return write_checkpoint(
             out,
             plans,
             reader.produce,
@@ -156,8 +155,8 @@ def convert(
             workers=min(WORKERS, cores()),
             sources=sources,
             traffic=Traffic(progress, outlet, checkpoint.inlet, reader.close),
+            beside=partial(carry_side_files, checkpoint, out, config=config, linked=linked),
         )
-    return replace(saved, files={**saved.files, **carried})
 
 
 def refuse_in_place(checkpoint: Checkpoint, out: Path) -> None:

@@ -35,6 +35,11 @@ class Finished:
         if self.notes is not None:
             make_directory(self.notes)
 
+    @property
+    def inside(self) -> bool:
+        """Do finished files wait in the output itself, under the names that they will have?"""
+        return self.notes is not None and not self.shelved
+
     def seems(self, name: str, key: str) -> bool:
         """Return whether there is a finished file, as far as can be told without reading it."""
         return self._file(name, key).is_file() and self._expected(name, key) is not None

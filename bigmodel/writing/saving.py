@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from bigpipe.bigmodel.checkpoint import (
     Checkpoint,
     FileFormat,
     ModelDescription,
+    Tensors,
     beyond,
     dtype_name,
     find_aliases,
@@ -23,7 +27,7 @@ from bigpipe.bigmodel.checkpoint import (
     overflows,
     reaches,
 )
-from bigpipe.bigmodel.formats import castable
+from bigpipe.bigmodel.formats import PLAIN, castable, set_apart
 from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.files import hash_file, write_file
 from bigpipe.names import checked
@@ -77,19 +81,22 @@ def _save_module(
     described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     if conversion.dtype is not None:
         castable(ModelDescription(config=None, tensors=described), conversion.dtype)
-    saved = write_checkpoint(
+    stored = conversion.dtype if conversion.dtype in CASTABLE else _dtype(described)
+    return write_checkpoint(
         out,
         conversion.plans(described, tied),
         lambda planned: _pieces(tensors[planned.name], planned),
         traffic=Traffic(progress),
+        beside=partial(_save_config, source, stored, out),
     )
-    config = getattr(source, "config", None)
-    if hasattr(config, "save_pretrained"):
-        saved = replace(saved, files=saved.files | _save_config(source, config, conversion.dtype, out))
-    elif quantization := getattr(source, "_bigpipe_quantization", None):
-        told = write_file(out / ARCHITECTURE_FILE, encode_config({"quantization_config": quantization}))
-        saved = replace(saved, files=saved.files | {ARCHITECTURE_FILE: told})
-    return saved
+
+
+def _dtype(tensors: Tensors) -> str | None:
+    """The dtype of most numbers that are not packed."""
+    sizes: Counter[str] = Counter()
+    for dtype, shape in set_apart(tensors, PLAIN)[0].values():
+        sizes[dtype] += math.prod(shape) if dtype in CASTABLE else 0
+    return max(+sizes, key=lambda dtype: sizes[dtype], default=None)
 
 
 def _refuse_adapter(source: torch.nn.Module | Mapping[str, Any]) -> None:
@@ -168,10 +175,16 @@ def _pieces(tensor: torch.Tensor, planned: PlannedTensor) -> Iterator[memoryview
             yield content[start : start + CHUNK]
 
 
-def _save_config(model: Any, config: Any, dtype: str | None, out: Path) -> Files:
+def _save_config(model: Any, dtype: str | None, out: Path) -> Files:
+    """Write what `model` says of itself, with the dtype of its weights, where these are of one."""
+    if not hasattr(getattr(model, "config", None), "save_pretrained"):
+        quantization = getattr(model, "_bigpipe_quantization", None)
+        told = encode_config({"quantization_config": quantization})
+        return {ARCHITECTURE_FILE: write_file(out / ARCHITECTURE_FILE, told)} if quantization else {}
+    config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    stored = dtype if dtype in CASTABLE else dtype_name(next(model.parameters()).dtype)
-    config.dtype = stored
+    if dtype is not None:
+        config.dtype = dtype
     config.save_pretrained(out)
     written = [out / "config.json"]
     if getattr(model, "generation_config", None) is not None and model.can_generate():

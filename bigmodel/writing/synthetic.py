@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bigpipe.bigmodel.architecture import Architecture
 from bigpipe.bigmodel.checkpoint import CASTABLE, CHUNK, MAX_CONFIG, FileFormat, ModelDescription, itemsize, read_json
 from bigpipe.bigmodel.formats import without_quantization
 from bigpipe.errors import UsageError
-from bigpipe.files import make_directory, write_file
+from bigpipe.files import write_file
 from bigpipe.sizes import size_of
 
 from .conversion import Conversion, cast, encode_config
@@ -82,17 +82,16 @@ class SyntheticModel:
 
     def write(self, out: Path, *, journal: Path | None = None, traffic: Traffic | None = None) -> SavedCheckpoint:
         """Write weights and config.json into `out`, in constant memory. `journal` as in `write_checkpoint`."""
-        make_directory(out)
-        written = write_file(out / "config.json", encode_config(self.description.config or {}))
-        saved = write_checkpoint(
+        config = encode_config(self.description.config or {})
+        return write_checkpoint(
             out,
             self.plans,
             RandomTensors(self.seed, spread_of(self.given)).produce,
             journal=journal,
             fingerprint=lambda file: f"synthetic {self.seed}",
             traffic=traffic or Traffic(),
+            beside=lambda: {"config.json": write_file(out / "config.json", config)},
         )
-        return replace(saved, files={**saved.files, "config.json": written})
 
 
 def spread_of(config: Mapping[str, Any]) -> float:

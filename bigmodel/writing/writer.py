@@ -1,6 +1,8 @@
 """Writes the weight files of a checkpoint in one pass and constant memory: whatever it is made of, and however.
 
     write_checkpoint(out, plans, produce)      planned files, then their index
+    prepare                                    no weights of an earlier save are left, whatever becomes of this one
+    beside                                     config and tokenizer: they are there before the weights are whole
     write_files(files, finished)               for each file, in one or several threads:
         Finished.find                          kept, if an earlier attempt or run finished it
         OutputFile.content                     its tensors, and who produces their bytes
@@ -42,6 +44,8 @@ ReportProgress = Callable[[int, int], None]
 Settle = Callable[[], None]
 Files = dict[str, tuple[str, int]]
 """Path relative to the output → (hex sha256, size)."""
+WriteBeside = Callable[[], Files]
+"""Writes what lies beside the weights: config, tokenizer and the like."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -97,14 +101,16 @@ def write_checkpoint(
     workers: int = 1,
     sources: Mapping[str, Iterable[Path]] = MappingProxyType({}),
     traffic: Traffic = ALONE,
+    beside: WriteBeside = dict,
 ) -> SavedCheckpoint:
     """Write the planned weight files and, where there are several, their index into the directory `out`.
 
     `produce` is called once per tensor, file by file in the order of their bytes; with several `workers`, so many files
     are written side by side, and it is called from as many threads. With a `journal` (a directory outside `out`), files
     that an earlier attempt finished are verified and kept, if it was for the same plan and `fingerprint` (of a file's
-    name: whatever else its bytes depend on). Weight files of these naming schemes that are not in the plans are
-    removed. sources: file name → the files that it is made of.
+    name: whatever else its bytes depend on). The weights of an earlier save are removed before anything is written, so
+    that one which is broken off leaves none that could be taken for a model. sources: file name → the files that it is
+    made of.
 
     Raise DoesNotFit where the disk is too small, before anything is written if that can be known.
     """
@@ -118,13 +124,15 @@ def write_checkpoint(
             lambda: (file, produce), frozenset(sources.get(name, ())),
         )  # fmt: skip
 
-    prepare(out, set(containers))
+    finished = Finished(out, journal)
+    prepare(finished, set(containers))
+    others = beside()
     traffic.outlet.announce({name: (file.announced, file.size) for name, file in containers.items()})
-    files = write_files([output(plan) for plan in plans], Finished(out, journal), workers=workers, traffic=traffic)
+    files = write_files([output(plan) for plan in plans], finished, workers=workers, traffic=traffic)
     index = write_index(out, plans)
     for name, digest in index.items():
         traffic.outlet.finished(name, *digest)
-    return SavedCheckpoint({**files, **index}, len(plans), sum(file.size for file in containers.values()))
+    return SavedCheckpoint({**files, **index, **others}, len(plans), sum(file.size for file in containers.values()))
 
 
 def write_files(
@@ -149,15 +157,17 @@ def write_index(out: Path, plans: Sequence[ShardPlan]) -> Files:
         return {name: write_file(out / name, encode_index(plans))}
 
 
-def prepare(out: Path, planned: set[str]) -> None:
-    """Make the directory; remove unfinished files, and the weight files and index of a save that had others, in either
-    format: a loader would take those first."""
+def prepare(finished: Finished, planned: set[str]) -> None:
+    """Make the directory of the output; remove unfinished files, and the weights and indexes of earlier saves, in
+    either format: a loader would take those first, or those of two saves for one model. Planned ones stay where they
+    may be finished."""
+    out, kept = finished.out, planned if finished.inside else ()
     make_directory(out)
     schemes = [map(re.escape, scheme.split("{}")) for scheme in NAMES.values()]
     names = "|".join(rf"{prefix}(-\d{{5}}-of-\d{{5}})?{suffix}" for prefix, suffix in schemes)
     pattern = re.compile(rf"({names})(\.index\.json)?")
     for name in os.listdir(out):
-        if is_partial(name) or (pattern.fullmatch(name) and name not in planned):
+        if is_partial(name) or (pattern.fullmatch(name) and name not in kept):
             (out / name).unlink()
 
 

@@ -266,6 +266,36 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_an_index_of_the_largest_models_is_read(tmp_path):
+    """Kimi K2.5: 60 layers of 384 experts with three matrices, each stored as three tensors."""
+    layer = "language_model.model.layers"
+    parts = [
+        f"{matrix}_proj.weight_{part}" for matrix in ("gate", "up", "down") for part in ("packed", "scale", "shape")
+    ]
+    names = (f"{layer}.{n}.mlp.experts.{e}.{part}" for n in range(1, 61) for e in range(384) for part in parts)
+    map_ = {name: "model-00001-of-00001.safetensors" for name in names}
+    with pytest.raises(InvalidCheckpoint, match="it is nowhere"):
+        open_checkpoint(an_index(tmp_path, map_))
+
+
+def test_what_is_larger_than_is_read_is_not_called_damaged(tmp_path):
+    with open(an_index(tmp_path, {}) / "model.safetensors.index.json", "wb") as sparse:
+        sparse.truncate(2**25 + 1)
+    with pytest.raises(InvalidCheckpoint, match="larger than 33554432 bytes") as caught:
+        open_checkpoint(tmp_path)
+    assert "damaged" not in caught.value.cure
+
+
+def test_metadata_is_read_up_to_a_limit_that_is_named(tmp_path):
+    def opened(size):
+        told = '{"__metadata__":{"a":"}' + "x" * size + '"}}'
+        return open_checkpoint(header_file(tmp_path / "model.safetensors", told))
+
+    assert len(opened(5_000_000).metadata["a"]) == 5_000_001
+    with pytest.raises(InvalidCheckpoint, match="or its description is longer than 8388608 bytes"):
+        opened(9_000_000)
+
+
 def test_links_may_lead_to_blobs_and_objects_but_nowhere_else(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "secret")
     folder = tmp_path / "models--o--n" / "snapshots" / ("0" * 40)

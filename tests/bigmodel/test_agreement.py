@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.footprint import estimate
 from bigpipe.bigmodel.formats import Agreement, agree
 from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.errors import InvalidCheckpoint
+from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.orchestrator.stage import Forecast, Stage
 from bigpipe.plugins import dispatch, distributed_infer, quantize
 
@@ -134,6 +135,22 @@ def test_experts_that_are_stored_one_by_one_are_counted_together(tmp_path: Path)
     cut = checkpoint(tmp_path / "cut", without("experts.2.w1.weight"), "mixtral")
     with pytest.raises(InvalidCheckpoint, match=r"hold .* elements, and MixtralForCausalLM has"):
         agreed(cut)
+
+
+def test_experts_that_are_packed_one_by_one_are_refused_before_and_when_they_are_loaded(tmp_path: Path) -> None:
+    """As transformers 4 and bitsandbytes saved them; the class has held them in one tensor since."""
+
+    def packed(tensors: Tensors) -> Tensors:
+        experts = [name for name in tensors if re.search(r"\.w[123]\.weight$", name)]
+        codes = {name: tensors[name].to(torch.int8) for name in experts}
+        scales = {name.removesuffix("weight") + "SCB": torch.ones(len(tensors[name])) for name in experts}
+        return tensors | codes | scales
+
+    folder = checkpoint(tmp_path / "model", packed, "mixtral")
+    said = r"holds it in one tensor with others, model.layers.0.mlp.experts\.\w+: nothing here computes"
+    for use in (agreed, bigpipe.load):
+        with pytest.raises(UsageError, match=said):
+            use(folder)
 
 
 def untied(tensors: Tensors) -> Tensors:

@@ -81,6 +81,16 @@ CASES: dict[str, tuple[dict[str, Any], Tensors, Callable[[Tensors], torch.Tensor
         BLOCK, {"w.weight": codes(WIDE, FP8), "w.weight_scale_inv": exponents(3, 17).view(torch.float8_e8m0fnu)},
         lambda t: (t["w.weight"].float() * grid(t["w.weight_scale_inv"].float(), WIDE, 128, 128)).bfloat16(),
     ),
+    "blocks that the config does not state": (
+        {"quant_method": "fp8"},
+        {"w.weight": codes((192, 128), FP8), "w.weight_scale_inv": scales(2, 1, dtype=torch.float32)},
+        lambda t: (t["w.weight"].float() * grid(t["w.weight_scale_inv"], (192, 128), 128, 128)).bfloat16(),
+    ),
+    "rows, and no blocks": (
+        {"quant_method": "fp8", "weight_block_size": None},
+        {"w.weight": codes(WIDE, FP8), "w.weight_scale_inv": scales(300, 1)},
+        lambda t: t["w.weight"].bfloat16() * t["w.weight_scale_inv"],
+    ),
     "experts in one": (
         BLOCK, {"w.weight": codes((3, 256, 384), FP8), "w.weight_scale_inv": scales(3, 2, 3, dtype=torch.float32)},
         lambda t: (t["w.weight"].float() * grid(t["w.weight_scale_inv"], (3, 256, 384), 1, 128, 128)).bfloat16(),
@@ -109,6 +119,12 @@ CASES: dict[str, tuple[dict[str, Any], Tensors, Callable[[Tensors], torch.Tensor
          "w.weight_zero_point": codes((300, 21), INT8)},
         lambda t: (t["w.weight"].bfloat16() - grid(t["w.weight_zero_point"], WIDE, 1, 100).bfloat16())
         * grid(t["w.weight_scale"], WIDE, 1, 100),
+    ),
+    "compressed, groups of two sizes": (
+        {**compressed("int", "group"), "config_groups": {
+            str(size): {"weights": {"num_bits": 8, "group_size": size}} for size in (100, 128)}},
+        {"w.weight": codes(WIDE, INT8), "w.weight_scale": scales(300, 17)},
+        lambda t: t["w.weight"].bfloat16() * grid(t["w.weight_scale"], WIDE, 1, 128),
     ),
     "compressed, blocks": (
         compressed("float", "block", block_structure=[128, 128]),
@@ -223,6 +239,12 @@ REFUSED = {
     "no scale": ({"w.weight": codes((8, 8), FP8)}, BLOCK, "w.weight is stored as float8_e4m3fn, and no scale of it is"),
     "another grid": ({"w.weight": codes((300, 300), FP8), "w.weight_scale_inv": scales(7, 3)}, BLOCK,
                      r"w.weight is \[300, 300\], and its scales are .* \[7, 3\] in blocks of \[128, 128\]"),
+    "blocks that nobody states": ({"w.weight": codes((192, 128), FP8), "w.weight_scale_inv": scales(2, 1)},
+                                  {"quant_method": "fp8", "weight_block_size": None}, r"its scales are .* \[2, 1\]"),
+    "parts of a block": ({"w.weight": codes((512, 128), FP8), "w.weight_scale_inv": scales(8, 1)}, BLOCK,
+                         r"\[8, 1\] in blocks of \[128, 128\]"),
+    "groups of another size": ({"w.weight": codes((8, 300), INT8), "w.weight_scale": scales(8, 5)},
+                               compressed("int", "group", group_size=100), r"\[8, 5\] in blocks of \[1, 100\]"),
     "zero points of another shape": (
         {"w.weight": codes((8, 8), INT8), "w.weight_scale": scales(8, 1), "w.weight_zero_point": codes((8, 2), INT8)},
         compressed("int", "channel"), r"w.weight_zero_point int8 \[8, 2\]"),

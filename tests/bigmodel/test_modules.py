@@ -184,3 +184,19 @@ def test_a_model_in_memory_is_saved_though_what_it_was_loaded_from_is_gone(
     shutil.rmtree(source)
     save_checkpoint(model, "again")
     assert torch.equal(forward(load("again", dtype="float64")), forward(model))
+
+
+def test_the_config_of_a_packed_model_has_the_dtype_of_what_is_plain(tmp_path):
+    """Its first parameter is packed, and transformers makes no model of such numbers."""
+    from transformers import TimeSeriesTransformerConfig, TimeSeriesTransformerForPrediction as Series
+
+    small = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    times = {"prediction_length": 4, "context_length": 8, "num_time_features": 1, "lags_sequence": [1, 2]}
+    Series(TimeSeriesTransformerConfig(**small, **times)).half().save_pretrained(tmp_path / "plain")
+    bigpipe.quantize_checkpoint(tmp_path / "plain", tmp_path / "packed", scheme="nf4")
+    model = bigpipe.load(tmp_path / "packed")
+    assert next(model.parameters()).dtype == torch.uint8
+    before = model.config.to_dict()
+    save_checkpoint(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_bytes())["dtype"] == "float16"
+    assert model.config.to_dict() == before

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 import transformers
 from safetensors import safe_open
 from support.architectures import UNUSUAL
+from support.asking import answer_here
 from support.models import forward, make_checkpoint, tiny_config, tiny_model
 from support.real import build
 
+import bigpipe
 from bigpipe.bigmodel.architecture import Architecture, read_request
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.execution import loaded
 from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint, torch_threads
 from bigpipe.bigmodel.writing import SyntheticModel, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, UsageError
@@ -145,6 +149,28 @@ def check_unusual(name: str, scheme: str, double: bool, folder: Path) -> None:
     build(UNUSUAL[name]).to(torch.bfloat16).save_pretrained(source)
     quantize(source, folder / "out", scheme=scheme, bnb_4bit_use_double_quant=double)
     assert_same_files(folder / "out", on_load(source, scheme, double), folder / "reference")
+
+
+def test_a_matrix_that_is_read_the_other_way_round_is_not_taken_from_the_shelf(tmp_path: Path) -> None:
+    """A class that was corrected from Linear to Conv1D: of a square matrix, names and shapes stay as they are."""
+    source = make_checkpoint(tmp_path / "llama", "llama", num_key_value_heads=4)
+    linear, files = architecture_of(source), []
+    turned = [replace(m, class_name="Conv1D") if m.name.endswith("q_proj") else m for m in linear.modules]
+    for number, architecture in enumerate((linear, replace(linear, modules=tuple(turned)))):
+        made = quantize_checkpoint(
+            source, tmp_path / str(number), scheme="int8", architecture=architecture, parts=tmp_path / "parts"
+        )
+        files.append(made.files["model.safetensors"])
+    assert files[0] != files[1]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_what_is_packed_under_older_names_is_placed_as_it_is_stored(scheme: str, tmp_path: Path) -> None:
+    """transformers has renamed the modules of ViT since, and stores them as they were called."""
+    quantize(source_checkpoint(tmp_path, "vit"), tmp_path / "out", scheme=scheme)
+    answer_here(tmp_path / "out")
+    placement = bigpipe.place(tmp_path / "out", device_map={"": "cpu"})
+    assert placement.weights == loaded(bigpipe.load(tmp_path / "out", placement)).held
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ T5 = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weig
     [
         ({"model_type": "phi", "tie_word_embeddings": False}, (EMBEDDING, HEAD), {HEAD}),
         ({"model_type": "phi", "tie_word_embeddings": True}, (EMBEDDING, HEAD), set()),
-        ({"model_type": "phi"}, (EMBEDDING, HEAD), set()),
+        ({"model_type": "phi"}, (EMBEDDING, HEAD), {HEAD}),
         ({"model_type": "t5", "tie_word_embeddings": False}, T5, {"lm_head.weight"}),
         ({"model_type": "x", "text_config": {"tie_word_embeddings": False}}, (EMBEDDING, HEAD), {HEAD}),
         (
@@ -120,7 +120,7 @@ T5 = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weig
             (EMBEDDING, HEAD),
             set(),
         ),
-        (None, (EMBEDDING, HEAD), set()),
+        (None, (EMBEDDING, HEAD), {HEAD}),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
 )
@@ -132,6 +132,42 @@ def test_a_class_that_nobody_here_knows_is_taken_at_its_configs_word(
     found = untied(described)
     assert set(found.tensors or {}) == {kept, *own}
     assert set(found.tied) == set(aliases) - own
+
+
+OWN = """
+import torch
+
+class Two(torch.nn.Module):
+    def __init__(self, tie):
+        super().__init__()
+        self.online, self.target = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        if tie:
+            self.target.weight = self.online.weight
+        self.other = torch.nn.Linear(64, 64)
+
+    def forward(self, numbers):
+        return self.other(self.target(self.online(numbers)))
+"""
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["apart", "tied"])
+def test_names_of_an_own_class_that_share_storage_are_all_there(tmp_path: Path, tie: bool) -> None:
+    """As those of a target network that began as a copy: nobody but the class could say that they are tied."""
+    (tmp_path / "ownties.py").write_text(OWN)
+    weights = {name: torch.full((64, 64), float(number)) for number, name in enumerate(("other", "online"))}
+    biases = {f"{name}.bias": torch.ones(64) for name in ("online", "target", "other")}
+    state = {f"{name}.weight": weight for name, weight in weights.items()} | biases
+    (folder := tmp_path / "bin").mkdir()
+    torch.save({**state, "target.weight": weights["online"]}, folder / "pytorch_model.bin")
+    (folder / "bigpipe_architecture.json").write_text(json.dumps({"class": "ownties:Two", "config": {"tie": tie}}))
+    trusted: dict[str, Any] = {"trust": ["ownties"], "base": tmp_path}
+    save_checkpoint(folder, tmp_path / "sharded")
+    skipped = ["online", "target"]
+    quantize_checkpoint(folder, tmp_path / "int8", scheme="int8", dtype="float32", skip_modules=skipped, **trusted)
+    for each in ("bin", "sharded", "int8"):
+        model = bigpipe.load(tmp_path / each, **trusted)
+        assert torch.equal(model.target.weight, weights["online"]), each
+    assert ("target.weight" in names(tmp_path / "int8")) != tie
 
 
 class Wrapping(torch.Tensor):

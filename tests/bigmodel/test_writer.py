@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.writing import PlannedTensor, Traffic, plan_shards, save_checkpoint, write_checkpoint
-from bigpipe.errors import DoesNotFit, UsageError
+from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 from bigpipe.files import partial_name
 
 
@@ -154,6 +155,32 @@ def test_a_save_replaces_the_files_of_an_earlier_one(tmp_path):
         save_checkpoint(tmp_path / "source", tmp_path / "out", max_shard_size=size)
         save_checkpoint(tmp_path / "source", tmp_path / "out", format="bin")
         assert weights() == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("limit", ["5GB", "20KB"])
+@pytest.mark.parametrize("way", ["disk", "module", "nf4"])
+def test_a_save_that_is_broken_off_over_another_leaves_no_model(tmp_path, way, limit):
+    """Files of the older one beside those of the newer would be taken for one whole model."""
+    make_checkpoint(tmp_path / "new", "llama", seed=1)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    def save(**options):
+        if way == "nf4":
+            return quantize_checkpoint(
+                tmp_path / "new", tmp_path / "out", scheme="nf4", max_shard_size=limit, **options
+            )
+        source = tiny_model("llama", seed=1) if way == "module" else tmp_path / "new"
+        return save_checkpoint(source, tmp_path / "out", max_shard_size=limit, **options)
+
+    files = save().files
+    assert "config.json" in files
+    with pytest.raises(KeyboardInterrupt):
+        save(progress=stop)
+    with pytest.raises(InvalidCheckpoint):
+        open_checkpoint(tmp_path / "out")
+    assert save().files == files
 
 
 def test_a_save_removes_what_a_killed_one_left_unfinished(tmp_path):

@@ -10,14 +10,17 @@ from pathlib import Path
 from bigpipe.bigmodel import memo
 from bigpipe.bigmodel.architecture import instantiation, read_request, request_key
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
+from bigpipe.bigmodel.formats import format_of, set_apart
 from bigpipe.bigmodel.sources import Sources
 
 
 def answer_here(model: Path, sources: Sources = Sources()) -> Path:
     """Let this process know what a child would say of a model's class, and of the names that are stored for it. What a
     child would refuse it still is asked, and refuses."""
-    request, stored = read_request(model, sources=sources), tuple(sorted(describe_checkpoint(model).tensors or ()))
-    for question in (request, replace(request, stored=stored)):
+    request, described = read_request(model, sources=sources), describe_checkpoint(model)
+    plain, packed = set_apart(described.tensors or {}, format_of(described))
+    stored = sorted([*plain, *described.tied, *(f"{module}.weight" for module in packed)])
+    for question in (request, replace(request, stored=tuple(stored))):
         with warnings.catch_warnings(action="ignore"):
             answer = instantiation._answer(question)
         if "error" not in answer:
