@@ -124,14 +124,15 @@ def work_of(session: Session, beside: Path | None) -> Work:
     for name in (name for name, value in session.arguments.items() if not value):
         cause = f"-p {name}= is empty, and what is left empty there means the recipe's own value"
         raise UsageError(cause, "write the empty value into the recipe")
-    plain = plain_names(recipe.params, "_")
+    read = [name for name in recipe.params if name not in recipe.unread]
+    plain = plain_names(read, "_")
     secrets = tuple(dict.fromkeys(name for node in recipe.nodes.values() for name in node.secrets))
     return Work(
         recipe=recipe.name,
         plain=plain_names([recipe.name])[recipe.name],
         manifest=_found_from(recipe.path, beside),
         locked=lock_path(recipe.path).exists(),
-        parameters=tuple(Parameter(name, plain[name], str(session.arguments.get(name, ""))) for name in recipe.params),
+        parameters=tuple(Parameter(name, plain[name], str(session.arguments.get(name, ""))) for name in read),
         secrets=secrets,
         settings=tuple(name for sink in recipe.sinks for name in SINKS[sink].settings if name not in secrets),
         tasks=tuple(_tasks(recipe, plan)),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from bigpipe.names import closest, did_you_mean, listed
+from bigpipe.names import SPELLINGS, closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import BYTES, Json, Written
 
 from .conditions import Measure
@@ -160,13 +160,6 @@ def _finding(details: Any, target: Target) -> _Finding:
     return _Finding(details["type"], details["input"], context, details["msg"], tuple(path), union, of_key)
 
 
-_SPELLINGS = {
-    "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp64": "float64",
-    "fp8": "float8", "8bit": "int8", "4bit": "nf4", "int4": "nf4",
-}  # fmt: skip
-"""What others call dtypes and formats."""
-
-
 def _merged(findings: Iterable[_Finding]) -> list[_Finding]:
     """The branches of a union joined: those that got deepest into the value are the ones that were meant."""
     unions: dict[tuple[Key, ...] | None, list[_Finding]] = {}
@@ -236,7 +229,7 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
         return Fault.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
     if finding.kind in ("literal_error", "enum") and isinstance(finding.input, str):
         choices = [choice for phrase in phrases for choice in phrase.replace(" or ", ", ").split(", ")]
-        meant = _SPELLINGS.get(finding.input.lower(), finding.input)
+        meant = SPELLINGS.get(finding.input.lower(), finding.input)
         cure = did_you_mean(meant, choices) or f"it takes {listed(phrases, 'or')}"
         return Fault.NOT_A_CHOICE, f"{shown} is not one of its values", cure
     cause = f"{shown} where {listed(phrases, 'or')} is expected"

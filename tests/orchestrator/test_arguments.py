@@ -15,7 +15,12 @@ from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.recipe import Single
 
 TEXTS = ["😀", "a\x85b", "one\u2028 two", "p\u2029", "\x7f", "\ufeffx", "\ufffe", "ü", "${x}", "\t\n\x01", 'q"\\']
-SINGLE = "version: 1\nparams: {p: %s}\nstages:\n  d: {uses: download, with: {repo: a/b}}\n"
+SINGLE = """\
+version: 1
+params: {p: %s}
+stages:
+  d: {uses: download, with: {synthetic: {config: {p: "${params.p}"}}}}
+"""
 
 
 def parameter(folder: Path, default: str, value: Any) -> Any:

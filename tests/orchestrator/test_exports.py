@@ -39,9 +39,10 @@ stages:
     secrets: [API_KEY]
     with: {text: "${params.text} ${matrix.word}"}
     gates: ["characters <= ${params.most}"]
-  begin: {uses: write}
+  begin: {uses: write, with: {lines: "${params.lines}"}}
   join: {uses: join, inputs: {first: begin, rest: [write]}}
 """
+SECRETS = {"API_KEY": "sesame-sesame"}
 HOSTILE = [
     "two words",
     "a'b",
@@ -68,7 +69,7 @@ def exported(target: str, there: Workshop, **options: Any) -> str:
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.chdir(tmp_path)
-    return with_the_command(tmp_path)
+    return {**with_the_command(tmp_path), **SECRETS}
 
 
 # Names
@@ -109,8 +110,7 @@ def test_a_workflow_of_every_shipped_recipe_is_one(recipe: Path, workflow_schema
 
 def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: dict[str, str]) -> None:
     workflow = yaml.safe_load(exported("github", words))
-    secrets = {"API_KEY": "sesame-sesame"}
-    runner = Runner(workflow, words.folder, path, inputs={"text": "bye"}, secrets=secrets)
+    runner = Runner(workflow, words.folder, path, inputs={"text": "bye"}, secrets=SECRETS)
     for step in ("Plan", "Run"):
         done = runner.run(step)
         assert done.returncode == 0, done.stderr
@@ -119,25 +119,25 @@ def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: 
     assert result["params"]["text"] == "bye"
     assert {node["status"] for node in result["nodes"].values()} == {"succeeded"}
     assert runner.steps["Install"]["run"] == "pip install bigpipe-ml==0.1.0"
-    seen = {name: {each for each in secrets if f"secrets.{each}" in str(step)} for name, step in runner.steps.items()}
+    seen = {name: {each for each in SECRETS if f"secrets.{each}" in str(step)} for name, step in runner.steps.items()}
     assert seen == {"Install": set(), "Plan": {"API_KEY"}, "Run": {"API_KEY"}}
 
 
 @pytest.mark.parametrize("shell", [BASH, PLAIN], ids=" ".join)
 def test_a_gate_that_fails_fails_the_step(words: Workshop, path: dict[str, str], shell: tuple[str, ...]) -> None:
     """And what came of it is an output all the same, with an annotation of the line."""
-    runner = Runner(yaml.safe_load(exported("github", words, params={"most": 9})), words.folder, path)
+    runner = Runner(yaml.safe_load(exported("github", words, params={"most": 9})), words.folder, path, secrets=SECRETS)
     runner.contexts["inputs"] = {"text": "longer than most"}
     done = runner.run("Run", shell)
     assert done.returncode == 3
     assert "::error file=recipe.yaml,line=11,col=" in done.stderr
     result = json.loads(runner.outputs["result"])
-    assert (result["exit_code"], result["params"]["most"]) == (3, "9")
+    assert (result["exit_code"], result["params"]["most"]) == (3, 9)
 
 
 def test_a_plan_that_is_refused_fails_its_step_and_is_in_the_summary(words: Workshop, path: dict[str, str]) -> None:
     words.manifest.write_text(RECIPE.replace("with: {", "with: {misfit: true, "))
-    runner = Runner(yaml.safe_load(exported("github", words)), words.folder, path)
+    runner = Runner(yaml.safe_load(exported("github", words)), words.folder, path, secrets=SECRETS)
     assert runner.run("Plan").returncode == 4
     assert "| join | run |" in runner.summary
 
@@ -147,7 +147,7 @@ MANY_PARAMS = f"""\
 version: 1
 params: {json.dumps(dict.fromkeys(MANY, "hello"))}
 stages:
-  a: {{uses: write}}
+  a: {{uses: write, env: {json.dumps({name.upper(): f"${{params.{name}}}" for name in MANY})}}}
 """
 
 
