@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Stale, UsageError
+from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Offline, Stale, UsageError
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -231,9 +231,10 @@ def _require_jobs(jobs: int | None) -> None:
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
     """Raise, with the plan, what makes a run pointless now, and UsageError where a node that may run needs packages
-    that are not installed here. A failing gate that may be survived is left to the run."""
+    that are not installed here. A failing gate, or a source that cannot be asked, is left to the run where it may be
+    survived."""
     for error in chain(plan.errors(), _lacking(plan)):
-        if not isinstance(error, GateFailed) or not (keep_going or _survivable(plan, error)):
+        if not isinstance(error, GateFailed | Offline) or not (keep_going or _survivable(plan, error)):
             error.plan = plan
             raise error
 
@@ -246,7 +247,7 @@ def _lacking(plan: Plan) -> Iterator[BigpipeError]:
         yield error
 
 
-def _survivable(plan: Plan, error: GateFailed) -> bool:
+def _survivable(plan: Plan, error: BigpipeError) -> bool:
     return error.node in plan.nodes and plan.nodes[error.node].node.on_fail == "continue"
 
 

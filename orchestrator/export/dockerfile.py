@@ -24,7 +24,7 @@ FROM ${{BASE}}
 RUN useradd --uid {user} --create-home bigpipe && install --directory --owner={user} /store /work
 # The versions that this version of bigpipe is tested with; they come with it.
 RUN pip install --no-cache-dir --no-deps {bare}
-RUN pip install --no-cache-dir --constraint "$({constraints})" {requirement}
+RUN pip install --no-cache-dir --constraint "$({constraints})" {requirements}
 
 ENV BIGPIPE_HOME=/store/bigpipe HF_HOME=/store/huggingface PYTHONUNBUFFERED=1
 VOLUME /store
@@ -38,12 +38,12 @@ CONSTRAINTS = "python -c 'import bigpipe.versions; print(bigpipe.versions.TESTED
 
 
 def dockerfile(work: Work) -> str:
-    bare = re.sub(r"\[.*\]", "", work.requirement)
+    bare = re.sub(r"\[.*\]", "", work.requirements[0])
     command = [*work.run()[1:], *work.given]
     return TEXT.format(
         user=USER,
         bare=shlex.quote(bare),
-        requirement=shlex.quote(work.requirement),
+        requirements=shlex.join(work.requirements),
         constraints=CONSTRAINTS,
         command=json.dumps(command),
     )

@@ -80,7 +80,7 @@ def _steps(work: Work) -> list[Json]:
     return [
         {"uses": "actions/checkout@v6", "with": {"persist-credentials": False}},
         {"uses": "actions/setup-python@v6", "with": {"python-version": "3.12"}},
-        {"name": "Install", "run": f"pip install {shlex.quote(work.requirement)}"},
+        {"name": "Install", "run": f"pip install {shlex.join(work.requirements)}"},
         {
             "name": "Take the store from the cache",
             "uses": "actions/cache/restore@v5",

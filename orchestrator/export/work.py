@@ -26,9 +26,9 @@ from bigpipe.orchestrator.planning import (
     make_plan,
     takes_any_gpus,
 )
-from bigpipe.orchestrator.recipe import Recipe
+from bigpipe.orchestrator.recipe import Recipe, distributions_of, is_built_in
 from bigpipe.orchestrator.sinks import SINKS
-from bigpipe.versions import RUN, package_version
+from bigpipe.versions import RUN, package_version, requirement
 
 COMPUTES = {"torch", "vllm"}
 """Packages that use GPUs."""
@@ -87,8 +87,8 @@ class Work:
     """Further variables, of the command itself: where its sinks are and what they want to see."""
     tasks: tuple[Task, ...]
     """Each after those that it needs."""
-    requirement: str
-    """What pip installs for it."""
+    requirements: tuple[str, ...]
+    """What pip installs for it: bigpipe, then what kinds of others need."""
     unknown: tuple[str, ...]
     """Of what task it could not be foreseen how much it takes, each a sentence."""
 
@@ -136,7 +136,7 @@ def work_of(session: Session, beside: Path | None) -> Work:
         secrets=secrets,
         settings=tuple(name for sink in recipe.sinks for name in SINKS[sink].settings if name not in secrets),
         tasks=tuple(_tasks(recipe, plan)),
-        requirement=_requirement(session),
+        requirements=_requirements(session),
         unknown=tuple(_unknown(plan)),
     )
 
@@ -147,9 +147,10 @@ def _found_from(manifest: Path, beside: Path | None) -> str:
     return manifest.name if found.parts[0] == ".." and not beside else found.as_posix()  # nothing is above the top
 
 
-def _requirement(session: Session) -> str:
-    """With the extras that the recipe's kinds, what they name, and its sinks need, and the version that wrote the
-    file. What counts GPUs goes where something computes or asks for some: without it none is seen."""
+def _requirements(session: Session) -> tuple[str, ...]:
+    """bigpipe with the extras that the recipe's kinds, what they name, and its sinks need, in the version that wrote
+    the file, and what kinds that are not its own need besides. What counts GPUs goes where something computes or asks
+    for some: without it none is seen."""
     from importlib.metadata import metadata
 
     recipe = session.recipe
@@ -165,7 +166,15 @@ def _requirement(session: Session) -> str:
     if recipe.remote and recipe.remote.address.startswith("s3:"):
         extras.add("s3")
     listed = f"[{','.join(sorted(extras))}]" if extras else ""
-    return f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}"
+    brought = {"bigpipe-ml", *offered, *(RUN if "run" in extras else ())}
+    further = sorted(_of_others(recipe) - brought)
+    return (f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}", *map(requirement, further))
+
+
+def _of_others(recipe: Recipe) -> set[str]:
+    """The distributions that offer the kinds which are not bigpipe's own, and those that these kinds name."""
+    others = {node.location: node.kind.packages for node in recipe.nodes.values() if not is_built_in(node.location)}
+    return {name for location, packages in others.items() for name in (*distributions_of(location), *packages)}
 
 
 def _tasks(recipe: Recipe, plan: Plan) -> Iterator[Task]:

@@ -162,6 +162,8 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
 def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> PlannedNode:
     session, node = rehearsal.session, state.node
     decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, state.error
+    if preflight and session.offline and decision.action is Action.RUN:
+        refusal = refusal or rehearsal.unanswered.get(node.name)
     if preflight and decision.action.works:
         from .effects import refuse_clash  # of what runs alone
 

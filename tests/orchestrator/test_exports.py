@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
 from graphlib import TopologicalSorter
 from importlib.resources import files
@@ -118,7 +119,7 @@ def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: 
     result = json.loads(runner.outputs["result"])
     assert result["params"]["text"] == "bye"
     assert {node["status"] for node in result["nodes"].values()} == {"succeeded"}
-    assert runner.steps["Install"]["run"] == "pip install bigpipe-ml==0.1.0"
+    assert runner.steps["Install"]["run"] == "pip install bigpipe-ml==0.1.0 bigpipe-toys==0.1.0"
     seen = {name: {each for each in SECRETS if f"secrets.{each}" in str(step)} for name, step in runner.steps.items()}
     assert seen == {"Install": set(), "Plan": {"API_KEY"}, "Run": {"API_KEY"}}
 
@@ -460,6 +461,28 @@ def test_what_counts_gpus_is_installed_where_a_tool_asks_for_some(words: Worksho
     tool = "uses: command, with: {argv: ['${python}', train.py], files: [train.py], produces: directory}"
     words.manifest.write_text(f"version: 1\nname: tool\nstages:\n  tool: {{{tool}{resources}}}\n")
     assert re.findall(r"pip install '?([^=]+)==", exported("github", words)) == [f"bigpipe-ml{extras}"]
+
+
+@pytest.mark.parametrize(("packages", "installed"), [
+    ((), ["bigpipe-ml"]),
+    (("bigpipe-toys", "safetensors", "not-here"), ["bigpipe-ml", "bigpipe-toys==0.1.0", "not-here", "safetensors"]),
+    (("torch", "transformers"), ["bigpipe-ml[gpu,run]"]),
+])  # fmt: skip
+def test_what_a_kind_of_ones_own_names_is_installed(
+    words: Workshop, packages: tuple[str, ...], installed: list[str]
+) -> None:
+    module = f"mine{len(packages)}"
+    (words.folder / f"{module}.py").write_text(
+        "from dataclasses import replace\nfrom bigpipe_toys import WRITE\n"
+        f"STAGE = replace(WRITE, kind='mine', packages={packages!r})\n"
+    )
+    words.manifest.write_text(f"version: 1\ntrust: {{modules: [{module}]}}\nstages:\n  a: {{uses: '{module}:STAGE'}}\n")
+    for target in ("github", "dockerfile"):
+        found = re.findall(
+            r"pip install (?:--no-cache-dir --constraint .*\)\" )?(bigpipe.+|'.+)", exported(target, words)
+        )
+        own, *further = shlex.split(found[-1])
+        assert [own.partition("==")[0], *further] == installed
 
 
 def test_an_estimate_installs_no_library_whose_models_it_may_never_see(words: Workshop) -> None:
