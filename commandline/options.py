@@ -44,9 +44,13 @@ def age(context: click.Context, option: click.Parameter, written: str | None) ->
 
 
 class FromHome(click.Path):
-    """A path in which `~` is the home: of `--store=~/cache` a shell leaves it standing."""
+    """A path in which `~` is the home: of `--store=~/cache` a shell leaves it standing. `-` is none: it would be a file
+    that is called so."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if os.fspath(value) == "-":
+            name = f"{param.opts[-1]} -" if isinstance(param, click.Option) else "-"
+            raise UsageError(f"{name}: no stream is read or written here", "name a file; one called so is ./-")
         return super().convert(os.path.expanduser(value), param, ctx)
 
 

@@ -16,6 +16,7 @@ from support.workshop import environment
 
 from bigpipe.cli import cli
 from bigpipe.commandline import single
+from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.events import NodeStarted
 
 RECIPE = """\
@@ -93,6 +94,16 @@ def test_a_home_that_a_shell_left_standing_is_one(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert {option for _, option, _ in paths} >= {"store", "manifest", "out", "events", "key", "also", "directory"}
     assert [each for each in paths if each[2] != tmp_path / "x"] == []
+
+
+def test_a_stream_is_no_path():
+    for name, typed in {
+        "run": ["r.yaml", "--events", "-"],
+        "graph": ["-"],
+        "export": ["github", "r.yaml", "-o-"],
+    }.items():
+        with pytest.raises(UsageError, match="no stream is read or written here"):
+            cli.commands[name].make_context(name, typed)
 
 
 def test_a_graph_is_not_drawn_over_its_recipe(greeting):

@@ -46,7 +46,7 @@ from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, spl
 from .node import Node
 from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
-from .validation import Target, validate
+from .validation import SWITCHES, Target, validate
 from .wiring import Wired, Wiring, read_picks
 from .yamlsource import Document, Key, read_document
 
@@ -169,6 +169,17 @@ def load_recipe(
         return _Loading(document, arguments, environment, stages, base, problems).recipe(path, resolve)
 
     return resolve(params)
+
+
+def _fitting(name: str, text: str, default: Json) -> str:
+    """How an argument is written that was probably meant by one of another type than the default; empty: who knows."""
+    if isinstance(default, bool):
+        switch = SWITCHES.get(text.lower())
+        return f"write -p {name}={switch}" if switch else ""
+    if isinstance(default, list):
+        return f"write -p '{name}=[{text}]'"
+    fraction = isinstance(default, int) and re.fullmatch(r"-?\d*\.\d+", text)
+    return f"where it may be a fraction, write the default as {float(default)}" if fraction else ""
 
 
 def _read(path: Path) -> bytes:
@@ -312,7 +323,7 @@ class _Loading:
         try:
             return read_argument(text, default)
         except ValueError as error:
-            cure = "it is read as the type of the default"
+            cure = _fitting(name, text, default) or "it is read as the type of the default"
             self.problems.add(Fault.BAD_ARGUMENT, ("params", name), f"-p {name}=…: {error}", cure)
             return None
 
