@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import click
 
 from bigpipe.errors import UsageError
+from bigpipe.names import SPELLINGS
 
 from .completing import PARAMETERS
 
@@ -40,10 +43,20 @@ def age(context: click.Context, option: click.Parameter, written: str | None) ->
     return timedelta(**{AGE_UNITS[match[2]]: int(match[1])})
 
 
-MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
-STORE = click.option(
-    "--store", type=click.Path(path_type=Path), help="The store; else $BIGPIPE_HOME, else the XDG cache."
-)
+class FromHome(click.Path):
+    """A path in which `~` is the home: of `--store=~/cache` a shell leaves it standing. `-` is none: it would be a file
+    that is called so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if os.fspath(value) == "-":
+            name = f"{param.opts[-1]} -" if isinstance(param, click.Option) else "-"
+            raise UsageError(f"{name}: no stream is read or written here", "name a file; one called so is ./-")
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+PATH = FromHome(path_type=Path)
+MANIFEST = click.argument("manifest", type=PATH)
+STORE = click.option("--store", type=PATH, help="The store; else $BIGPIPE_HOME, else the XDG cache.")
 PARAMS = click.option(
     "-p",
     "--param",
@@ -93,12 +106,13 @@ class ManyDtypes(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         from bigpipe.bigmodel.formats import DTYPES
 
+        known = {*DTYPES, *SPELLINGS}  # one that is spelled as others do is no model: what reads it says so
         spread: list[str] = []
         listing = False
         for arg in args:
-            follows = listing and arg in DTYPES and spread[-1] != "--dtypes"
+            follows = listing and arg.lower() in known and spread[-1] != "--dtypes"
             spread += ["--dtypes", arg] if follows else [arg]
-            listing = arg == "--dtypes" or (listing and arg in DTYPES)
+            listing = follows or arg.startswith("--dtypes=") or "--dtypes" in spread[-2:]
         return super().parse_args(ctx, spread)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

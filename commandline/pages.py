@@ -6,17 +6,15 @@ from pathlib import Path
 
 import click
 
-from .options import OFFLINE, STORE
+from .options import OFFLINE, PATH, STORE
 from .printing import own_stdout
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=".")
+@click.argument("directory", type=PATH, default=".")
 @click.option("--host", help="Listen there instead of on loopback; the address then carries a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any that is free.")
-@click.option(
-    "--also", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="More models to look at, below DIR."
-)
+@click.option("--also", multiple=True, type=PATH, metavar="DIR", help="More models to look at, below DIR.")
 @click.option("--allow-cancel", is_flag=True, help="Let the page interrupt runs.")
 @OFFLINE
 @STORE

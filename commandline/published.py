@@ -13,7 +13,7 @@ from bigpipe.names import listed
 from bigpipe.orchestrator import report
 
 from .completing import MODELS
-from .options import JSON, OFFLINE, STORE
+from .options import JSON, OFFLINE, PATH, STORE
 from .printing import own_stderr, show
 
 BELONGS = {
@@ -25,13 +25,12 @@ BELONGS = {
     "offline": ("keeps a model from being asked for", ("--reproduce", "a directory")),
 }
 """Option of `verify` → what it does, and what it belongs to."""
-FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("directory", type=FILE)
-@click.option("-o", "--out", type=FILE, metavar="DIR", help="Where they go; else NAME.attestations beside it.")
-@click.option("--key", type=FILE, metavar="PEM", help="The private key to sign with; else nothing is signed.")
+@click.argument("directory", type=PATH)
+@click.option("-o", "--out", type=PATH, metavar="DIR", help="Where they go; else NAME.attestations beside it.")
+@click.option("--key", type=PATH, metavar="PEM", help="The private key to sign with; else nothing is signed.")
 @JSON
 def attest(directory: Path, out: Path | None, key: Path | None, as_json: bool) -> None:
     """Write what other tools check the model in DIRECTORY by: digests, how it was built, what it consists of.
@@ -46,15 +45,15 @@ def attest(directory: Path, out: Path | None, key: Path | None, as_json: bool) -
 
 
 @click.command()
-@click.argument("directory", type=FILE, required=False)
+@click.argument("directory", type=PATH, required=False)
 @click.option("--repair", is_flag=True, help="Quarantine what is damaged, so that it is made again.")
 @click.option(
     "--reproduce", metavar="MODEL", shell_complete=MODELS, help="Recompute a quantized model: OWNER/NAME[@REVISION]."
 )
 @click.option("--source", metavar="MODEL", help="What it was made from, where it does not say: OWNER/NAME@COMMIT.")
 @click.option("--trust", multiple=True, metavar="MODULE", help="A module of yours that its class may come from.")
-@click.option("--attestations", type=FILE, metavar="DIR", help="Of DIRECTORY; else NAME.attestations beside it.")
-@click.option("--key", type=FILE, metavar="PEM", help="The public key that the attestations must be signed with.")
+@click.option("--attestations", type=PATH, metavar="DIR", help="Of DIRECTORY; else NAME.attestations beside it.")
+@click.option("--key", type=PATH, metavar="PEM", help="The public key that the attestations must be signed with.")
 @OFFLINE
 @JSON
 @STORE

@@ -12,7 +12,7 @@ from bigpipe.errors import UsageError
 from bigpipe.orchestrator import recipe, report
 
 from .completing import KINDS, MODELS, SHELLS, script
-from .options import JSON, OFFLINE, STORE, ManyDtypes
+from .options import JSON, OFFLINE, PARAMS, PATH, STORE, ManyDtypes
 from .printing import own_stdout, say, screen, show, show_json
 
 
@@ -62,7 +62,7 @@ def estimate(
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--model", required=True, metavar="REPO", shell_complete=MODELS, help="A Hub repository.")
 @JSON
 def init(file: Path, model: str, as_json: bool) -> None:
@@ -85,20 +85,23 @@ def init(file: Path, model: str, as_json: bool) -> None:
 @click.option(
     "--recipe",
     "manifest",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="With the stages and parameters of this recipe, for an editor to offer, and the kinds of its own modules.",
 )
+@PARAMS
 @click.option("--outputs", is_flag=True, help="The schema of what `--json` prints, and of events, instead.")
 @click.option("--json", "as_json", is_flag=True, help="A refusal is JSON too; a schema always is.")
-def schema(kinds: tuple[str, ...], manifest: Path | None, outputs: bool, as_json: bool) -> None:
+def schema(kinds: tuple[str, ...], manifest: Path | None, params: dict[str, str], outputs: bool, as_json: bool) -> None:
     """Print the JSON schema of manifests, generated from the registered kinds, and from those of modules of yours.
 
     Example: bigpipe schema --recipe opt.yaml > bigpipe.schema.json
     """
     if [bool(kinds), manifest is not None, outputs].count(True) > 1:
         raise UsageError("MODULE:STAGE, --recipe and --outputs name three schemas", "ask for one of them at a time")
+    if params and manifest is None:
+        raise UsageError("-p sets a parameter of a recipe, and none is named", "name it: --recipe FILE")
     if manifest is not None:
-        show_json(recipe.recipe_schema(bigpipe.load_manifest(manifest)))
+        show_json(recipe.recipe_schema(bigpipe.load_manifest(manifest, params=params)))
     else:
         show_json(report.outputs_schema() if outputs else recipe.manifest_schema(more=kinds))
 

@@ -16,14 +16,14 @@ from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
 
 from .completing import NODES, RUNS, TARGETS
-from .options import EXECUTOR, JOBS, JSON, MANIFEST, OFFLINE, PARAMS, REMOTE, SMOKE, STORE
+from .options import EXECUTOR, JOBS, JSON, MANIFEST, OFFLINE, PARAMS, PATH, REMOTE, SMOKE, STORE, FromHome
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.contract import Reporter
 
 MACHINE = click.option(
-    "--machine", type=click.Path(exists=True, path_type=Path), help="Plan for `doctor --json` of another one."
+    "--machine", type=FromHome(exists=True, path_type=Path), help="Plan for `doctor --json` of another one."
 )
 NAMED_ELSEWHERE = "-"
 """`--remote` without an address."""
@@ -43,7 +43,7 @@ NAMED_ELSEWHERE = "-"
 @click.option("--keep-going", is_flag=True, help="Let other branches finish when a node fails.")
 @SMOKE
 @JSON
-@click.option("--events", type=click.Path(path_type=Path), help="Append every event as a JSON line to this file.")
+@click.option("--events", type=PATH, help="Append every event as a JSON line to this file.")
 @STORE
 @REMOTE
 def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bool, **options: Any) -> None:
@@ -128,7 +128,7 @@ def plan(
 
 
 @click.command()
-@click.argument("manifests", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("manifests", nargs=-1, required=True, type=PATH)
 @PARAMS
 @JSON
 def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool) -> None:
@@ -151,6 +151,7 @@ def validate(manifests: tuple[Path, ...], params: dict[str, str], as_json: bool)
 @MANIFEST
 @PARAMS
 @click.option("--exit-code", is_flag=True, help="Exit with 10 where something would run.")
+@OFFLINE
 @JSON
 @STORE
 @click.option(
@@ -191,6 +192,7 @@ def status(
 @MANIFEST
 @click.argument("node", shell_complete=NODES)
 @PARAMS
+@OFFLINE
 @JSON
 @STORE
 @REMOTE
@@ -214,9 +216,7 @@ def why(manifest: Path, node: str, as_json: bool, **options: Any) -> None:
     type=click.Choice(["text", "mermaid", "dot", "svg", "html"]),
     help="How it is drawn; else as the name of -o ends, else text.",
 )
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Draw it there: .html .svg .dot .mmd .txt; else it is printed."
-)
+@click.option("-o", "--out", type=PATH, help="Draw it there: .html .svg .dot .mmd .txt; else it is printed.")
 @click.option("--run", shell_complete=RUNS, help="Say what this run made of the nodes: an id, the start of one, last.")
 @JSON
 @STORE
@@ -246,6 +246,7 @@ def graph(
 @MANIFEST
 @PARAMS
 @click.option("--check", is_flag=True, help="Only say whether the lock file still holds; exit 10 where not.")
+@OFFLINE
 @JSON
 @STORE
 def lock(manifest: Path, as_json: bool, **options: Any) -> None:
@@ -263,7 +264,7 @@ def lock(manifest: Path, as_json: bool, **options: Any) -> None:
 @click.argument("target", shell_complete=TARGETS)
 @MANIFEST
 @PARAMS
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write it there; else it is printed.")
+@click.option("-o", "--out", type=PATH, help="Write it there; else it is printed.")
 @click.option(
     "--check", is_flag=True, help="Only say whether the file still is what would be written; exit 10 where not."
 )

@@ -14,7 +14,7 @@ from bigpipe.orchestrator import report
 from bigpipe.sizes import format_transfer
 
 from .completing import RAN, REMOVABLE, RUNS
-from .options import DRY_RUN, JSON, STORE, YES, age
+from .options import DRY_RUN, JSON, PATH, STORE, YES, age
 from .printing import confirmed, redraw, say, screen, show, show_json
 
 
@@ -108,7 +108,7 @@ def diff(run: str, other: str, markdown: bool, as_json: bool, store: Path | None
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("report.html"),
     show_default=True,
     help="The file: HTML or, where its name ends in .md, Markdown.",
@@ -127,7 +127,7 @@ def write_report(runs: tuple[str, ...], out: Path, as_json: bool, store: Path | 
 
 @click.command()
 @click.argument("node", shell_complete=RAN)
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @click.option(
     "--run", default="last", show_default=True, shell_complete=RUNS, help="An id of a run, or the start of one."
 )

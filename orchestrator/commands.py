@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Stale, UsageError
+from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Offline, Stale, UsageError
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -22,11 +23,9 @@ from bigpipe.versions import not_installed
 from . import launch, lock as lock_file
 from .contract import Event, Json, LogLine, Machine, OneAtATime, Reporter
 from .planning import (
-    Action,
     Plan,
     Session,
-    difference_json,
-    differences,
+    explain,
     lock_path,
     make_plan,
     open_session,
@@ -231,20 +230,24 @@ def _require_jobs(jobs: int | None) -> None:
 
 
 def refuse(plan: Plan, *, keep_going: bool = False) -> None:
-    """Raise what makes a run pointless now, and UsageError where a node that may run needs packages that are not
-    installed here. A failing gate that may be survived is left to the run."""
-    for error in plan.errors():
-        if isinstance(error, GateFailed) and (keep_going or _survivable(plan, error)):
-            continue
-        raise error
+    """Raise, with the plan, what makes a run pointless now, and UsageError where a node that may run needs packages
+    that are not installed here. A failing gate, or a source that cannot be asked, is left to the run where it may be
+    survived."""
+    for error in chain(plan.errors(), _lacking(plan)):
+        if not isinstance(error, GateFailed | Offline) or not (keep_going or _survivable(plan, error)):
+            error.plan = plan
+            raise error
+
+
+def _lacking(plan: Plan) -> Iterator[BigpipeError]:
     for name, packages in plan.not_installed.items():
         node = plan.nodes[name].node
         error = not_installed(f"{name} ({node.kind.kind})", packages)
         error.place, error.node = node.places.of("uses"), name
-        raise error
+        yield error
 
 
-def _survivable(plan: Plan, error: GateFailed) -> bool:
+def _survivable(plan: Plan, error: BigpipeError) -> bool:
     return error.node in plan.nodes and plan.nodes[error.node].node.on_fail == "continue"
 
 
@@ -301,43 +304,14 @@ def why(
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
     remote: str | Path | None = None,
+    offline: bool = False,
 ) -> dict[str, Json]:
     """Return per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
-    session = _open(manifest, params=params, store=store, remote=remote)
+    session = _open(manifest, params=params, store=store, remote=remote, offline=offline)
     names = session.recipe.meant(node)
     planned = make_plan(session, preflight=False)
-    return {name: explain(session, planned, name) for name in session.recipe.nodes if name in names}
-
-
-def explain(session: Session, planned: Plan, name: str) -> dict[str, Json]:
-    item = planned.nodes[name]
-    decision = item.decision
-    last = session.last(name)
-    changes = decision.changes or _latest_changes(session, name, decision.key)
-    return {
-        "action": str(decision.action),
-        "reason": decision.reason,
-        "key": decision.key,
-        "changes": [difference_json(change, item.node) for change in changes],
-        "because_of": {
-            other: planned.nodes[other].decision.reason
-            for other in session.recipe.ancestors(name)
-            if planned.nodes[other].action in (Action.RUN, Action.MAYBE)
-        },
-        "tried": [dict(row) for row in item.tried],
-        "last": {"run": last.run, "created": last.created, "seconds": last.seconds} if last else None,
-    }
-
-
-def _latest_changes(session: Session, name: str, key: str | None) -> tuple[Any, ...]:
-    """For a cached node: what its last record, where that is the one it has, changed against the one before, so that
-    `why` answers after a run too."""
-    records = session.store.history(session.recipe.path, session.recipe.name, name)
-    if len(records) < 2 or records[-1].key != key:
-        return ()
-    before, after = records[-2], records[-1]
-    return tuple(differences(before.identity, after.identity, before.inputs, after.inputs))
+    return {name: explain(planned, name) for name in session.recipe.nodes if name in names}
 
 
 def lock(
@@ -346,9 +320,10 @@ def lock(
     check: bool = False,
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
+    offline: bool = False,
 ) -> Path:
     """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
-    session = _open(manifest, params=params, store=store)
+    session = _open(manifest, params=params, store=store, offline=offline)
     return lock_file.check_lock(session) if check else lock_file.write_lock(session)
 
 
@@ -431,7 +406,7 @@ def validate(
     manifests: Sequence[Path], params: Mapping[str, Any] | None = None, note: Callable[[str], None] = lambda line: None
 ) -> dict[Path, UsageError]:
     """Return what is wrong with each manifest that is not right: its problems, files and modules that are not there
-    among them; or that it is not there itself. note: told, in a line, of each sink that a run here does without."""
+    among them; or that it is not there itself. note: told, in a line, of what fails no run."""
     from .planning import problems_beside, untold  # of what is not run
 
     errors: dict[Path, UsageError] = {}

@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from support.workshop import environment
 
+from bigpipe.cli import cli
 from bigpipe.commandline import single
+from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.events import NodeStarted
 
 RECIPE = """\
@@ -68,6 +71,39 @@ def test_a_token_is_neither_taken_nor_shown(greeting):
     assert done.returncode == 2
     assert "would be recorded" in done.stderr
     assert token not in done.stdout + done.stderr
+
+
+def test_every_command_about_a_recipe_takes_its_parameters_and_can_leave_the_network_alone():
+    """Also where a message asks for it: `give it one, or pass -p`, `--offline goes on with what is cached`."""
+    takes = {name: {option.name for option in command.params} for name, command in cli.commands.items()}
+    about = {name for name, options in takes.items() if options & {"manifest", "manifests"}}
+    assert {name for name in about if "params" not in takes[name]} == set()
+    assert {name for name in about if "offline" not in takes[name]} == {
+        "validate", "graph", "schema",  # these ask nobody
+        "push", "pull",  # these are for asking
+    }  # fmt: skip
+
+
+def test_a_home_that_a_shell_left_standing_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").touch()
+    paths = [
+        (name, option.name, option.type.convert("~/x", option, None))
+        for name, command in cli.commands.items() for option in command.params
+        if isinstance(option.type, click.Path)
+    ]  # fmt: skip
+    assert {option for _, option, _ in paths} >= {"store", "manifest", "out", "events", "key", "also", "directory"}
+    assert [each for each in paths if each[2] != tmp_path / "x"] == []
+
+
+def test_a_stream_is_no_path():
+    for name, typed in {
+        "run": ["r.yaml", "--events", "-"],
+        "graph": ["-"],
+        "export": ["github", "r.yaml", "-o-"],
+    }.items():
+        with pytest.raises(UsageError, match="no stream is read or written here"):
+            cli.commands[name].make_context(name, typed)
 
 
 def test_a_graph_is_not_drawn_over_its_recipe(greeting):

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import bigpipe
+from bigpipe.commandline.questions import estimate
+from bigpipe.errors import UsageError
+
 MODEL = str(Path(__file__).parents[1] / "models/quickstart")
 
 
@@ -17,6 +21,24 @@ def test_dtypes_may_be_listed_as_accelerate_takes_them(workshop):
         assert found["schema"] == "bigpipe.estimate/1"
         assert found["source"] == "headers"
         assert list(found["dtypes"]) == ["float16", "int8"]
+
+
+@pytest.mark.parametrize(("typed", "dtypes"), [
+    ("M --dtypes int8 bf16", ["int8", "bf16"]),
+    ("--dtypes HALF int8 M", ["HALF", "int8"]),
+    ("--dtypes=float16 int8 M", ["float16", "int8"]),
+    ("M --dtypes float17 nf4", ["float17", "nf4"]),
+    ("--dtypes nf4 M --dtypes=int8", ["nf4", "int8"]),
+])  # fmt: skip
+def test_what_is_called_as_others_call_a_dtype_is_no_model(typed, dtypes):
+    found = estimate.make_context("estimate", typed.split()).params
+    assert (list(found["dtypes"]), found["models"]) == (dtypes, ("M",))
+
+
+def test_a_dtype_that_others_call_otherwise_is_named():
+    with pytest.raises(UsageError) as caught:
+        bigpipe.estimate(MODEL, dtypes=["int8", "BF16"])
+    assert caught.value.cure == "did you mean 'bfloat16'?"
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

@@ -18,6 +18,7 @@ from support.workshop import environment
 
 import bigpipe
 from bigpipe import errors
+from bigpipe.orchestrator import report
 from bigpipe.orchestrator.report import ANSWERS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "reference" / "json.md").read_text(encoding="utf-8")
@@ -147,10 +148,24 @@ def test_why_there_is_no_answer_is_an_answer(workshop, outcome: str) -> None:
     told = answer(workshop, *command.split(), code=code, HF_ENDPOINT="http://127.0.0.1:9", NO_PROXY="127.0.0.1")
     if command.startswith("run recipe") and outcome != "wrong option":
         assert told["schema"] == "bigpipe.run/1"
-        assert (told["run"], told["status"], told["nodes"]) == (None, "refused", {})
+        assert (told["run"], told["status"]) == (None, "refused")
+        assert {name: node["status"] for name, node in told["nodes"].items()} == ({"a": "pending"} if code == 4 else {})
     if place is not None:
         assert (told["errors"][0]["line"], told["errors"][0]["column"]) == place
         assert told["errors"][0]["file"] == "recipe.yaml"
+
+
+def test_a_run_that_its_plan_refuses_tells_the_params_and_what_was_foreseen(workshop) -> None:
+    gate = '  a: {uses: write, with: {text: "${params.text}"}, gates: ["characters >= ${params.least}"]}\n'
+    workshop.manifest.write_text(HEAD.replace("text: hello", "text: hello, least: 99") + gate)
+    with pytest.raises(errors.GateFailed) as caught:
+        workshop.run(params={"text": "bye"})
+    refused = report.refused("run", caught.value, {"manifest": workshop.manifest, "params": {"text": "bye"}})
+    told = checked(json.dumps(refused), 3)
+    assert told["params"] == {"text": "bye", "least": 99}
+    node = told["nodes"]["a"]
+    assert (node["status"], node["key"] is None, node["digest"]) == ("pending", False, None)
+    assert [(each["value"], each["passed"]) for each in node["gates"]] == [(3, False)]
 
 
 def test_every_field_of_an_event_says_what_it_is() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import UsageError
+from bigpipe.names import SPELLINGS, did_you_mean
 
 from .registry import BUILT_IN, names, packing_of
 
@@ -31,7 +32,8 @@ def dtypes() -> list[str]:
 def require_dtype(name: str) -> None:
     """Raise UsageError for a name that is neither a dtype nor a format."""
     if name not in DTYPES and name not in names():
-        raise UsageError(f"dtype {name!r} is not known to estimate", f"use one of {', '.join(dtypes())}")
+        cure = did_you_mean(SPELLINGS.get(name.lower(), name), dtypes(), otherwise="use one of")
+        raise UsageError(f"dtype {name!r} is not known to estimate", cure)
 
 
 def asked(dtype: object) -> str:

@@ -201,7 +201,8 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
     if names & {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}:
         reason = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else text or type(error).__name__
         cause = f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}"
-        return Offline(cause, "check the network, the proxy and HF_ENDPOINT; --offline goes on with what is cached")
+        cure = "check the network, the proxy and HF_ENDPOINT; --offline or HF_HUB_OFFLINE=1 goes on with what is cached"
+        return Offline(cause, cure)
     if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint):
         return _no_answer_of_a_hub(error, asked)
     if names & {"UnsupportedProtocol", "InvalidURL"}:

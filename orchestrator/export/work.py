@@ -27,9 +27,9 @@ from bigpipe.orchestrator.planning import (
     make_plan,
     takes_any_gpus,
 )
-from bigpipe.orchestrator.recipe import Recipe
+from bigpipe.orchestrator.recipe import Recipe, distributions_of, is_built_in
 from bigpipe.orchestrator.sinks import SINKS
-from bigpipe.versions import RUN, package_version
+from bigpipe.versions import RUN, package_version, requirement
 
 COMPUTES = {"torch", "vllm"}
 """Packages that use GPUs."""
@@ -88,8 +88,8 @@ class Work:
     """Further variables, of the command itself: where its sinks are and what they want to see."""
     tasks: tuple[Task, ...]
     """Each after those that it needs."""
-    requirement: str
-    """What pip installs for it."""
+    requirements: tuple[str, ...]
+    """What pip installs for it: bigpipe, then what kinds of others need."""
     unknown: tuple[str, ...]
     """Of what task it could not be foreseen how much it takes, each a sentence."""
 
@@ -115,9 +115,9 @@ class Work:
         """Return the commands that install bigpipe and what the recipe needs, in the versions that keys are made of and
         that this version of bigpipe is tested with; they come with it. options: of pip."""
         pip = shlex.join(["pip", "install", *options])
-        bare = shlex.quote(re.sub(r"\[.*\]", "", self.requirement))
+        bare = shlex.quote(re.sub(r"\[.*\]", "", self.requirements[0]))
         tested = "python -c 'import bigpipe.versions; print(bigpipe.versions.TESTED)'"
-        return [f"{pip} --no-deps {bare}", f'{pip} --constraint "$({tested})" {shlex.quote(self.requirement)}']
+        return [f"{pip} --no-deps {bare}", f'{pip} --constraint "$({tested})" {shlex.join(self.requirements)}']
 
     def shell(self, words: Sequence[str]) -> str:
         """Return a command as a POSIX shell reads it, with a `-p` for each parameter whose variable is set."""
@@ -133,18 +133,19 @@ def work_of(session: Session, beside: Path | None) -> Work:
     for name in (name for name, value in session.arguments.items() if not value):
         cause = f"-p {name}= is empty, and what is left empty there means the recipe's own value"
         raise UsageError(cause, "write the empty value into the recipe")
-    plain = plain_names(recipe.params, "_")
+    read = [name for name in recipe.params if name not in recipe.unread]
+    plain = plain_names(read, "_")
     secrets = tuple(dict.fromkeys(name for node in recipe.nodes.values() for name in node.secrets))
     return Work(
         recipe=recipe.name,
         plain=plain_names([recipe.name])[recipe.name],
         manifest=_found_from(recipe.path, beside),
         locked=lock_path(recipe.path).exists(),
-        parameters=tuple(Parameter(name, plain[name], str(session.arguments.get(name, ""))) for name in recipe.params),
+        parameters=tuple(Parameter(name, plain[name], str(session.arguments.get(name, ""))) for name in read),
         secrets=secrets,
         settings=tuple(name for sink in recipe.sinks for name in SINKS[sink].settings if name not in secrets),
         tasks=tuple(_tasks(recipe, plan)),
-        requirement=_requirement(session),
+        requirements=_requirements(session),
         unknown=tuple(_unknown(plan)),
     )
 
@@ -155,9 +156,10 @@ def _found_from(manifest: Path, beside: Path | None) -> str:
     return manifest.name if found.parts[0] == ".." and not beside else found.as_posix()  # nothing is above the top
 
 
-def _requirement(session: Session) -> str:
-    """With the extras that the recipe's kinds, what they name, and its sinks need, and the version that wrote the
-    file. What counts GPUs goes where something computes or asks for some: without it none is seen."""
+def _requirements(session: Session) -> tuple[str, ...]:
+    """bigpipe with the extras that the recipe's kinds, what they name, and its sinks need, in the version that wrote
+    the file, and what kinds that are not its own need besides. What counts GPUs goes where something computes or asks
+    for some: without it none is seen."""
     from importlib.metadata import metadata
 
     recipe = session.recipe
@@ -173,7 +175,15 @@ def _requirement(session: Session) -> str:
     if recipe.remote and recipe.remote.address.startswith("s3:"):
         extras.add("s3")
     listed = f"[{','.join(sorted(extras))}]" if extras else ""
-    return f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}"
+    brought = {"bigpipe-ml", *offered, *(RUN if "run" in extras else ())}
+    further = sorted(_of_others(recipe) - brought)
+    return (f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}", *map(requirement, further))
+
+
+def _of_others(recipe: Recipe) -> set[str]:
+    """The distributions that offer the kinds which are not bigpipe's own, and those that these kinds name."""
+    others = {node.location: node.kind.packages for node in recipe.nodes.values() if not is_built_in(node.location)}
+    return {name for location, packages in others.items() for name in (*distributions_of(location), *packages)}
 
 
 def _tasks(recipe: Recipe, plan: Plan) -> Iterator[Task]:

@@ -1,9 +1,9 @@
 """`<manifest>.lock`: what a recipe was made of and what came out, as YAML for review. Written by `bigpipe lock`, filled
 by runs, enforced by `run --locked`.
 
-`inputs` says per node what enters its key and can be known without running: kind and version, params, pinned values and
-what they are the answer to, and of nodes that bring files from outside, each file's size and sha256 (or git blob id).
-They are enforced.
+`inputs` says per node what enters its key and can be known without running: kind and version, params, what each port is
+wired to, pinned values and what they are the answer to, and of nodes that bring files from outside, each file's size
+and sha256 (or git blob id). They are enforced.
 `outputs` says what runs gave: digests, tool versions, and what the kind shows for review (a placement). They are
 enforced only for kinds that are reproducible, and only where facts and packages equal those of the run that wrote them.
 """
@@ -55,6 +55,8 @@ class LockedInput(_Locked):
     """The digest of the kind's source, where it is not built in."""
     params: dict[str, Any] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
+    inputs: dict[str, list[str]] | None = None
+    """Port → the nodes that it is wired to; None: written by a version that did not lock it."""
     pins: dict[str, str] = Field(default_factory=dict)
     asked: dict[str, Any] = Field(default_factory=dict)
     """What the pins are the answer to: field path → what the recipe said there."""
@@ -190,7 +192,10 @@ def _input_now(session: Session, node: Node) -> LockedInput:
     if not files and not node.inputs and (record := session.store.find(identity.key({}))):
         files = _brought(record)
     own = {name: getattr(identity, name) for name in ("kind", "version", "code", "params", "env")}
-    return LockedInput(**own, pins=dict(pinned.values), asked=session.asked(node) if pinned.values else {}, files=files)
+    return LockedInput(
+        **own, inputs={port: list(nodes) for port, nodes in node.inputs.items()}, pins=dict(pinned.values),
+        asked=session.asked(node) if pinned.values else {}, files=files,
+    )  # fmt: skip
 
 
 def _brought(record: KeyRecord) -> dict[str, PinnedFile]:
@@ -275,6 +280,7 @@ def _output_changes(old: LockedOutput | None, new: LockedOutput | None) -> list[
 def _input_changes(old: LockedInput, new: LockedInput) -> list[Difference]:
     fields = ("kind", "version", "code", "params", "env", "pins")
     changes = [item for name in fields for item in changed(name, getattr(old, name), getattr(new, name))]
+    changes += changed("inputs", old.inputs, new.inputs) if None not in (old.inputs, new.inputs) else ()
     changes += changed("asked", old.asked, new.asked) if old.asked and new.asked else ()
     return changes + (_file_changes(old.files, new.files) if old.files and new.files else [])
 

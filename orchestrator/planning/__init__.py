@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .beside import problems_beside, untold
     from .decision import Action, Decision, GateVerdict, decide, difference_json, difference_text
     from .doctor import doctor_text, examine, unsound
+    from .explaining import explain
     from .keys import ABSENT, Difference, changed, content_paths, differences, gathered_files, shown
     from .misfits import takes_any_gpus
     from .plan import Plan, PlannedNode, machine_line, make_plan, plan_rows, plan_text, totals

@@ -23,7 +23,10 @@ def problems_beside(recipe: Recipe) -> Iterator[Problem]:
 
 
 def untold(recipe: Recipe) -> Iterator[str]:
-    """Yield a line for each sink whose package is not installed here: no fault of the recipe's, and none of a run's."""
+    """Yield a line for each parameter that no stage reads, and for each sink whose package is not installed here: no
+    run fails of it."""
+    for name, place in recipe.unread.items():
+        yield f"{place}: no stage reads the parameter {name!r}: write ${{params.{name}}} where it belongs, or remove it"
     for name, place in recipe.sinks.items():
         if not SINKS[name].installed:
             yield f"{place}: {name} is told of no run here: it needs {SINKS[name].package}: {install(name)}"

@@ -132,9 +132,12 @@ def _judged(session: Session, node: Node, record: KeyRecord) -> tuple[Action, st
     if record.digest is None:
         return Action.CACHED, "", True
     if not session.store.intact(record):
+        dropped = "its bytes were dropped (cache: false)"
         if not node.cache:
-            return Action.CACHED, "its bytes were dropped (cache: false)", False
-        return Action.RUN, "its bytes are gone from the store, or damaged", False
+            return Action.CACHED, dropped, False
+        gone = f"{dropped}, and are to be kept now"
+        gone = gone if session.store.let_go(record.digest) else "its bytes are gone from the store, or damaged"
+        return Action.RUN, gone, False
     present = node.kind.planning.present
     if present is None:
         return Action.CACHED, "", True

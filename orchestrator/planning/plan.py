@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from bigpipe.errors import BigpipeError, DoesNotFit
+from bigpipe.errors import BigpipeError, DoesNotFit, NotAuthorised
+from bigpipe.names import listed
 from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
+from bigpipe.redaction import HUB_TOKENS
 from bigpipe.sizes import Total, counted, format_duration, format_free, format_size, format_transfer
 from bigpipe.tables import PLAIN, Screen, columns, html_table
 from bigpipe.versions import INSTALL_RUN, bars
@@ -160,11 +162,14 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
 def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> PlannedNode:
     session, node = rehearsal.session, state.node
     decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, state.error
+    if preflight and session.offline and decision.action is Action.RUN:
+        refusal = refusal or rehearsal.unanswered.get(node.name)
     if preflight and decision.action.works:
         from .effects import refuse_clash  # of what runs alone
 
         try:
             refuse_clash(session, node)
+            _refuse_unset(session, node)
             if check is not None:
                 session.ask(node, check, rehearsal.contexts[node.name])
         except BigpipeError as error:
@@ -181,6 +186,16 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
         tried=tuple(fallback.tried(rehearsal.states, state)),
         pinned=session.known_pins(node),
     )
+
+
+def _refuse_unset(session: Session, node: Node) -> None:
+    """Raise NotAuthorised where a secret that the stage itself lists is not set, or is empty, as a CI system hands over
+    one that it does not have. A Hub token may lie in a file."""
+    found = session.secrets(node)
+    unset = [name for name in node.secrets if not found.get(name) and name not in (*node.kind.secrets, *HUB_TOKENS)]
+    if unset:
+        cause = f"secrets that {node.name} lists are not set: {listed(unset)}"
+        raise NotAuthorised(cause, f"export {unset[0]}=…, or take it out of the stage's `secrets`", field="secrets")
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str, str]]:

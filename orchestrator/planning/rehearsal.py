@@ -62,6 +62,8 @@ class Rehearsal:
         )
         self.contexts: dict[str, ForecastContext] = {}
         self.followed: dict[str, str] = {}
+        self.unanswered: dict[str, Offline] = {}
+        """Node → why its source cannot say what it has."""
         self.peak, self.where = 0, ""
         for state in self.states.nodes.values():
             self._bring(state)
@@ -112,6 +114,7 @@ class Rehearsal:
         try:
             decision = decide(self.session, node, inputs, schedule.awaited(state) if inputs is None else ())
         except Offline as error:
+            self.unanswered[node.name] = error
             decision = Decision(action=Action.RUN, reason=f"not known offline: {error.cause}", inputs=inputs)
         when = node.when if decision.action is Action.RUN else None
         if when is not None and when.evaluate(schedule.lookup(self.states, state)) is None:
@@ -232,7 +235,7 @@ class Rehearsal:
             return forecast.seconds
         written = sum(int(file["size"]) for file in last.files.values())
         ratio = forecast.write_bytes / written if written and forecast.write_bytes else 1.0
-        comparable = 1 / COMPARABLE_WITHIN <= ratio <= COMPARABLE_WITHIN
+        comparable = 1 / COMPARABLE_WITHIN <= ratio <= COMPARABLE_WITHIN and state.name not in self.unanswered
         if comparable and last.partial == self.session.identity(state.node).partial:
             return last.seconds * ratio
         return last.seconds if forecast.seconds is None else forecast.seconds

@@ -293,17 +293,18 @@ class Session:
     def _recorded_pin(self, node: Node) -> Pinned | None:
         """What the source answered to the same question, when the node was last run with it."""
         asked = self.asked(node)
-        for record in reversed(self.store.history(self.recipe.path, self.recipe.name, node.name)):
+        for record in reversed(self.store.history(self.recipe.path, self.recipe.own_name, node.name)):
             if record.pins and record.kind == node.kind.kind and asked in record.asked:
                 return Pinned(record.pins, f"the run of {record.created[:10]}, the Hub cannot be asked")
         return None
 
     @cached_property
     def _last_keys(self) -> dict[str, str]:
-        return self.store.last_keys(self.recipe.path, self.recipe.name)
+        return self.store.last_keys(self.recipe.path, self.recipe.own_name)
 
     def last(self, name: str) -> KeyRecord | None:
-        """Return the last record of a node when this session began: of this manifest, else the latest of its name."""
+        """Return the last record of a node when this session began: of this manifest, else the latest of the
+        name that it says."""
         key = self._last_keys.get(name)
         return self.store.find(key) if key else None
 

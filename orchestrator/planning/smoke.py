@@ -118,8 +118,9 @@ def smaller(session: Session, folder: Path) -> tuple[Session, Smoke]:
 
 
 def _plain(node: Node, folder: Path, session: Session) -> Node:
-    """Without conditions, and with few ranks on this machine; what it holds is as little as its forecast says. A
-    launch file is heeded where it says `use_cpu` alone: which GPUs it names, and what for, is of the whole run."""
+    """Without conditions and secrets that are not set, and with few ranks on this machine; what it holds is as little
+    as its forecast says. A launch file is heeded where it says `use_cpu` alone: which GPUs it names, and what for, is
+    of the whole run."""
     launch, gpus = session.surroundings(node).launch, len(session.machine_of(node).gpus)
     ranks = min(launch.num_processes, RANKS, gpus or RANKS)
     first = node.first.choices[0] if node.first else None
@@ -142,6 +143,7 @@ def _plain(node: Node, folder: Path, session: Session) -> Node:
         ),
         resources=ResourcesSpec(),
         env={**node.env, SMOKE: str(folder)},
+        secrets=tuple(name for name, value in session.secrets(node).items() if value),
     )
 
 

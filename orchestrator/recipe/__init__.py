@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .manifest import ResourcesSpec, Shared
     from .node import Choice, First, Node
     from .problems import Fault, Keys
-    from .registry import PROBES, is_built_in, load_stage, named_stage, stage_kinds
+    from .registry import PROBES, distributions_of, is_built_in, load_stage, named_stage, stage_kinds
     from .schema import described_schema, field_descriptions, manifest_schema, recipe_schema, texts_under_fields
     from .single import Single, fed_ports, in_options, option
     from .validation import models_in

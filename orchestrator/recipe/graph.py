@@ -33,12 +33,20 @@ from bigpipe.redaction import conceal_environment
 from bigpipe.tables import html_table
 
 from .expansion import Expansion
-from .interpolation import WELL_KNOWN_SECRETS, Scope, as_text, check_passwords, interpolate, read_argument
+from .interpolation import (
+    WELL_KNOWN_SECRETS,
+    Scope,
+    as_text,
+    check_passwords,
+    contains_reference,
+    interpolate,
+    read_argument,
+)
 from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, split_stage
 from .node import Node
 from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
-from .validation import Target, validate
+from .validation import SWITCHES, Target, validate
 from .wiring import Wired, Wiring, read_picks
 from .yamlsource import Document, Key, read_document
 
@@ -59,11 +67,16 @@ class Recipe:
 
     path: Path
     name: str
+    """What it is called: as the manifest says, else as its file."""
+    own_name: str
+    """What the manifest says it is called, by which it is known at another path too; empty: nothing."""
     text: str = field(repr=False)
     nodes: Mapping[str, Node] = field(repr=False)
     """In topological order, ties in file order."""
     trust: Trust
     params: Mapping[str, Json]
+    unread: Mapping[str, Place]
+    """The parameters that no stage reads, and where they are declared."""
     remote: Shared | None
     """The remote store that it names."""
     sinks: Mapping[str, Place]
@@ -158,6 +171,17 @@ def load_recipe(
     return resolve(params)
 
 
+def _fitting(name: str, text: str, default: Json) -> str:
+    """How an argument is written that was probably meant by one of another type than the default; empty: who knows."""
+    if isinstance(default, bool):
+        switch = SWITCHES.get(text.lower())
+        return f"write -p {name}={switch}" if switch else ""
+    if isinstance(default, list):
+        return f"write -p '{name}=[{text}]'"
+    fraction = isinstance(default, int) and re.fullmatch(r"-?\d*\.\d+", text)
+    return f"where it may be a fraction, write the default as {float(default)}" if fraction else ""
+
+
 def _read(path: Path) -> bytes:
     try:
         return read_file(path, LARGEST)
@@ -213,7 +237,7 @@ class _Loading:
         kinds = self._kinds(named(manifest.stages), manifest.trust.value())
         self.secrets = self.secrets.union(manifest.secrets, *(kind.stage.secrets for kind in kinds.values()))
         conceal_environment(self.environment, self.secrets)
-        scope = self._params(named(manifest.params))
+        scope, unread = self._params(named(manifest.params)), self._unread(manifest)
         stages = self._stages(manifest, kinds, scope)
         Wiring(self.document, stages, self.problems).resolve()
         nodes = Expansion(self.document, stages, scope, self.problems).nodes()
@@ -223,10 +247,12 @@ class _Loading:
         return Recipe(
             path=path,
             name=manifest.name or path.stem,
+            own_name=manifest.name or "",
             text=self.document.text,
             nodes=ordered,
             trust=manifest.trust.value(),
             params=dict(scope.params or {}),
+            unread=unread,
             remote=manifest.shared(),
             sinks={name: self.document.place_at(("sinks", index)) for index, name in enumerate(manifest.sinks)},
             with_arguments=resolve,
@@ -282,12 +308,22 @@ class _Loading:
                 self.problems.add(Fault.BAD_ARGUMENT, ("params",), cause, cure, key=True)
         return replace(scope, params=values, open_params=frozenset(defaults.keys() - values))
 
+    def _unread(self, manifest: ManifestSpec) -> dict[str, Place]:
+        """The parameters that no stage reads; what is given for one would be recorded and change nothing."""
+        unread = [
+            name for name in named(manifest.params) if not contains_reference(manifest.stages, f"params.{name}}}")
+        ]
+        for name in self.arguments.keys() & set(unread):
+            cause, cure = f"-p {name}=…: no stage reads {name!r}", f"write ${{params.{name}}} where it belongs"
+            self.problems.add(Fault.BAD_ARGUMENT, ("params", name), cause, cure, key=True)
+        return {name: self.document.place_at(("params", name), key=True) for name in unread}
+
     def _argument(self, name: str, default: Json) -> Json:
         text = self.arguments[name]
         try:
             return read_argument(text, default)
         except ValueError as error:
-            cure = "it is read as the type of the default"
+            cure = _fitting(name, text, default) or "it is read as the type of the default"
             self.problems.add(Fault.BAD_ARGUMENT, ("params", name), f"-p {name}=…: {error}", cure)
             return None
 

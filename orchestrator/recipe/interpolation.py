@@ -61,6 +61,13 @@ _ARGUMENTS: tuple[tuple[type, Any, str], ...] = (
 """Type of a parameter's default, what an argument for it may be, and how that is called."""
 
 
+class Unread(str):
+    """A text whose type nobody has said: of an environment variable, or of an argument for a parameter without a
+    default. Whoever takes it reads it as its own type; see `validate`."""
+
+    __slots__ = ()
+
+
 class _Unresolved(Exception):
     """Fault, the reference as written, cause, cure."""
 
@@ -194,7 +201,7 @@ def _from_values(reference: str, namespace: str, name: str, scope: Scope) -> Jso
     raise _Unresolved(Fault.UNKNOWN_REFERENCE, reference, cause, cure)
 
 
-def _from_environment(reference: str, body: str, scope: Scope) -> str:
+def _from_environment(reference: str, body: str, scope: Scope) -> Unread:
     match = re.fullmatch(_ENVIRONMENT, body)
     if match is None:
         cure = "write ${env.NAME}, ${env.NAME:-default} or ${env.NAME:?message}"
@@ -212,9 +219,9 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
         cause = f"the environment variable {name} holds bytes that are no UTF-8"
         raise _Unresolved(Fault.ENVIRONMENT_UNSET, reference, cause, f"export {name}=… as UTF-8")
     if value or (operator is None and name in scope.environment):
-        return value
+        return Unread(value)
     if operator == "-":
-        return str(rest)
+        return Unread(rest)
     said = f": {rest}" if operator == "?" and rest else ""
     state = "empty" if name in scope.environment else "not set"
     cure = f"export {name}=…, or give a default: ${{env.{name}:-…}}"
@@ -223,7 +230,7 @@ def _from_environment(reference: str, body: str, scope: Scope) -> str:
 
 def read_argument(text: str, default: Json) -> Json:
     """Return `value` of `-p name=value`, read as the type of the parameter's default. After a null default a list or
-    map is read as such and anything else is text; an Argument is what it means. Raise ValueError with the cause."""
+    map is read as such and anything else is Unread; an Argument is what it means. Raise ValueError with the cause."""
     if not is_text(text):
         raise ValueError(f"{text!a} holds NUL, or bytes that are no UTF-8")
     if isinstance(default, str):
@@ -239,7 +246,7 @@ def read_argument(text: str, default: Json) -> Json:
     if text.lstrip().startswith(("[", "{")):
         with suppress(ManifestError):
             return read_value(text)
-    return text
+    return Unread(text)
 
 
 def _expect(text: str, expected: Any, phrase: str) -> Any:

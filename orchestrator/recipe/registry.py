@@ -59,6 +59,13 @@ def stage_kinds() -> Mapping[str, str]:
     return kinds
 
 
+def distributions_of(location: str) -> set[str]:
+    """Return the distributions that offer `module:attribute` as a kind."""
+    from importlib.metadata import entry_points
+
+    return {entry.dist.name for entry in entry_points(group=GROUP) if entry.dist and entry.value == location}
+
+
 def is_built_in(location: str) -> bool:
     """Return whether `module:attribute` is a part of bigpipe."""
     return top_level(location) == "bigpipe"

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from bigpipe.names import closest, did_you_mean, listed
+from bigpipe.names import SPELLINGS, closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import BYTES, Json, Written
 
 from .conditions import Measure
-from .interpolation import contains_reference
+from .interpolation import Unread, contains_reference
 from .problems import Fault, Problems
 from .yamlsource import Document, Key, child_of
 
@@ -29,7 +30,7 @@ _EXPECTED = {
     "dict_type": "a map", "mapping_type": "a map", "model_type": "a map", "model_attributes_type": "a map",
     "none_required": "null",
 }  # fmt: skip
-_SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _LIMITS = {
     "greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"),
@@ -55,7 +56,9 @@ class Target:
 
 def validate(model: type[M], value: Json, target: Target, problems: Problems, *, salvage: bool = False) -> M | None:
     """Return the model, or None after every error was added to `problems`. salvage: after errors, the model without the
-    entries that have some, so that the rest can be checked too."""
+    entries that have some, so that the rest can be checked too. An Unread number is one where the model takes anything:
+    pydantic reads it only where a type is said."""
+    value = _read(value, model) if _holds_unread(value) else value
     try:
         found = model.model_validate(value, context=Written(value))
     except ValidationError as error:
@@ -69,6 +72,37 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
         if not (target.lenient and contains_reference(finding.input)):
             _report(finding, model, target, problems)
     return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
+
+
+def _holds_unread(value: Json) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_unread, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Unread)
+
+
+def _read(value: Json, annotation: Any) -> Json:
+    """The value with each Unread text that stands where anything may, and is how JSON writes a number or a switch, as
+    that: `1.10` and `12e4567`, which may be a version and a commit, stay what they are."""
+    if isinstance(value, dict):
+        return {key: _read(child, _below(annotation, str(key))) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_read(child, _item(annotation)) for child in value]
+    return _number_or_text(value) if isinstance(value, Unread) and Any in _branches(annotation) else value
+
+
+def _number_or_text(text: str) -> str | int | float:
+    with suppress(ValueError):
+        found = json.loads(text, parse_constant=str)
+        if isinstance(found, int | float) and json.dumps(found) == text:
+            return found
+    return str(text)
+
+
+def _item(annotation: Any) -> Any:
+    """What an entry of a list may be."""
+    found = (branch if branch is Any else next(iter(get_args(branch)), None) for branch in _branches(annotation)
+             if branch is Any or _is(branch, list, tuple, set, frozenset))  # fmt: skip
+    return next(found, None)
 
 
 def _mistyped(model: type[BaseModel], value: Json, target: Target) -> list[_Finding]:
@@ -160,13 +194,6 @@ def _finding(details: Any, target: Target) -> _Finding:
     return _Finding(details["type"], details["input"], context, details["msg"], tuple(path), union, of_key)
 
 
-_SPELLINGS = {
-    "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp64": "float64",
-    "fp8": "float8", "8bit": "int8", "4bit": "nf4", "int4": "nf4",
-}  # fmt: skip
-"""What others call dtypes and formats."""
-
-
 def _merged(findings: Iterable[_Finding]) -> list[_Finding]:
     """The branches of a union joined: those that got deepest into the value are the ones that were meant."""
     unions: dict[tuple[Key, ...] | None, list[_Finding]] = {}
@@ -236,7 +263,7 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
         return Fault.BAD_VALUE, f"{shown}: {finding.message[:1].lower()}{finding.message[1:]}", ""
     if finding.kind in ("literal_error", "enum") and isinstance(finding.input, str):
         choices = [choice for phrase in phrases for choice in phrase.replace(" or ", ", ").split(", ")]
-        meant = _SPELLINGS.get(finding.input.lower(), finding.input)
+        meant = SPELLINGS.get(finding.input.lower(), finding.input)
         cure = did_you_mean(meant, choices) or f"it takes {listed(phrases, 'or')}"
         return Fault.NOT_A_CHOICE, f"{shown} is not one of its values", cure
     cause = f"{shown} where {listed(phrases, 'or')} is expected"
@@ -249,8 +276,8 @@ def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
         return f"put it in quotes{where} if it is text: '{source or json.dumps(value)}'"
     if value is None:
         return "fill it in, or remove it"
-    if "true or false" in phrases and isinstance(value, str) and value.lower() in _SWITCHES:
-        return f"write {_SWITCHES[value.lower()]}"
+    if "true or false" in phrases and isinstance(value, str) and value.lower() in SWITCHES:
+        return f"write {SWITCHES[value.lower()]}"
     if isinstance(value, str) and any("number" in phrase for phrase in phrases) and _NUMBER.fullmatch(value):
         return f"write {value} without quotes"
     if "a map" in phrases and isinstance(value, list):
@@ -374,8 +401,8 @@ def _part_of(branch: Any, part: str) -> Any:
         return None
     if branch.__pydantic_root_model__:
         return _below(branch.model_fields["root"].annotation, part)
-    if part in branch.model_fields:
-        field = branch.model_fields[part]
+    fields = (field for name, field in branch.model_fields.items() if part in (name, field.alias))
+    if (field := next(fields, None)) is not None:
         return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     return Any if branch.model_config.get("extra") == "allow" else None
 

@@ -36,7 +36,7 @@ def became_of(recipe: Recipe, run: str, *, store: str | Path | None = None) -> M
     is no such run, or it is one of another recipe: of another file and another name, or without any of the nodes."""
     record = records.load_run(open_store(store).runs, run)
     found = {name: node for name, node in record.nodes.items() if name in recipe.nodes}
-    if not found or (record.manifest != str(recipe.path) and record.recipe != recipe.name):
+    if not found or (record.manifest != str(recipe.path) and record.recipe != recipe.own_name):
         cause = f"run {record.run} is one of {record.manifest}, and knows none of the nodes of {recipe.path}"
         raise UsageError(cause, "name a run of this recipe: the directory `runs` of the store holds them")
     return found

@@ -24,8 +24,10 @@ def refused(command: str, error: BaseException, options: Mapping[str, Any]) -> d
     known = error if isinstance(error, BigpipeError) else as_bigpipe_error(error)
     if command == "run" and "manifest" in options:
         from bigpipe.git import Checkout
-        from bigpipe.orchestrator.running import run_json  # a quarter of a second that an answer does not need
+        from bigpipe.orchestrator.running import refused_json, run_json  # a quarter of a second, which others need not
 
+        if known.plan is not None:
+            return refused_json(known, known.plan)
         git = Checkout(options["manifest"]).state
         return run_json(options["manifest"], options.get("params") or {}, [known], git=git)
     return answered({"schema": "bigpipe.error/1"}, [known])

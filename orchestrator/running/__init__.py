@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .nodes import HEADS, Gate, NodeRun, metrics_line, node_rows, sentence
     from .probing import Held, probe, refuse_elsewhere, shortages
     from .records import RunRecord
-    from .result import RunResult, run_json
+    from .result import RunResult, refused_json, run_json
     from .runner import run_plan
     from .smoking import plan_small, run_small
     from .telling import telling_sinks

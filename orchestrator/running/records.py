@@ -316,13 +316,11 @@ def reading(log: Path) -> Iterator[BufferedReader]:
 
 def log_files(runs: Path, run: str, node: str | None = None) -> Iterator[tuple[str, int, Path]]:
     """(Node, attempt from 1, log file) of a run, nodes in the order of its record; of an attempt over several machines
-    one file for each. UsageError for an unknown node."""
+    one file for each. node: as it is called, or its stage for all its variants. UsageError for an unknown one."""
     from bigpipe.orchestrator.launch import AttemptFolder
 
     record = load_run(runs, run)
-    if node is not None and node not in record.nodes:
-        raise UsageError(f"run {record.run} has no node {node!r}", f"it has {', '.join(record.nodes)}")
-    for name in [node] if node is not None else record.nodes:
+    for name in meant(record.run, record.nodes, node, several=True) if node is not None else record.nodes:
         folder = node_folder(runs / record.run, name)
         attempts = {int(each.name): each for each in folder.glob("*") if each.name.isdecimal()}
         for attempt in sorted(attempts):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
-from bigpipe.orchestrator.contract import Json
-from bigpipe.orchestrator.planning import GateVerdict, NodeState, Session
+from bigpipe.orchestrator.contract import Forecast, Json
+from bigpipe.orchestrator.planning import GateVerdict, NodeState, Plan, PlannedNode, Session
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.tables import html_table
 
@@ -74,7 +74,6 @@ class RunResult:
 
     def _ran(self, state: NodeState) -> NodeRun:
         record, path, in_words = state.record, self.path(state.name), state.node.kind.result_line
-        foreseen = {name: getattr(state.forecast, name) for name in FORESEEN}
         return NodeRun(
             status=str(state.status),
             **place_of(state.node),
@@ -86,7 +85,7 @@ class RunResult:
             metrics=dict(record.metrics) if record else {},
             result=in_words(record.metrics) if record and in_words else "",
             gates=[Gate(**gate.as_json()) for gate in self.gates.get(state.name, ())],
-            foreseen={name: value for name, value in foreseen.items() if value},
+            foreseen=_foreseen(state.forecast),
             reason=state.reason,
             verdict=state.verdict,
             tried=self.tried.get(state.name, []),
@@ -101,6 +100,30 @@ class RunResult:
             nodes={name: node.model_dump() for name, node in self.ran().items()},
             smoke=self.smoke.as_json() if self.smoke else None,
         )  # fmt: skip
+
+
+def _foreseen(forecast: Forecast | None) -> dict[str, Json]:
+    return {name: value for name in FORESEEN if (value := getattr(forecast, name, None))}
+
+
+def refused_json(error: BigpipeError, plan: Plan) -> dict[str, Json]:
+    """Return `bigpipe.run/1` of a run that was refused for what its plan says: nothing ran, and each node has what was
+    foreseen of it."""
+    nodes = {name: _not_run(planned).model_dump() for name, planned in plan.nodes.items()}
+    recipe, git = plan.session.recipe, plan.session.checkout.state
+    return run_json(recipe.path, recipe.params, [error], git=git, nodes=nodes)
+
+
+def _not_run(planned: PlannedNode) -> NodeRun:
+    return NodeRun(
+        **place_of(planned.node),
+        key=planned.decision.key,
+        gates=[Gate(**gate.as_json()) for gate in planned.gates],
+        foreseen=_foreseen(planned.forecast),
+        reason=planned.decision.reason,
+        tried=[dict(each) for each in planned.tried],
+        error=str(planned.refusal) if planned.refusal else "",
+    )
 
 
 def run_json(

@@ -99,8 +99,10 @@ def all_roots(layout: Layout) -> list[Root]:
 
 
 def named_roots(layout: Layout, manifest: Path, name: str) -> list[Root]:
-    """Return the roots of manifests of this name, that of this path last and the latest of the others before it."""
-    named = sorted((root for root in all_roots(layout) if root.name == name), key=lambda root: root.serial)
+    """Return the roots of manifests of this name, that of this path last and the latest of the others before it. An
+    empty name: that of this path alone."""
+    others = all_roots(layout) if name else []
+    named = sorted((root for root in others if root.name == name), key=lambda root: root.serial)
     own = load_root(layout, root_path(layout, manifest))
     return [*named, own] if own else named
 

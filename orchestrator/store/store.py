@@ -119,6 +119,11 @@ class Store:
         """Return the directory of an artifact: links, to be read as it is."""
         return self.layout.tree(digest)
 
+    def let_go(self, digest: str) -> bool:
+        """Return whether the store itself dropped the bytes of an artifact that it knows."""
+        artifact = load_artifact(self.layout, digest)
+        return artifact is not None and artifact.dropped
+
     def intact(self, record: KeyRecord) -> bool:
         """Return whether the bytes of a record are there, unchanged. Size, mtime, inode and ctime are trusted
         where all are as recorded, else it is read. A changed object goes to quarantine; a damaged tree is rebuilt."""

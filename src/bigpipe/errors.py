@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from signal import SIGHUP, SIGINT, SIGTERM
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .redaction import printable, redact
 
@@ -119,6 +119,8 @@ class BigpipeError(Exception):
         self.field = field
         self.node = ""
         """Of the recipe, where it is about one."""
+        self.plan: Any = None
+        """The Plan of a run that was refused for it."""
 
     @property
     def status(self) -> int:

@@ -48,6 +48,11 @@ ARGUMENTS: Mapping[str, Given] = {
     "first_gpu": Given((int,), "the number of a GPU"),
 }  # fmt: skip
 """By the name of an argument, which means the same in all public functions."""
+SPELLINGS = {
+    "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp64": "float64",
+    "fp8": "float8", "8bit": "int8", "4bit": "nf4", "int4": "nf4",
+}  # fmt: skip
+"""What others call dtypes and formats."""
 FOLDERS = ("base", "memo", "parts")
 """Arguments that are handed on as paths."""
 

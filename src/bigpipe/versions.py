@@ -41,6 +41,13 @@ def planned_version(name: str) -> str | None:
     return package_version(name) or (_tested().get(name) if name in RUN else None)
 
 
+def requirement(name: str) -> str:
+    """Return what pip installs of a distribution: the version that is here; of what bigpipe is tested with, the one
+    that goes with bigpipe."""
+    version = package_version(name)
+    return name if version is None or name in _tested() else f"{name}=={version.partition('+')[0]}"
+
+
 @cache
 def _tested() -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)$", TESTED.read_text("utf-8"), re.MULTILINE))

@@ -40,9 +40,10 @@ stages:
     secrets: [API_KEY]
     with: {text: "${params.text} ${matrix.word}"}
     gates: ["characters <= ${params.most}"]
-  begin: {uses: write}
+  begin: {uses: write, with: {lines: "${params.lines}"}}
   join: {uses: join, inputs: {first: begin, rest: [write]}}
 """
+SECRETS = {"API_KEY": "sesame-sesame"}
 HOSTILE = [
     "two words",
     "a'b",
@@ -73,13 +74,14 @@ def installed(workflow: str) -> str:
     """What a workflow of GitHub Actions installs, but for its version."""
     steps = yaml.safe_load(workflow)["jobs"]["bigpipe"]["steps"]
     (commands,) = [step["run"] for step in steps if step.get("name") == "Install"]
-    return shlex.split(commands.splitlines()[-1])[-1].partition("==")[0]
+    (own,) = [word for word in shlex.split(commands.splitlines()[-1]) if word.startswith("bigpipe-ml")]
+    return own.partition("==")[0]
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.chdir(tmp_path)
-    return with_the_command(tmp_path)
+    return {**with_the_command(tmp_path), **SECRETS}
 
 
 # Names
@@ -120,8 +122,7 @@ def test_a_workflow_of_every_shipped_recipe_is_one(recipe: Path, workflow_schema
 
 def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: dict[str, str]) -> None:
     workflow = yaml.safe_load(exported("github", words))
-    secrets = {"API_KEY": "sesame-sesame"}
-    runner = Runner(workflow, words.folder, path, inputs={"text": "bye"}, secrets=secrets)
+    runner = Runner(workflow, words.folder, path, inputs={"text": "bye"}, secrets=SECRETS)
     for step in ("Plan", "Run"):
         done = runner.run(step)
         assert done.returncode == 0, done.stderr
@@ -131,27 +132,27 @@ def test_the_steps_of_a_workflow_run_as_github_runs_them(words: Workshop, path: 
     assert {node["status"] for node in result["nodes"].values()} == {"succeeded"}
     assert runner.steps["Install"]["run"].splitlines() == [
         "pip install --no-deps bigpipe-ml==0.1.0",
-        f'pip install --constraint "$({TESTED})" bigpipe-ml==0.1.0',
+        f'pip install --constraint "$({TESTED})" bigpipe-ml==0.1.0 bigpipe-toys==0.1.0',
     ]
-    seen = {name: {each for each in secrets if f"secrets.{each}" in str(step)} for name, step in runner.steps.items()}
+    seen = {name: {each for each in SECRETS if f"secrets.{each}" in str(step)} for name, step in runner.steps.items()}
     assert seen == {"Install": set(), "Plan": {"API_KEY"}, "Run": {"API_KEY"}}
 
 
 @pytest.mark.parametrize("shell", [BASH, PLAIN], ids=" ".join)
 def test_a_gate_that_fails_fails_the_step(words: Workshop, path: dict[str, str], shell: tuple[str, ...]) -> None:
     """And what came of it is an output all the same, with an annotation of the line."""
-    runner = Runner(yaml.safe_load(exported("github", words, params={"most": 9})), words.folder, path)
+    runner = Runner(yaml.safe_load(exported("github", words, params={"most": 9})), words.folder, path, secrets=SECRETS)
     runner.contexts["inputs"] = {"text": "longer than most"}
     done = runner.run("Run", shell)
     assert done.returncode == 3
     assert "::error file=recipe.yaml,line=11,col=" in done.stderr
     result = json.loads(runner.outputs["result"])
-    assert (result["exit_code"], result["params"]["most"]) == (3, "9")
+    assert (result["exit_code"], result["params"]["most"]) == (3, 9)
 
 
 def test_a_plan_that_is_refused_fails_its_step_and_is_in_the_summary(words: Workshop, path: dict[str, str]) -> None:
     words.manifest.write_text(RECIPE.replace("with: {", "with: {misfit: true, "))
-    runner = Runner(yaml.safe_load(exported("github", words)), words.folder, path)
+    runner = Runner(yaml.safe_load(exported("github", words)), words.folder, path, secrets=SECRETS)
     assert runner.run("Plan").returncode == 4
     assert "| join | run |" in runner.summary
 
@@ -161,7 +162,7 @@ MANY_PARAMS = f"""\
 version: 1
 params: {json.dumps(dict.fromkeys(MANY, "hello"))}
 stages:
-  a: {{uses: write}}
+  a: {{uses: write, env: {json.dumps({name.upper(): f"${{params.{name}}}" for name in MANY})}}}
 """
 
 
@@ -188,22 +189,27 @@ def test_a_recipe_that_needs_a_gpu_runs_on_a_runner_of_ones_own(words: Workshop)
     assert '"nvidia.com/gpu": "1"' in json.dumps(yaml.safe_load(exported("argo", words, machine=machine)))
 
 
-def test_ranks_that_take_what_they_find_get_the_gpus_of_the_plan(words: Workshop) -> None:
+@pytest.mark.parametrize(("task", "asked"), [("text-generation", "1"), ("mytasks:answer", "2")])
+def test_ranks_that_nobody_placed_get_the_gpu_that_they_go_to_and_those_of_an_own_task_what_there_is(
+    words: Workshop, task: str, asked: str
+) -> None:
     gpus = tuple(Gpu(index, "H100", 2**36, 2**36) for index in range(2))
+    (words.folder / "mytasks.py").write_text("def answer(model, rows):\n    return [{} for row in rows]\n")
     words.manifest.write_text(f"""\
 version: 1
 name: unplaced
+trust: {{modules: [mytasks]}}
 stages:
   download: {{uses: download, with: {{path: {ROOT / "models/quickstart"}}}}}
   generate:
     uses: distributed-infer
     inputs: download
-    with: {{task: text-generation, prompts: [a], max_new_tokens: 2}}
+    with: {{task: "{task}", prompts: [a]}}
 """)
-    for there, asked in ((gpus, True), ((), False)):
+    for there, wanted in ((gpus, [asked]), ((), [])):
         machine = Machine("box", 8, 2**36, 2**36, 2**40, there)
         found = json.dumps(yaml.safe_load(exported("argo", words, machine=machine)))
-        assert ('"nvidia.com/gpu": "2"' in found) == asked
+        assert re.findall(r'"nvidia.com/gpu": "(\d)"', found) == wanted
 
 
 # Argo
@@ -419,7 +425,10 @@ def test_what_spans_machines_is_no_task_of_one(words: Workshop) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_this_machine_has_made_makes_no_other_file(words: Workshop, target: str) -> None:
+def test_what_this_machine_has_made_makes_no_other_file(
+    words: Workshop, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", SECRETS["API_KEY"])
     before = exported(target, words)
     assert words.run().status == "succeeded"
     assert exported(target, words) == before
@@ -474,6 +483,26 @@ def test_what_counts_gpus_is_installed_where_a_tool_asks_for_some(words: Worksho
     tool = "uses: command, with: {argv: ['${python}', train.py], files: [train.py], produces: directory}"
     words.manifest.write_text(f"version: 1\nname: tool\nstages:\n  tool: {{{tool}{resources}}}\n")
     assert installed(exported("github", words)) == f"bigpipe-ml{extras}"
+
+
+@pytest.mark.parametrize(("packages", "installed"), [
+    ((), ["bigpipe-ml"]),
+    (("bigpipe-toys", "safetensors", "not-here"), ["bigpipe-ml", "bigpipe-toys==0.1.0", "not-here", "safetensors"]),
+    (("torch", "transformers"), ["bigpipe-ml[gpu,run]"]),
+])  # fmt: skip
+def test_what_a_kind_of_ones_own_names_is_installed(
+    words: Workshop, packages: tuple[str, ...], installed: list[str]
+) -> None:
+    module = f"mine{len(packages)}"
+    (words.folder / f"{module}.py").write_text(
+        "from dataclasses import replace\nfrom bigpipe_toys import WRITE\n"
+        f"STAGE = replace(WRITE, kind='mine', packages={packages!r})\n"
+    )
+    words.manifest.write_text(f"version: 1\ntrust: {{modules: [{module}]}}\nstages:\n  a: {{uses: '{module}:STAGE'}}\n")
+    for target in ("github", "dockerfile"):
+        found = re.findall(r"--constraint .*\)\" (bigpipe.+|'.+)", exported(target, words))
+        own, *further = shlex.split(found[-1])
+        assert [own.partition("==")[0], *further] == installed
 
 
 def test_an_estimate_installs_no_library_whose_models_it_may_never_see(words: Workshop) -> None:

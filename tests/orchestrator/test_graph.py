@@ -205,6 +205,14 @@ class TestParameters:
             recipe(tmp_path, text)
         assert len(caught.value.problems) == 1
 
+    def test_one_that_no_stage_reads_is_not_given(self, tmp_path: Path) -> None:
+        text = "params: {repo: a/b, rpo: a/b}\nstages:\n  s: {uses: source, with: {repo: '${params.repo}'}}\n"
+        ((name, place),) = recipe(tmp_path, text).unread.items()
+        assert (name, place.line, place.column) == ("rpo", 2, 21)
+        with pytest.raises(ManifestError, match=r"BP206.*no stage reads 'rpo'") as caught:
+            recipe(tmp_path, text, rpo="c/d")
+        assert len(caught.value.problems) == 1
+
 
 def after_source(folder: Path, text: str) -> Recipe:
     """A recipe of the source `s` and these stages."""

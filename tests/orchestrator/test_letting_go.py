@@ -62,6 +62,9 @@ def test_a_recipe_that_kept_it_and_lets_it_go_now_frees_it(workshop: Workshop) -
     workshop.run(KEEPS % "")
     workshop.run(KEEPS % ", cache: false")
     assert not bigpipe.plan(workshop.manifest).nodes["s"].decision.bytes_here
+    workshop.manifest.write_text(KEEPS % "")
+    told = "its bytes were dropped (cache: false), and are to be kept now"
+    assert bigpipe.plan(workshop.manifest).nodes["s"].decision.reason == told
 
 
 def test_what_was_made_without_a_recipe_stays_for_a_while(workshop: Workshop) -> None:

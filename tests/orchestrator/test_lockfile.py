@@ -110,6 +110,7 @@ class TestWriting:
             "  download:\n"
             "    asked:\n"
             "      revision: main\n"
+            "    inputs: {}\n"
             "    kind: download\n"
             "    params:\n"
             "      include: null\n"
@@ -119,6 +120,9 @@ class TestWriting:
             f"      revision: {COMMIT}\n"
             "    version: 1\n"
             "  shard@a=1.5:\n"
+            "    inputs:\n"
+            "      model:\n"
+            "      - download\n"
             "    kind: shard\n"
             "    params:\n"
             "      dtype: float16\n"
@@ -239,6 +243,17 @@ class TestEnforcing:
             Difference("inputs.shard@a=1.5", "shard", "(absent)"),
         ]
 
+    def test_another_wiring_is_a_difference(self, session):
+        lockfile.write_lock(session)
+        before = session.lock
+        session.nodes[1] = Node("shard@a=1.5", {"model": (), "adapter": ("download",)})
+        assert self.changes(session) == [
+            Difference("inputs.shard@a=1.5.inputs.adapter", "(absent)", ["download"]),
+            Difference("inputs.shard@a=1.5.inputs.model", ["download"], []),
+        ]
+        older = {name: item.model_copy(update={"inputs": None}) for name, item in before.inputs.items()}
+        assert lockfile.check(before.model_copy(update={"inputs": older}), lockfile.current(session)) == []
+
     def test_files_are_compared_by_what_both_sides_know(self, session):
         session.pins = Pinned(
             {"revision": COMMIT},
@@ -328,6 +343,13 @@ class TestOutputs:
         session.pins = Pinned({"revision": NEXT_COMMIT}, "asked")
         lockfile.write_lock(session)
         assert session.lock.outputs == {}
+
+    def test_what_a_node_gave_when_it_was_wired_to_another_is_forgotten(self, session):
+        lockfile.write_lock(session)
+        lockfile.record_outputs(session, session.run())
+        session.nodes[1] = Node("shard@a=1.5", {"adapter": ("download",)})
+        lockfile.write_lock(session)
+        assert set(session.lock.outputs) == {"download"}
 
     def test_a_placement_is_there_for_review(self, session):
         placed = publish(

@@ -105,8 +105,14 @@ class TestOffline:
 
     @pytest.mark.parametrize("params", [{"rev": "v2"}, {"repo": "org/other"}])
     def test_what_was_never_asked_has_no_answer(self, ran: Workshop, params: dict[str, str]) -> None:
-        with pytest.raises(Offline):
+        with pytest.raises(Offline) as refused:
             ran.run(params=params, offline=True, check=True)
+        assert [node.decision.reason[:17] for node in refused.value.plan.nodes.values()] == ["not known offline"]
+        (error,) = bigpipe.plan(ran.manifest, params=params, offline=True).errors()
+        assert (error.status, error.cause, error.node) == (75, refused.value.cause, "s")
+        assert bigpipe.plan(ran.manifest, params=params, offline=True, preflight=False).errors() == []
+        assert ran.run(params=params, offline=True, keep_going=True).exit_code == 75
+        assert bigpipe.plan(ran.manifest, offline=True).errors() == []
 
     def test_a_revision_that_was_found_cached_has_one(self, ran: Workshop) -> None:
         assert set(statuses(ran.run(params={"rev": "v1"})).values()) == {"cached"}

@@ -192,6 +192,19 @@ class TestFinding:
         with pytest.raises(UsageError, match="has no node 'b'"):
             list(log_files(runs, "last", "b"))
 
+    def test_a_stage_means_the_logs_of_all_its_variants(self, runs):
+        nodes = ("q@s=int8", "q@s=nf4", "quick")
+        run(runs, "20260103-000000-dddddd", {name: {} for name in nodes})
+        for name in nodes:
+            path = node_folder(runs / "20260103-000000-dddddd", name) / "1" / "log.txt"
+            path.parent.mkdir(parents=True)
+            path.touch()
+        assert [name for name, *_ in log_files(runs, "last", "q")] == ["q@s=int8", "q@s=nf4"]
+        assert [name for name, *_ in log_files(runs, "last", "q@s=nf4")] == ["q@s=nf4"]
+        with pytest.raises(UsageError) as caught:
+            list(log_files(runs, "last", "quik"))
+        assert caught.value.cure == "did you mean 'quick'?"
+
 
 def test_no_two_nodes_share_a_folder_and_each_has_a_name_that_files_can_have(tmp_path):
     names = ["a@t=x?", "a@t=x!", "a@t=x_", "a@t=org/m", "a@t=org_m", "a@t=" + "ü" * 100, "a@t=" + "ü" * 99 + "é"]

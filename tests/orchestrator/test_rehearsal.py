@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
+
 import bigpipe
+from bigpipe.errors import UsageError
+from bigpipe.orchestrator import commands
+from bigpipe.orchestrator.report import became_of
 
 CHAIN = """\
 version: 1
@@ -51,6 +57,46 @@ stages:
     assert [gate.verdict and gate.verdict.passed for gate in plan.nodes["a"].gates] == [None, True]
     assert plan.errors() == []
     assert plan.nodes["d"].decision.reason == "c is skipped"
+
+
+@pytest.mark.parametrize(("head", "says"), [("", "first run"), ("name: one\n", "params.text a → b (recipe.yaml:4:33)")])
+def test_recipes_are_one_where_they_say_one_name_not_where_their_files_are_called_alike(
+    workshop, monkeypatch, head, says
+):
+    text = f"version: 1\n{head}stages:\n  a: {{uses: write, with: {{text: %s}}}}\n"
+    monkeypatch.chdir(workshop.folder)
+    other = Path("other", "recipe.yaml")
+    other.parent.mkdir()
+    other.write_text(text % "b")
+    workshop.run(text % "a")
+    assert bigpipe.plan(other).nodes["a"].decision.reason == says
+    assert commands.why(other, "a")["a"]["reason"] == says
+    with nullcontext() if head else pytest.raises(UsageError, match=r"is one of .*knows none"):
+        assert set(became_of(bigpipe.load_manifest(other), "last")) == {"a"}
+
+
+SECRETIVE = """\
+version: 1
+name: secretive
+secrets: [MY_KEY, HF_TOKEN]
+stages:
+  a: {uses: write, with: {text: a}}
+  b: {uses: join, inputs: {first: a}, secrets: [HF_TOKEN, MY_KEY]}
+"""
+
+
+def test_a_secret_that_is_not_set_is_told_before_anything_runs_but_to_nobody_who_need_not_run(workshop, monkeypatch):
+    workshop.manifest.write_text(SECRETIVE)
+    monkeypatch.setenv("MY_KEY", "")
+    (error,) = bigpipe.plan(workshop.manifest).errors()
+    assert (error.status, error.cause) == (5, "secrets that b lists are not set: MY_KEY")
+    assert (error.place.line, error.place.column, error.node) == (6, 48, "b")
+    assert bigpipe.plan(workshop.manifest, ["a"]).errors() == []
+    assert bigpipe.plan(workshop.manifest, smoke=True).errors() == []
+    monkeypatch.setenv("MY_KEY", "set-for-a-while")
+    assert workshop.run().status == "succeeded"
+    monkeypatch.delenv("MY_KEY")
+    assert bigpipe.plan(workshop.manifest).errors() == []
 
 
 FOLLOWING = """\

@@ -42,7 +42,8 @@ stages:
 
 
 @pytest.fixture
-def told(workshop: Workshop) -> Workshop:
+def told(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    monkeypatch.setenv("API_KEY", "sesame-of-the-stage")
     (workshop.folder / "words").write_text("!")
     return workshop
 
@@ -348,16 +349,19 @@ def test_a_sink_that_cannot_be_told_is_said_and_no_more(told: Workshop, monkeypa
     assert said == ["mlflow: not told of this run: it needs mlflow: pip install 'bigpipe-ml[mlflow]'"]
 
 
-def test_validate_says_which_sink_a_run_does_without(told: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a line, as a run does: it is no fault of the recipe's."""
+def test_validate_says_which_sink_a_run_does_without_and_which_parameter_nothing_reads(
+    told: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a line: no run fails of it."""
     told.manifest.write_text(RECIPE.replace("SINK", "mlflow"))
+    unread = "no stage reads the parameter 'inner': write ${params.inner} where it belongs, or remove it"
     said: list[str] = []
     assert commands.validate([told.manifest], None, said.append) == {}
-    assert said == []
+    assert said == [f"{told.manifest}:3:32: {unread}"]
     monkeypatch.setattr(table, "find_spec", lambda name: None)
     assert commands.validate([told.manifest], None, said.append) == {}
     needs = "mlflow is told of no run here: it needs mlflow: pip install 'bigpipe-ml[mlflow]'"
-    assert said == [f"{told.manifest}:5:9: {needs}"]
+    assert said[2:] == [f"{told.manifest}:5:9: {needs}"]
     told.manifest.write_text(RECIPE.replace("SINK", "mlfow"))
     (problem,) = commands.validate([told.manifest])[told.manifest].problems
     assert (problem.code, problem.place.line, problem.place.column) == ("BP105", 5, 9)
