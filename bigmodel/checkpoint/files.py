@@ -154,7 +154,7 @@ def refuse_pointer(beginning: bytes, file: Path | str) -> None:
         raise invalid(file, "is a pointer of git-annex, and what it points to is not here", "run `git annex get .`")
     if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
         cause = "is a pointer of git-lfs: the repository was cloned without its large files"
-        raise invalid(file, cause, "run `git lfs pull` in the repository, or download the model")
+        raise invalid(file, cause, "run `git lfs pull` in the repository, or download them")
 
 
 def check_fetched(file: Path) -> None:
