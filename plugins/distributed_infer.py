@@ -308,7 +308,7 @@ def _apart(params: InferParams) -> Sequence[str]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=12,
+    version=13,
     params=InferParams,
     metrics=InferMetrics,
     inputs={

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .choosing import (
         ADAPTER_CONFIG,
         WeightSet,
+        check_named,
         choose_weights,
         is_index,
         is_module,
