@@ -16,6 +16,7 @@ from bigpipe.programs import Ended, laid_out, laid_out_at, run_program, signal_i
 
 from .command import PLACEHOLDER, CommandMetrics, CommandParams
 from .command_output import check_output, lead_links_back, read_metrics
+from .library import about
 
 TRY_AGAIN = 75
 """The exit status that asks for another attempt: EX_TEMPFAIL of sysexits.h."""
@@ -37,6 +38,18 @@ def check(params: CommandParams, context: CheckContext) -> None:
             if port and len(context.inputs[port]) > 1 and not PLACEHOLDER.fullmatch(argument):
                 raise UsageError(*_several(argument, port, len(context.inputs[port])), field=f"argv[{number}]")
     _require_program(params, context)
+    _require_fetched(params, context)
+
+
+def _require_fetched(params: CommandParams, context: CheckContext) -> None:
+    """Files that are named by themselves, or by a glob: of those in a directory, the tool may need others."""
+    from bigpipe.bigmodel.tasks import Wording, named_files
+
+    for number, name in enumerate(params.files):
+        field = f"files[{number}]"
+        if not os.path.isdir(context.base / name):
+            with about(field):
+                named_files(name, context.base, Wording(field, "file"))
 
 
 def _several(argument: str, port: str, number: int) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from bigpipe.bigmodel.tasks import (
     find_task,
     own_arguments,
     request_reader,
+    require_fetched,
     require_pyarrow,
     sequences_of,
 )
@@ -233,5 +234,6 @@ def leads_to(params: InferParams, base: Path) -> Sequence[Path]:
         for name in task.files(row, params.generation):
             if not (base / name).is_file():
                 raise row.wrong(f"there is no file {name}", "paths start at the recipe's directory")
+            require_fetched(base / name, row.wrong)
             found.append(base / name)
     return found

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ADAPTER_CONFIG,
         NO_PART,
         WeightSet,
+        check_named,
         choose_weights,
         is_index,
         is_module,

@@ -7,6 +7,7 @@ which transformers and diffusers look, and where it leaves a choice nobody makes
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,18 @@ def _set(names: list[_Name], index: str | None, where: object) -> WeightSet:
             raise _ambiguous(where, names)
         _check_whole(names, where)
     return WeightSet(tuple(name.whole for name in sorted(names, key=lambda name: name.number)), index)
+
+
+def check_named(files: Iterable[str], index: object) -> None:
+    """Raise InvalidCheckpoint where an index names fewer shards of a model than these say themselves that there are: of
+    an upload that broke off, or of another version."""
+    shards: defaultdict[tuple[object, ...], list[_Name]] = defaultdict(list)
+    for name in filter(None, map(_weight_name, sorted(set(files)))):
+        shards[name.stem, name.suffix, name.variant, name.count].append(name)
+    for same in shards.values():
+        if len(same) < (count := same[0].count):
+            cause = f"{index}: names {len(same)} of {count} shards ({first_few([each.whole for each in same])})"
+            raise InvalidCheckpoint(cause, "fetch the index that belongs to them; the upload may be unfinished")
 
 
 def _check_whole(shards: list[_Name], where: object) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from bigpipe.errors import InvalidCheckpoint
 
-from .choosing import BIN_SUFFIXES, choose_weights, is_index, is_module, no_weights, refuse_adapter
+from .choosing import BIN_SUFFIXES, check_named, choose_weights, is_index, is_module, no_weights, refuse_adapter
 from .tensors import FETCH_AGAIN, OUR_LIMIT, invalid
 
 FileFormat = Literal["safetensors", "bin"]
@@ -105,6 +105,7 @@ def _read_index(index: Path, directory: Path, coming: Collection[str]) -> Weight
         if not os.path.lexists(file):
             raise invalid(index, f"names {file.name}, which is not there", "fetch the missing file")
         check_file(file, directory)
+    check_named(weight_map.values(), index)
     formats = {file_format_of(file) for file in files}
     if len(formats) > 1:
         raise invalid(index, "mixes safetensors and torch files", "save the model in one format")
@@ -155,7 +156,7 @@ def refuse_pointer(beginning: bytes, file: Path | str) -> None:
         raise invalid(file, "is a pointer of git-annex, and what it points to is not here", "run `git annex get .`")
     if beginning.startswith(b"version https://git-lfs.github.com/spec/"):
         cause = "is a pointer of git-lfs: the repository was cloned without its large files"
-        raise invalid(file, cause, "run `git lfs pull` in the repository, or download the model")
+        raise invalid(file, cause, "run `git lfs pull` in the repository, or download them")
 
 
 def check_fetched(file: Path) -> None:

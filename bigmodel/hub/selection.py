@@ -16,6 +16,7 @@ from bigpipe.bigmodel.checkpoint import (
     ADAPTER_CONFIG,
     WeightSet,
     adapter_weights,
+    check_named,
     choose_weights,
     is_index,
     is_module,
@@ -147,7 +148,7 @@ def detect(names: Iterable[str], config: dict[str, Any] | None = None, hint: str
 
 def check_index(names: Iterable[str], index_name: str, index: Any) -> dict[str, str]:
     """Return tensor → shard of an index, which is transformers' or accelerate's bare one. Raise InvalidCheckpoint
-    unless every shard that it names is among the files."""
+    unless every shard that it names is among the files, and it names all of them."""
     weight_map = index.get("weight_map", index) if isinstance(index, dict) else None
     if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(at, str) for at in weight_map.values()):
         raise InvalidCheckpoint(f"{index_name} has no weight_map", "fetch the model again, or from another revision")
@@ -159,6 +160,7 @@ def check_index(names: Iterable[str], index_name: str, index: Any) -> dict[str, 
             "the upload may be unfinished: choose another revision, widen include, or, offline, run once with a network"
         )
         raise InvalidCheckpoint(f"{index_name} names {first_few(missing)}, which is not there", cure)
+    check_named(weight_map.values(), index_name)
     return dict(weight_map)
 
 

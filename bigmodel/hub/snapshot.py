@@ -2,8 +2,8 @@
 
 `huggingface_hub` checks the size of what it fetched, nothing else: bytes garbled on the way, by a proxy or on the disk
 are taken. Here every file's digest (sha256 for LFS files, git's sha1 for the others) is computed once after it came and
-remembered by (size, mtime, inode); what does not match is fetched once more and then refused. Files stay where the
-cache has them: nothing is copied, moved, linked or deleted there.
+remembered by (size, mtime, inode, ctime); what does not match is fetched once more and then refused. Files stay where
+the cache has them: nothing is copied, moved, linked or deleted there.
 """
 
 from __future__ import annotations
@@ -261,7 +261,8 @@ def _recalled(found: Any, stat: os.stat_result) -> dict[str, Any] | None:
 
 
 def _seen(stat: os.stat_result) -> dict[str, int]:
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    return {"size": stat.st_size, "inode": stat.st_ino, **times}
 
 
 def _bar(count: _Count, stop: threading.Event) -> Any:

@@ -36,8 +36,8 @@ BEYOND = 1.25
 AS_READING = 64
 """Rows that cost a CPU as much as reading what they are multiplied by, measured in bfloat16; half of it in float32."""
 MOST = 32
-"""Each has a thread of its own; four times as many made 1.2 times as many tokens of a small model, and held 2.2 times as
-many bytes."""
+"""Each has a thread of its own; four times as many made 1.2 times as many tokens of a small model, and held 2.2 times
+as many bytes."""
 HELD = 4
 """Tensors as large as its hidden states that a batch holds between layers: these, what is added to them, mask and
 positions."""

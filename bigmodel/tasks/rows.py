@@ -8,13 +8,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from bigpipe.errors import UsageError
+from bigpipe.bigmodel.checkpoint import check_fetched
+from bigpipe.errors import InvalidCheckpoint, UsageError
 from bigpipe.files import missing
 
 from .promptfiles import PROMPTS, Wording, how_to_convert, read_rows
@@ -181,16 +183,36 @@ def of_folder(name: str) -> str:
 
 def named_files(pattern: str, base: Path, wording: Wording = PROMPTS) -> list[Path]:
     """Return the files that a path, a glob, or a directory that they lie in (relative to `base`) names, in their order.
-    Raise UsageError for none."""
+    Raise UsageError for none, and for one whose content was not fetched."""
+
+    def wrong(cause: str, cure: str) -> UsageError:
+        return UsageError(f"{wording.field}: {cause}", cure)
+
+    files = _named(pattern, base)
+    if not files:
+        raise wrong(*missing(pattern, base))
+    for file in files:
+        require_fetched(file, wrong)
+    return files
+
+
+def _named(pattern: str, base: Path) -> list[Path]:
     if os.path.isfile(base / pattern):
         return [base / pattern]
     inside = of_folder(pattern) if os.path.isdir(base / pattern) else pattern
     # Below `base`, whose own name may hold what a pattern is made of
     named = sorted(base / name for name in glob.glob(inside, root_dir=base, recursive=True))
-    if files := [path for path in named if path.is_file()]:
-        return files
-    cause, cure = missing(pattern, base)
-    raise UsageError(f"{wording.field}: {cause}", cure)
+    return [path for path in named if path.is_file()]
+
+
+def require_fetched(file: Path, wrong: Callable[[str, str], UsageError]) -> None:
+    """Raise `wrong` of a cause and a cure where git-lfs or git-annex left a pointer in place of a file, whose lines
+    would be taken for what it holds. One that cannot be read is for its reader to tell."""
+    try:
+        with suppress(OSError):
+            check_fetched(file)
+    except InvalidCheckpoint as error:
+        raise wrong(error.cause, error.cure) from error
 
 
 def _prompt(data: Any, column: str, where: str, wording: Wording) -> Any:

@@ -336,7 +336,7 @@ def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) ->
     import torch
 
     torch.manual_seed(seed + rows[0].index)
-    given = [{"prompt": row.prompt, "index": row.index, "seed": seed + row.index, **row.data} for row in rows]
+    given = [{"index": row.index, "seed": seed + row.index, **row.data, "prompt": row.prompt} for row in rows]
     made = function(model, given)
     if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
         raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")

@@ -22,6 +22,7 @@ from bigpipe.bigmodel.tasks import (
     read_prompts,
     read_sound,
     refuse_looking_ahead,
+    require_fetched,
     require_library,
     require_processor,
     require_template,
@@ -134,6 +135,7 @@ def sounds_of(rows: Sequence[Row], input_column: str, base: Path) -> list[Path]:
     for row, path in zip(rows, paths, strict=True):
         if not path.is_file():
             raise row.wrong(*missing(row.data[input_column], base))
+        require_fetched(path, row.wrong)
     return paths
 
 

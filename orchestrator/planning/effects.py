@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from bigpipe.errors import UsageError
+from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.files import lies_in, real_folders
-from bigpipe.orchestrator.recipe import Node
+from bigpipe.modules import code_files, top_level
+from bigpipe.orchestrator.recipe import Node, is_built_in
 
 from .keys import content_paths
 from .session import Session
@@ -72,6 +73,8 @@ def _written(session: Session, node: Node) -> Mapping[str, Sequence[str]]:
 
 def _kept(session: Session) -> Iterator[Kept]:
     yield Kept("the store", str(session.store.root))
+    if session.shared is not None:
+        yield Kept("the remote store", session.shared.place)
     yield from _files("the recipe", [session.recipe.path])
     for node in session.recipe.nodes.values():
         yield from _read(session, node)
@@ -101,12 +104,18 @@ def _conditional(session: Session, node: Node) -> bool:
 
 
 def _read(session: Session, node: Node) -> Iterator[Kept]:
-    """What a node takes from outside the store."""
-    what, reads = f"what {node.name} reads", node.kind.planning.reads
-    with suppress(UsageError):  # of a node that is not selected, something may be missing
-        trees, files = content_paths(node.params, session.base)
-        yield from (Kept(what, str(tree)) for tree in trees)
-        yield from _files(what, files)
+    """What a node takes from outside the store: all that its key depends on, and more."""
+    what, reads, leads_to = f"what {node.name} reads", node.kind.planning.reads, node.kind.planning.leads_to
+    trees, files = content_paths(node.params, session.base, strict=False)
+    yield from (Kept(what, str(tree)) for tree in trees)
+    yield from _files(what, files)
+    if leads_to is not None:
+        with suppress(BigpipeError):  # of a node that is not selected, something may be missing
+            yield from _files(what, list(session.ask(node, leads_to, session.base)))
+    if not is_built_in(node.location):
+        home = session.recipe.trust.home(node.location, session.base)
+        code = [path for _, path in code_files(top_level(node.location), home)]
+        yield from _files(f"the code of {node.name}", code)
     if node.launch.config_file is not None:
         yield from _files(what, [session.base / node.launch.config_file])
     if reads is not None:

@@ -241,11 +241,14 @@ def content_params(params: Params, base: Path, memo: StatMemo) -> dict[str, Json
     return _Walk(base, memo).model(params, "")
 
 
-def content_paths(params: Params, base: Path, *, inside: bool = True) -> tuple[list[Path], list[Path]]:
+def content_paths(
+    params: Params, base: Path, *, inside: bool = True, strict: bool = True
+) -> tuple[list[Path], list[Path]]:
     """Return the directories that the params name as trees, and all files that are their content.
     inside: those of trees too, for which each is walked through.
-    Raise UsageError as `content_params`, but not for a tree: it may still have to be made."""
-    naming = _Naming(base, _Noted([]), inside)
+    Raise UsageError as `content_params`, but not for a tree: it may still have to be made. strict: False leaves out
+    what is not there, whatever it is."""
+    naming = _Naming(base, _Noted([]), inside, strict)
     naming.model(params, "")
     return naming.trees, naming.memo.paths
 
@@ -253,7 +256,7 @@ def content_paths(params: Params, base: Path, *, inside: bool = True) -> tuple[l
 def gathered_files(params: Params, base: Path) -> list[Path]:
     """Return the files that globs, and directories in their place, stand for in the params: pictures, say, which are
     read one after another. Raise UsageError as `content_params`."""
-    gathering = _Gathering(base, _Noted([]), inside=False)
+    gathering = _Gathering(base, _Noted([]), inside=False, strict=True)
     gathering.model(params, "")
     return gathering.memo.paths
 
@@ -380,7 +383,16 @@ class _Naming(_Walk):
 
     memo: _Noted
     inside: bool
+    strict: bool
     trees: list[Path] = field(default_factory=list)
+
+    def value(self, value: Any, arms: tuple[_Arm, ...], where: str) -> Json:
+        try:
+            return _Walk.value(self, value, arms, where)
+        except UsageError:
+            if self.strict:
+                raise
+            return ""
 
     def tree(self, value: str, where: str, *, links: bool = True) -> str:
         self.trees.append(self.base / value)

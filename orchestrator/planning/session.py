@@ -83,7 +83,9 @@ class Session:
     reporter: Reporter | None = None
     """Hears of what takes long before the run begins."""
     remote: Remote | None = None
-    """Where others share what their stores have."""
+    """Where others share what their stores have; None also where nothing may be asked."""
+    shared: Remote | None = None
+    """The same, whether it may be asked or not."""
     _identifying: str = ""
 
     def __repr__(self) -> str:
@@ -388,7 +390,8 @@ def open_session(
         offline=offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"},
         **further,
     )
-    session.remote = None if offline else remote_of(session, remote)
+    session.shared = remote_of(session, remote)
+    session.remote = None if offline else session.shared
     return session
 
 

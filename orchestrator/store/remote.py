@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 T = TypeVar("T")
+LOCAL = ("file", "local")
+"""Schemes of paths of this machine."""
 POLL = 0.2
 """Seconds between two looks whether who waits was interrupted."""
 PATIENCE = 30.0
@@ -91,6 +93,12 @@ class Remote:
     _refused: set[str] = field(default_factory=set)
     """Keys whose records, and sha256 of objects, are not what they should be."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def place(self) -> str:
+        """Return what holds all of it: a path where that is a directory here, else an address."""
+        scheme, _, rest = self.address.partition("://")
+        return f"{(rest if scheme in LOCAL else self.address).rstrip('/')}/v1"
 
     @property
     def name(self) -> str:
@@ -325,7 +333,7 @@ def open_remote(address: str, base: Path, root: Path, environment: Mapping[str, 
         address = f"file://{os.path.abspath(base / os.path.expanduser(address))}"
     require_scheme(address)
     scheme, _, rest = address.partition("://")
-    if scheme in ("file", "local"):
+    if scheme in LOCAL:
         path = Path(rest)
         if lies_in(path, root) or lies_in(root, path):
             raise UsageError(f"{path} is the store itself, or lies in it", "name another directory for what is shared")

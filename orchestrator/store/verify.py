@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -69,7 +70,8 @@ class Verification:
     place of a folder or file of the store.
 
     `repair` moves what is damaged to quarantine, rebuilds trees, and takes artifacts whose bytes are gone for absent,
-    so that the next run makes them again. What the disk cannot read is reported and left alone.
+    so that the next run makes them again. What the disk cannot read is reported and left alone. Of files that are not
+    the store's own the bytes stay as they are.
     """
 
     layout: Layout
@@ -228,8 +230,11 @@ class Verification:
 
     def _mismatch(self, path: Path, problem: Absence, detail: str, *, ours: bool = True) -> Absence:
         self._found(path, problem, detail, repaired=True)
-        if ours and self.repair and problem == "damaged":
-            self.layout.set_aside(path)
+        if self.repair and problem == "damaged":
+            if ours:
+                self.layout.set_aside(path)
+            else:
+                _make_forgotten(path)
         return problem
 
     def _protect(self, path: Path) -> None:
@@ -266,3 +271,9 @@ class Verification:
                 self._found(path, "missing", f"what {record.node} gave", repaired=True)
             if self.repair:
                 let_go(self.layout, dropped_artifact(record))
+
+
+def _make_forgotten(path: Path) -> None:
+    """Make a file that is not ours be read again by whoever remembers what it held: its ctime becomes another one."""
+    with suppress(OSError):
+        path.chmod(stat.S_IMODE(path.stat().st_mode))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import errno
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import lru_cache, reduce
 from importlib import import_module, invalidate_caches
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
@@ -24,7 +23,8 @@ Stamps = frozenset[tuple[str, int, int]]
 
 _imported: dict[str, Stamps] = {}
 """Top-level module → (path, mtime in ns, size) of its code when `import_attribute` first met it."""
-_IMPORT = re.compile(rb"(?:^|;)[ \t]*(?:from[ \t]+(\w+)[\w.]*[ \t]+import\b|import[ \t]+([\w., \t]+))", re.MULTILINE)
+_IMPORTING = {"late", "import_module", "__import__"}
+"""Functions that import what their first argument names."""
 _INSTALLED = {"site-packages", "dist-packages", Path(os.__file__).parent.name}
 """Names of directories in which nobody edits what lies there."""
 
@@ -90,12 +90,32 @@ def _is_installed(path: Path) -> bool:
     return not _INSTALLED.isdisjoint(path.parts)
 
 
-def _imported_by(file: Path) -> set[str]:
-    """The top-level names of the modules that a file imports, as far as its text tells."""
-    names: set[bytes] = set()
-    for whole, several in _IMPORT.findall(file.read_bytes()):
-        names |= {whole} if whole else {each.split()[0] for each in several.split(b",") if each.strip()}
-    return {name.partition(b".")[0].decode(errors="replace") for name in names} - {""}
+def _imported_by(file: Path) -> frozenset[str]:
+    """The top-level names of the modules that a file imports, as far as its text tells: none, if it is no Python."""
+    facts = file.stat()
+    return _imported_by_text(file, (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+
+
+@lru_cache(4096)
+def _imported_by_text(file: Path, facts: tuple[int, ...]) -> frozenset[str]:
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return frozenset()
+    return frozenset(top_level(name) for node in ast.walk(tree) for name in _names_of(node)) - {""}
+
+
+def _names_of(node: ast.AST) -> Iterator[str]:
+    """The modules that a statement or a call names, where they are no relative ones."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        yield node.module or ""
+    elif isinstance(node, ast.Call) and node.args:
+        called, first = node.func, node.args[0]
+        name = getattr(called, "id", "") or getattr(called, "attr", "")
+        if name in _IMPORTING and isinstance(first, ast.Constant) and isinstance(first.value, str):
+            yield first.value
 
 
 @contextmanager

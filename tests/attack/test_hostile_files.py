@@ -254,6 +254,11 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         open_checkpoint(an_index(tmp_path, {"a": "model-00002-of-00002.safetensors"}))
     with pytest.raises(InvalidCheckpoint, match="it is nowhere"):
         open_checkpoint(an_index(tmp_path, {"a": file, "b": file}))
+    half = "model-00001-of-00002.safetensors"
+    save_file({"a": torch.zeros(2)}, tmp_path / half)
+    with pytest.raises(InvalidCheckpoint, match="names 1 of 2 shards"):
+        open_checkpoint(an_index(tmp_path, {"a": half}))
+    (tmp_path / half).unlink()
     with pytest.raises(InvalidCheckpoint, match="no weight_map"):
         open_checkpoint(an_index(tmp_path, {}))
     index = tmp_path / "model.safetensors.index.json"

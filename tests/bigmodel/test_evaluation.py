@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, strategies as some
 from safetensors.torch import load_file, save_file
 from support.contexts import MACHINE
-from support.models import make_checkpoint, save_model, tiny_config, tiny_model
+from support.models import POINTER, make_checkpoint, save_model, tiny_config, tiny_model
 from support.own_code import make_own_model
 from support.plain_perplexity import all_logits, divergences, ids_of, load_plainly, perplexity, windows
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
@@ -340,6 +340,7 @@ def test_rows_and_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:
         ("a.txt", " \n\n", "holds no text"),
         ("a.jsonl", "", "holds no text"),
         ("a.raw", b"\xff\xfe", "a.raw cannot be read"),
+        ("a.md", POINTER, "a.md: is a pointer of git-lfs"),
     ],
 )
 def test_data_that_hold_no_text_are_refused_where_they_stand(tmp_path: Path, name: str, content, cause: str) -> None:

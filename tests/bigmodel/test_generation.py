@@ -15,7 +15,7 @@ from support.models import make_checkpoint, tiny_tokenizer
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
 from bigpipe.bigmodel.execution import load
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task
+from bigpipe.bigmodel.tasks import Answerer, Row, TaskOptions, find_task, read_prompts
 from bigpipe.errors import UsageError
 from bigpipe.trust import Trust
 
@@ -211,6 +211,10 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         {"text": "B?", "seed": 11, "tokens": 2},
     ]
     assert answers[0].tokens == 2
+    named = [{"prompt": "a", "q": "why", "seed": 7}]
+    for column, template, said in (("prompt", None, "A?"), ("q", None, "WHY?"), ("q", "say {prompt}", "SAY A?")):
+        (answer,) = task(read_prompts(named, column, tmp_path, template))
+        assert answer.payload == {"text": said, "seed": 7, "tokens": 2}
     with pytest.raises(TypeError, match="a list of 1 dicts"):
         bind("ownfunctions:wrong", model, path, sources=trusting(tmp_path))(rows(["a"]))
     given = bind("ownfunctions:given", model, path, sources=trusting(tmp_path))

@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from support.models import POINTER
 
 from bigpipe.bigmodel.inference.working import answer_batch
 from bigpipe.bigmodel.tasks import Answer, Row, read_prompts
@@ -203,6 +204,11 @@ def test_an_ending_that_says_nothing_is_an_error(tmp_path: Path, name: str) -> N
         ("p.csv", "prompt\n", "there is no prompt"),
         ("p.csv", "", "there is no prompt"),
         ("p.tsv", "id,prompt\n1,a\n", r"p\.tsv:1: its columns seem to be separated by ','"),
+        *(
+            (f"p.{ending}", POINTER, r"prompts: .*p\.\w+: is a pointer of git-lfs")
+            for ending in ("txt", "jsonl", "png")
+        ),
+        ("p.txt", "/annex/objects/SHA256E-s3--aa.txt\n", "is a pointer of git-annex"),
     ],
 )
 def test_says_which_line_is_wrong(tmp_path: Path, name: str, content: str, cause: str) -> None:

@@ -129,6 +129,8 @@ def test_an_index_must_find_its_shards() -> None:
     check_index(names, "model.safetensors.index.json", index)
     with pytest.raises(InvalidCheckpoint, match="00002-of-00002"):
         check_index(names[:1], "model.safetensors.index.json", index)
+    with pytest.raises(InvalidCheckpoint, match="names 1 of 2 shards"):
+        check_index(names, "model.safetensors.index.json", {"a": names[0], "b": names[0]})
     with pytest.raises(InvalidCheckpoint, match="no weight_map"):
         check_index(names, "model.safetensors.index.json", {"weight_map": 3})
     assert check_index(names, "model.safetensors.index.json", index["weight_map"]) == index["weight_map"]

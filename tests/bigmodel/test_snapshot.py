@@ -110,10 +110,13 @@ def test_garbage_twice_is_refused(server: LoopbackHub, hub: Hub, tmp_path: Path)
 
 
 def test_a_blob_that_rotted_is_noticed_and_fetched_again(server: LoopbackHub, hub: Hub, tmp_path: Path) -> None:
+    """Although its size and its mtime are what they were."""
     memo = tmp_path / "memo"
     blob = fetch_all(hub, memo).files["model.safetensors"].path
+    facts = blob.stat()
     with blob.open("r+b") as file:
         file.write(b"\0\0\0\0\0\0\0\0")
+    os.utime(blob, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     away = Hub(endpoint=hub.endpoint, cache=hub.cache, offline=True)
     repository = describe("org/model", "main", hub=hub)
     with pytest.raises(InvalidCheckpoint, match="is damaged"):

@@ -236,6 +236,26 @@ def test_what_an_editor_leaves_beside_a_module_is_no_source(tmp_path: Path) -> N
     assert [name for name, _ in code_files("edited_kind", tmp_path)] == ["__init__.py", "texts.py"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import json, \\\n    beside as helper",
+        "from beside \\\n    import TEXT",
+        "try: import beside\nexcept ImportError: beside = None",
+        "def run():\n    if True: from beside.inner import TEXT",
+        "STAGE = Stage(run=stage.late('beside:run'))",
+        "import importlib; TEXT = importlib.import_module('beside').TEXT",
+    ],
+)
+def test_a_module_beside_a_kind_counts_however_it_is_imported(tmp_path: Path, text: str) -> None:
+    (tmp_path / "beside.py").write_text("import far")
+    (tmp_path / "far.py").write_text("no Python: 'import unrelated'")
+    (tmp_path / "unrelated.py").write_text("")
+    (tmp_path / "some_kind.py").write_text(f'"""\nimport unrelated\n"""\nfrom .unrelated import x\n{text}\n')
+    found = [name for name, _ in code_files("some_kind", tmp_path)]
+    assert found == ["some_kind.py", "beside:beside.py", "far:far.py"]
+
+
 def test_what_is_installed_beside_a_kind_is_not_read(site: Path) -> None:
     packages = site / "site-packages"
     packages.mkdir()

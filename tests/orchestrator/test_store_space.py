@@ -521,12 +521,18 @@ class TestVerify:
             publish(store, name, {"w": tmp_path / name})
         (tmp_path / "one").unlink()
         self.damage(tmp_path / "two", b"blob TWO")
+        before = (tmp_path / "two").stat()
+        while (tmp_path / "clock").write_bytes(b"") or (tmp_path / "clock").stat().st_ctime_ns <= before.st_ctime_ns:
+            pass  # until a change now has another time
         report = store.verify(repair=True)
         assert sorted((item.path.name, item.problem) for item in report.findings) == [
             ("one", "missing"),
             ("two", "damaged"),
         ]
         assert (tmp_path / "two").read_bytes() == b"blob TWO"
+        after = (tmp_path / "two").stat()
+        assert (after.st_mtime_ns, after.st_mode) == (before.st_mtime_ns, before.st_mode)
+        assert after.st_ctime_ns > before.st_ctime_ns  # whoever remembers what it held reads it again
         assert store.verify().clean
 
     @pytest.mark.parametrize("what", ["keys", "artifacts", "roots"])

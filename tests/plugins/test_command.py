@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from support.contexts import inputs, stage_context
 from support.forking import TOLD, forked
+from support.models import POINTER
 from support.stores import in_memory
 from support.workshop import environment, statuses
 
@@ -380,15 +381,17 @@ def test_a_gate_needs_a_file_of_metrics(workshop):
         ("[llama-quantise, x]", "", "there is no program 'llama-quantise' on the PATH"),
         ("[./run.sh]", "", "./run.sh is not among the files of the command"),
         ("[./run.sh]", "files: [run.sh]", "./run.sh is no program: it cannot be executed"),
+        ("[cat, p.bin]", "files: [run.sh, 'p*']", "files[1]: {folder}/p.bin: is a pointer of git-lfs"),
         ("['${python}', '${input.modle}']", "", "nothing is wired to the port 'modle', which ${input.modle} names"),
     ],
 )
 def test_what_is_missing_is_found_by_the_plan(workshop, argv, more, said):
     (workshop.folder / "run.sh").write_text("#!/bin/sh\n")
+    (workshop.folder / "p.bin").write_text(POINTER)
     workshop.manifest.write_text(recipe(argv, "produces: directory" + (f", {more}" if more else "")))
     (error,) = bigpipe.plan(workshop.manifest).errors()
     assert isinstance(error, UsageError)
-    assert said in error.cause
+    assert said.replace("{folder}", str(workshop.folder)) in error.cause
     assert error.cure
     assert error.place.line == 4
     with pytest.raises(UsageError):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from support.contexts import check_context, forecast_context, stage_context
 from support.hub import LoopbackHub
 from support.hub_state import files_of
-from support.models import make_checkpoint, tiny_model, tiny_tokenizer
+from support.models import POINTER, make_checkpoint, tiny_model, tiny_tokenizer
 from support.workshop import Workshop
 
 import bigpipe
@@ -345,8 +345,7 @@ def test_excluded_weights_are_not_planned_with(bring: Any, tmp_path: Path, sourc
 def test_pointers_of_git_lfs(bring: Any, tmp_path: Path, file: str) -> None:
     make_checkpoint(tmp_path / "model", "llama", format="bin" if file.endswith(".bin") else "safetensors")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
-    (tmp_path / "model" / file).write_text(pointer)
+    (tmp_path / "model" / file).write_text(POINTER)
     with pytest.raises(BigpipeError, match=f"{file}: is a pointer of git-lfs") as caught:
         bring("path", tmp_path / "model")
     assert "git lfs pull" in caught.value.cure

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 from support.media import make_llava, write_picture
+from support.models import POINTER
 from support.workshop import Workshop
+
+from bigpipe.errors import UsageError
+from bigpipe.plugins import finetuning, inference_needs
+from bigpipe.plugins.distributed_infer import InferParams
+from bigpipe.plugins.finetune import FinetuneParams
 
 RECIPE = """\
 version: 1
@@ -59,3 +65,14 @@ def test_a_picture_that_is_not_there_is_told_with_its_row(workshop: Workshop, fo
     assert planned.returncode == 2
     assert "rows.jsonl:2: there is no file pictures/b.png" in planned.stderr
     assert "recipe.yaml:8:" in planned.stderr
+
+
+def test_what_rows_name_and_was_not_fetched_is_told_with_its_row(tmp_path: Path) -> None:
+    for name in ("a.png", "a.wav"):
+        (tmp_path / name).write_text(POINTER)
+    asked = {"task": "image-text-to-text", "prompts": [{"prompt": "what", "image": "a.png"}]}
+    with pytest.raises(UsageError, match=r"prompts\[0\]: .*a\.png: is a pointer of git-lfs"):
+        inference_needs.leads_to(InferParams.model_validate(asked), tmp_path)
+    asked = {"task": "speech-seq2seq", "data": [{"audio": "a.wav", "text": "hello"}], "max_steps": 1}
+    with pytest.raises(UsageError, match=r"data\[0\]: .*a\.wav: is a pointer of git-lfs"):
+        finetuning.leads_to(FinetuneParams.model_validate(asked), tmp_path)

@@ -27,6 +27,7 @@ from support.models import make_checkpoint
 from support.sharing import BUCKET, S3, s3_server
 from support.workshop import Workshop, statuses
 
+import bigpipe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.origin import check_directory
 from bigpipe.bigmodel.publishing import (
@@ -887,6 +888,66 @@ def test_a_destination_is_nothing_that_the_recipe_stands_on(workshop: Workshop, 
     assert "save would write to" in plan.stderr
     assert workshop.command("run", "recipe.yaml").returncode == 2
     assert before.items() <= tree(folder).items()
+
+
+KIND_BESIDE = """\
+import json
+from bigpipe.orchestrator.stage import File, Forecast, Metrics, Params, Planning, Stage
+
+class NoteParams(Params):
+    gone: File | None = None
+    rows: File | None = None
+
+class NoteMetrics(Metrics):
+    length: int
+
+def leads_to(params, base):
+    lines = (base / params.rows).read_text().splitlines() if params.rows else []
+    return [base / json.loads(line)["file"] for line in lines]
+
+STAGE = Stage(
+    kind="note", version=1, params=NoteParams, metrics=NoteMetrics, inputs={}, output="report",
+    run=lambda params, context: None, forecast=lambda params, context: Forecast(), planning=Planning(leads_to=leads_to),
+)
+"""
+RECIPE_BESIDE = """\
+version: 1
+name: beside
+trust: {{modules: [notekinds]}}
+remote: {{url: cache/shared}}
+stages:
+  first: {{uses: "notekinds:STAGE"}}
+  note: {{uses: "notekinds:STAGE", with: {{rows: rows/all.jsonl{given}}}}}
+  save: {{uses: save, inputs: {{reports: [first]}}, with: {{to: '{to}', overwrite: true}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("to", "given", "nodes", "what"),
+    [
+        ("notekinds", "", (), "the code of first"),
+        ("sounds", "", (), "what note reads"),
+        ("rows", ", gone: gone.txt", ("save",), "what note reads"),
+        ("cache", "", (), "the remote store"),
+        ("cache/shared/v1/objects", "", (), "the remote store"),
+        ("sounds/new", "", (), None),
+    ],
+)
+def test_all_that_enters_a_key_stays_where_it_is(
+    tmp_path: Path, to: str, given: str, nodes: tuple[str, ...], what: str | None
+) -> None:
+    """A kind's own code, files that rows name, and what others share; also of a node that is not asked for."""
+    for name, text in {
+        "notekinds/__init__.py": KIND_BESIDE,
+        "sounds/a.wav": "RIFF",
+        "rows/all.jsonl": '{"file": "sounds/a.wav"}\n',
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    (tmp_path / "recipe.yaml").write_text(RECIPE_BESIDE.format(to=to, given=given))
+    plan = bigpipe.plan(tmp_path / "recipe.yaml", nodes, params={}, store=tmp_path / "store", offline=True)
+    told = [str(error) for error in plan.errors()]
+    assert [f"is, holds or lies in {what}" in each for each in told] == ([True] if what else []), told
 
 
 TWICE = """\

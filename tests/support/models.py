@@ -14,6 +14,9 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_t
 VOCABULARY = 264
 """The tokenizer's 260 tokens, rounded up as real models do."""
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
+"""What git-lfs leaves in place of a file that was not fetched."""
+
 _POSITIONS = {"max_position_embeddings": 128}
 _WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
