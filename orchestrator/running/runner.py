@@ -237,8 +237,7 @@ def _take_cached(run: Run, state: NodeState, told: Step) -> None:
 
 
 def _look(run: Run, state: NodeState) -> bool:
-    """With true digests. What the plan found cached a moment ago on the same inputs is not looked at twice. False where
-    an interruption ended it: the node's turn did not come."""
+    """With true digests. What the plan found cached on the same inputs is not looked at twice. False: interrupted."""
     node, decision = state.node, run.plan.nodes[state.name].decision
     inputs = schedule.input_digests(state)
     known = decision.action is Action.CACHED and decision.bytes_here and decision.inputs == inputs

@@ -46,13 +46,13 @@ from .hashing import digest_of
 from .keeping import keep_again, named_roots, release, remember, sweep
 from .layout import FAMILY, JOURNAL, Layout, explained, hex_of, is_hex, make_directory, names_in, record_path
 from .locks import WORK_LOCK, Presence, StoreLock, if_free
-from .work import Work, fetching_key
 
 if TYPE_CHECKING:
     from .garbage import Freed, GcReport, Keeping, LockedDigests
     from .publish import Known, Publisher
     from .remote import Remote
     from .verify import VerifyReport
+    from .work import Work
 
 
 QUESTIONS = 8
@@ -207,6 +207,7 @@ class Store:
         does. Whoever calls it holds the key. kept: its files come too; else they count as dropped. moved: called with
         the bytes done since the last call. Raise Wrong, Away, DoesNotFit, Interrupted."""
         from .fetching import Fetching, listed
+        from .work import fetching_key
 
         files = listed(record)
         if not kept:
@@ -308,6 +309,8 @@ class Store:
         Waits for another run that holds it, then for workers that outlived such a run; `waiting` hears who that is.
         Frees itself when this process dies. Raise Interrupted when `cancelled` is set meanwhile.
         """
+        from .work import Work  # of what runs
+
         with self.hold(key, cancelled=cancelled, waiting=waiting):
             folder = self._work_folder(key)
             with explained(folder):
