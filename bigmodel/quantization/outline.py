@@ -98,10 +98,10 @@ class Settings:
         return cls(threads=torch_threads(), device=device, **asked)
 
     def as_config(self, architecture: Architecture) -> dict[str, Any]:
-        """Return the `quantization_config` as transformers 5.23 saves it."""
+        """Return the `quantization_config` as transformers 5.23 saves it, where null means the choice that is its own:
+        a list replaces that, and no other library makes one."""
         skipped: Sequence[str] | None = self.skip_modules
-        if self.keep_in_fp32_modules:
-            # A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32
+        if self.keep_in_fp32_modules or (skipped is None and architecture.library != "transformers"):
             skipped = [*(default_skips(architecture) if skipped is None else skipped), *self.keep_in_fp32_modules]
         return self.packing.config(None if skipped is None else list(skipped))
 
