@@ -2,7 +2,7 @@
 
 transformers gives the name that is left out the tensor of the other where the config's class ties them. Names that lie
 at one place and are not tied are two tensors with the same numbers, and without its own the second would be random. So
-is one that nobody is known to tie: bytes that are written twice lose nothing.
+are those that no class of transformers could tie: bytes that are written twice lose nothing.
 """
 
 from __future__ import annotations
@@ -82,11 +82,10 @@ def _ties(described: ModelDescription, architecture: Architecture | None) -> Cal
 
 
 def _says_untied(config: Mapping[str, Any]) -> bool:
-    """Is the head one of its own, or not said to be none? The config of a whole model comes before that of its text
-    model."""
+    """Is the head one of its own? The config of a whole model comes before that of its text model."""
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
     told = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    return not told or told[0] is False
+    return bool(told) and told[0] is False
 
 
 def _are_inputs(*names: str) -> bool:

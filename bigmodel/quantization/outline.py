@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -98,10 +98,10 @@ class Settings:
         return cls(threads=torch_threads(), device=device, **asked)
 
     def as_config(self, architecture: Architecture) -> dict[str, Any]:
-        """Return the `quantization_config` as transformers 5.23 saves it."""
+        """Return the `quantization_config` as transformers 5.23 saves it, where null means the choice that is its own:
+        a list replaces that, and no other library makes one."""
         skipped: Sequence[str] | None = self.skip_modules
-        if self.keep_in_fp32_modules:
-            # A list replaces transformers' own choice, so that has to be spelled out beside what is kept in float32
+        if self.keep_in_fp32_modules or (skipped is None and architecture.library != "transformers"):
             skipped = [*(default_skips(architecture) if skipped is None else skipped), *self.keep_in_fp32_modules]
         return self.packing.config(None if skipped is None else list(skipped))
 
@@ -366,7 +366,7 @@ def understand(
     described = untied(described, architecture)
     # Otherwise the description of a class does it; of a module that was given, in a file that names no class
     told_by_config = described.custom is None and described.config is not None
-    notes = (*left, *agree(described, architecture, sources.memo, ask=not told).notes)
+    notes = (*left, *agree(described, architecture, sources.memo, ask=not told).notes, *_wider(architecture, settings))
     plain = told_by_config and architecture.library == "transformers"
     names = partial(ask_names, config, memo=sources.memo) if plain else None
     outlined = outline(described.tensors or {}, described.tied, architecture, settings, names)
@@ -379,6 +379,22 @@ def understand(
         format="safetensors",
         tied={},
     )
+
+
+def _wider(architecture: Architecture, settings: Settings) -> Iterator[str]:
+    """Modules that are stored as float32 and that the class itself does not keep so, in words."""
+    is_named = name_matcher(settings.keep_in_fp32_modules)
+    wider = [
+        module.name
+        for module in architecture.modules
+        if is_named(module.name)
+        and any(each.floating and architecture.dtype_of(each, settings.dtype) != "float32" for each in module.tensors)
+    ]
+    if wider:
+        yield (
+            f"stored as float32: {first_few(wider)}; transformers computes with these only where"
+            f" {architecture.class_name} casts what they are given, and bigpipe casts them to the dtype that it loads"
+        )
 
 
 def refuse_quantized(described: ModelDescription) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from bigpipe.bigmodel.architecture import library_of
 from bigpipe.bigmodel.checkpoint import Checkpoint, FileSource, itemsize, read_header
 from bigpipe.bigmodel.formats import version_of
 from bigpipe.bigmodel.writing import (
@@ -156,7 +157,8 @@ def write_quantized(
 ) -> tuple[Files, list[ShardPlan]]:
     """Write a file per group, their index and what lies beside them into `out`; return all with the exact plans. parts:
     where finished files are kept for later runs, if anywhere."""
-    names = [file_name("safetensors", number, len(groups)) for number in range(len(groups))]
+    library, count = library_of(checkpoint.config or {}), len(groups)
+    names = [file_name("safetensors", number, count, library) for number in range(count)]
     finished = Finished(out, parts and parts / FOLDER, shelved=True)
     prepare(finished, set(names))
     others = beside()

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
-from bigpipe.bigmodel.architecture import BUFFERS, untied, untied_checkpoint
+from bigpipe.bigmodel.architecture import BUFFERS, library_of, untied, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import (
     CASTABLE,
     CHUNK,
@@ -38,7 +38,7 @@ from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Outlet
 
 from .containers import container
-from .plans import NAMES, PlannedTensor, ShardPlan, plan_shards
+from .plans import USUAL, PlannedTensor, ShardPlan, plan_shards
 from .shards import PIECES_IN_FLIGHT
 from .writer import Files, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
@@ -61,12 +61,15 @@ class Conversion:
     """Of floating-point tensors; None: as they are."""
     format: FileFormat = "safetensors"
 
-    def plans(self, tensors: Tensors, tied: Mapping[str, str]) -> list[ShardPlan]:
-        """Return the files of tensors of these (dtype, shape). Raise UsageError for what cannot be written."""
+    def plans(
+        self, tensors: Tensors, tied: Mapping[str, str], config: Mapping[str, Any] | None = None
+    ) -> list[ShardPlan]:
+        """Return the files of tensors of these (dtype, shape), as the library of the config calls them. Raise
+        UsageError for what cannot be written."""
         if self.dtype is not None and self.dtype not in CASTABLE:
             raise UsageError(f"dtype {self.dtype} cannot be cast to", f"choose one of {', '.join(sorted(CASTABLE))}")
-        if self.format not in NAMES:
-            raise UsageError(f"format {self.format!r} is not known", f"choose one of {', '.join(NAMES)}")
+        if self.format not in USUAL:
+            raise UsageError(f"format {self.format!r} is not known", f"choose one of {', '.join(USUAL)}")
         for name in (name for name in (*tensors, *tied) if not _may_be_called(name)):
             raise UsageError(f"no tensor can be called {name!r}", "give it a name that is a text")
         planned = [
@@ -77,7 +80,7 @@ class Conversion:
         if odd is not None and self.format == "safetensors":
             cure = "write format: bin, or cast the tensor first"
             raise UsageError(f"tensor {odd.name!r}: safetensors has no {odd.dtype}", cure)
-        return plan_shards(planned, self.max_shard_size, self.format, tied)
+        return plan_shards(planned, self.max_shard_size, self.format, tied, library_of(config or {}))
 
     def of(self, source: ModelDescription) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files that `source` becomes, whose tensors are known, and the checkpoint they make.
@@ -92,7 +95,7 @@ class Conversion:
             castable(source, self.dtype)
         if self.format == "safetensors":
             source = untied(source)
-        plans, config = self.plans(source.tensors or {}, source.tied), source.config
+        plans, config = self.plans(source.tensors or {}, source.tied, source.config), source.config
         if self.dtype is not None and config is not None:
             config = config_with_dtype(config, self.dtype)
         return plans, replace(
@@ -192,7 +195,10 @@ def encode_config(config: Mapping[str, Any]) -> bytes:
 
 
 def config_with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Return the config of a model whose weights are now of this dtype, as transformers states it: in its parts too."""
+    """Return the config of a model whose weights are now of this dtype, as transformers states it: in its parts too.
+    diffusers states none."""
+    if library_of(config) == "diffusers":
+        return dict(config)
     # `torch_dtype` is what transformers before 5 wrote; parts are text_config, vision_config, encoder and the like
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     parts = {key: config_with_dtype(value, dtype) for key, value in kept.items() if _is_part(key, value)}

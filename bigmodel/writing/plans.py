@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bigpipe.bigmodel.checkpoint import FileFormat, tensor_nbytes
 from bigpipe.errors import UsageError
 
-NAMES: Mapping[FileFormat, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
+USUAL: Mapping[FileFormat, str] = {"safetensors": "model{}.safetensors", "bin": "pytorch_model{}.bin"}
+NAMES: Mapping[str, Mapping[FileFormat, str]] = {
+    "diffusers": {"safetensors": "diffusion_pytorch_model{}.safetensors", "bin": "diffusion_pytorch_model{}.bin"},
+}
+"""Library → what it calls weight files, where these are not the usual names."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +60,14 @@ def plan_shards(
     max_shard_size: int,
     format: FileFormat = "safetensors",
     tied: Mapping[str, str] | None = None,
+    library: str = "transformers",
 ) -> list[ShardPlan]:
     """Return files of at most `max_shard_size` bytes that hold these tensors, in the order given.
 
     Greedy, as huggingface_hub.split_torch_state_dict_into_shards: a tensor larger than the limit gets a file of its own
     at once, others fill the current file. `tied` (alias → name) matters to torch files, which keep the aliases; in
-    safetensors they are dropped. Raise UsageError for a limit that leaves no room.
+    safetensors they are dropped. library: who loads the files, by whose names they go. Raise UsageError for a limit
+    that leaves no room.
     """
     require_size(max_shard_size)
     shards: list[list[PlannedTensor]] = []
@@ -76,14 +84,14 @@ def plan_shards(
         filled += tensor.nbytes
     if current or not shards:
         shards.append(current)
-    names = [file_name(format, number, len(shards)) for number in range(len(shards))]
+    names = [file_name(format, number, len(shards), library) for number in range(len(shards))]
     kept = tied if format == "bin" else None
     return [ShardPlan(name, tuple(shard), _aliases(shard, kept)) for name, shard in zip(names, shards, strict=True)]
 
 
-def file_name(format: FileFormat, number: int, count: int) -> str:
+def file_name(format: FileFormat, number: int, count: int, library: str = "transformers") -> str:
     """Return `model-00002-of-00006.safetensors` for number 1 of 6, `model.safetensors` where there is only one."""
-    return NAMES[format].format("" if count == 1 else f"-{number + 1:05d}-of-{count:05d}")
+    return NAMES.get(library, USUAL)[format].format("" if count == 1 else f"-{number + 1:05d}-of-{count:05d}")
 
 
 def _aliases(shard: Sequence[PlannedTensor], tied: Mapping[str, str] | None) -> dict[str, str]:
@@ -91,8 +99,15 @@ def _aliases(shard: Sequence[PlannedTensor], tied: Mapping[str, str] | None) -> 
     return {alias: name for alias, name in (tied or {}).items() if name in names}
 
 
-def index_file(format: FileFormat) -> str:
-    return NAMES[format].format("") + ".index.json"
+def index_file(file: str) -> str:
+    """Return the name of the index of shards, of which `file` is one."""
+    return SHARD.sub("", file) + ".index.json"
+
+
+def is_ours(name: str) -> bool:
+    """Is this what a weight file that is written here is called, or its index?"""
+    plain = SHARD.sub("", name.removesuffix(".index.json"))
+    return any(scheme.format("") == plain for names in (USUAL, *NAMES.values()) for scheme in names.values())
 
 
 def encode_index(plans: Sequence[ShardPlan]) -> bytes:

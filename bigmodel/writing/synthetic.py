@@ -78,7 +78,9 @@ class SyntheticModel:
     def plans(self) -> list[ShardPlan]:
         """The weight files that `write` will write."""
         described, size = self.description, size_of("max_shard_size", self.max_shard_size)
-        return Conversion(max_shard_size=size, format=self.format).plans(described.tensors or {}, described.tied)
+        return Conversion(max_shard_size=size, format=self.format).plans(
+            described.tensors or {}, described.tied, described.config
+        )
 
     def write(self, out: Path, *, journal: Path | None = None, traffic: Traffic | None = None) -> SavedCheckpoint:
         """Write weights and config.json into `out`, in constant memory. `journal` as in `write_checkpoint`."""

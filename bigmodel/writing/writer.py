@@ -15,7 +15,6 @@ A file has its final name only once it is whole and on the disk.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -34,7 +33,7 @@ from bigpipe.sizes import counted, format_transfer
 
 from .containers import METADATA, Container, container
 from .finished import Finished, key_of
-from .plans import NAMES, PlannedTensor, ShardPlan, encode_index, index_file
+from .plans import PlannedTensor, ShardPlan, encode_index, index_file, is_ours
 from .shards import Lanes, Piece, ShardWriter
 
 Produce = Callable[[PlannedTensor], Iterable[Piece]]
@@ -152,22 +151,19 @@ def write_index(out: Path, plans: Sequence[ShardPlan]) -> Files:
     """Write the index of a checkpoint in several files; of one in a single file there is none."""
     if len(plans) < 2:
         return {}
-    name = index_file(plans[0].format)
+    name = index_file(plans[0].file)
     with explained(out):
         return {name: write_file(out / name, encode_index(plans))}
 
 
 def prepare(finished: Finished, planned: set[str]) -> None:
-    """Make the directory of the output; remove unfinished files, and the weights and indexes of earlier saves, in
-    either format: a loader would take those first, or those of two saves for one model. Planned ones stay where they
-    may be finished."""
+    """Make the directory of the output; remove unfinished files, and the weights and indexes of earlier saves, of
+    either format and any library: a loader would take those first, or those of two saves for one model. Planned ones
+    stay where they may be finished."""
     out, kept = finished.out, planned if finished.inside else ()
     make_directory(out)
-    schemes = [map(re.escape, scheme.split("{}")) for scheme in NAMES.values()]
-    names = "|".join(rf"{prefix}(-\d{{5}}-of-\d{{5}})?{suffix}" for prefix, suffix in schemes)
-    pattern = re.compile(rf"({names})(\.index\.json)?")
     for name in os.listdir(out):
-        if is_partial(name) or (pattern.fullmatch(name) and name not in kept):
+        if is_partial(name) or (is_ours(name) and name not in kept):
             (out / name).unlink()
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.contexts import forecast_context
 from support.hub import LoopbackHub
 from support.shells import nbytes, shell
 
 from bigpipe.bigmodel.footprint import Estimate, estimate
+from bigpipe.bigmodel.quantization import quantize_checkpoint
+from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.plugins.download import STAGE, DownloadParams
 
 Entry = tuple[str, str, tuple[int, ...]]
@@ -190,3 +193,22 @@ def test_a_library_that_is_broken_and_no_weights(
     )
     assert f"python -c 'import {library}'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("limit", ["5GB", "30KB"])
+def test_a_component_stays_one_that_diffusers_loads(tmp_path: Path, limit: str) -> None:
+    diffusers = pytest.importorskip("diffusers", exc_type=Exception)
+    sizes = {"sample_size": 8, "patch_size": 1, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8}
+    wide = dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), 64)
+    model = diffusers.SD3Transformer2DModel(**sizes, **wide, num_attention_heads=8, out_channels=4)
+    model.save_pretrained(tmp_path / "source")
+    save_checkpoint(tmp_path / "source", tmp_path / "cast", dtype="float16", max_shard_size=limit)
+    loaded = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "cast", torch_dtype=torch.float16)
+    assert all(torch.equal(loaded.state_dict()[name], tensor.half()) for name, tensor in model.state_dict().items())
+    assert "dtype" not in json.loads((tmp_path / "cast" / "config.json").read_bytes())
+
+    quantize_checkpoint(tmp_path / "source", tmp_path / "nf4", scheme="nf4", max_shard_size=limit)
+    stored = {path.name for path in (tmp_path / "nf4").iterdir() if path.name != "config.json"}
+    assert all(name.startswith("diffusion_pytorch_model") for name in stored)
+    settings = json.loads((tmp_path / "nf4" / "config.json").read_bytes())["quantization_config"]
+    assert settings["llm_int8_skip_modules"] == ["proj_out.bias"]  # null is transformers' own choice; here it is none

@@ -241,6 +241,8 @@ def test_modules_kept_in_float32(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["llm_int8_skip_modules"] == ["lm_head", "down_proj"]
     model_class(source).from_pretrained(tmp_path / "out")
+    note = "stored as float32: model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj; transformers computes with"
+    assert [told for told in result.notes if told.startswith(note)]
 
 
 def test_weights_of_the_base_model_alone(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ T5 = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weig
     [
         ({"model_type": "phi", "tie_word_embeddings": False}, (EMBEDDING, HEAD), {HEAD}),
         ({"model_type": "phi", "tie_word_embeddings": True}, (EMBEDDING, HEAD), set()),
-        ({"model_type": "phi"}, (EMBEDDING, HEAD), {HEAD}),
+        ({"model_type": "phi"}, (EMBEDDING, HEAD), set()),
         ({"model_type": "t5", "tie_word_embeddings": False}, T5, {"lm_head.weight"}),
         ({"model_type": "x", "text_config": {"tie_word_embeddings": False}}, (EMBEDDING, HEAD), {HEAD}),
         (

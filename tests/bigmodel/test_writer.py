@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 import time
 import zipfile
@@ -106,8 +107,9 @@ def test_from_pretrained_gives_the_same_logits_after_a_reshard(tmp_path, archite
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "bert", "roberta", "t5", "bart", "qwen2", "bloom"])
 def test_the_same_aliases_are_dropped_as_save_pretrained_drops(tmp_path, architecture):
     make_checkpoint(tmp_path / "theirs", architecture)
-    torch.save(tiny_model(architecture).state_dict(), tmp_path / "pytorch_model.bin")
-    save_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "ours")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "source", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(tiny_model(architecture).state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    save_checkpoint(tmp_path / "source", tmp_path / "ours")
     ours, theirs = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
     assert set(ours) == set(theirs)
 
