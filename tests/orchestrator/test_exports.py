@@ -406,7 +406,10 @@ def test_what_spans_machines_is_no_task_of_one(words: Workshop) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_this_machine_has_made_makes_no_other_file(words: Workshop, target: str) -> None:
+def test_what_this_machine_has_made_makes_no_other_file(
+    words: Workshop, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", SECRETS["API_KEY"])
     before = exported(target, words)
     assert words.run().status == "succeeded"
     assert exported(target, words) == before
