@@ -25,7 +25,6 @@ from .contract import Event, Json, LogLine, Machine, OneAtATime, Reporter
 from .planning import (
     Plan,
     Session,
-    explain,
     lock_path,
     make_plan,
     open_session,
@@ -308,6 +307,8 @@ def why(
 ) -> dict[str, Json]:
     """Return per node meant by `node`: what it would do, the reason, every change old → new with its place, and the
     producers whose changes reach it."""
+    from .planning import explain  # of what asks why
+
     session = _open(manifest, params=params, store=store, remote=remote, offline=offline)
     names = session.recipe.meant(node)
     planned = make_plan(session, preflight=False)

@@ -190,10 +190,10 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
 
 def _refuse_unset(session: Session, node: Node) -> None:
     """Raise NotAuthorised where a secret that the stage itself lists is not set, or is empty, as a CI system hands over
-    one that it does not have. A Hub token may lie in a file."""
+    one that it does not have. A Hub token may lie in a file; what another machine has set is not known here."""
     found = session.secrets(node)
     unset = [name for name in node.secrets if not found.get(name) and name not in (*node.kind.secrets, *HUB_TOKENS)]
-    if unset:
+    if unset and session.given_machine is None:
         cause = f"secrets that {node.name} lists are not set: {listed(unset)}"
         raise NotAuthorised(cause, f"export {unset[0]}=…, or take it out of the stage's `secrets`", field="secrets")
 

@@ -9,6 +9,7 @@ import pytest
 
 import bigpipe
 from bigpipe.errors import UsageError
+from bigpipe.machine import Machine
 from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.report import became_of
 
@@ -92,6 +93,7 @@ def test_a_secret_that_is_not_set_is_told_before_anything_runs_but_to_nobody_who
     assert (error.status, error.cause) == (5, "secrets that b lists are not set: MY_KEY")
     assert (error.place.line, error.place.column, error.node) == (6, 48, "b")
     assert bigpipe.plan(workshop.manifest, ["a"]).errors() == []
+    assert bigpipe.plan(workshop.manifest, machine=Machine("box", 8, 2**36, 2**36, 2**40)).errors() == []
     assert bigpipe.plan(workshop.manifest, smoke=True).errors() == []
     monkeypatch.setenv("MY_KEY", "set-for-a-while")
     assert workshop.run().status == "succeeded"
