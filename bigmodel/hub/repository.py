@@ -121,11 +121,13 @@ class HubFile:
     size: int
     blob_id: str
     sha256: str | None = None
+    mark: str = ""
+    """40 hex digits that a mirror sends as ETag, whose listing tells no digest: git's sha1, or that of the content."""
 
     @property
     def etag(self) -> str:
         """What the Hub sends as ETag and the cache uses as the blob's name."""
-        return self.sha256 or self.blob_id
+        return self.sha256 or self.blob_id or self.mark
 
     def may_be(self, path: Path) -> bool:
         """Return whether a file of its size is there."""
@@ -258,7 +260,8 @@ def _asked_for(repository: Repository, file: HubFile) -> HubFile:
     if told.size is None or told.size > MOST_BYTES:
         raise Transient(f"{hub.endpoint} does not tell how large {file.path} of {repository.repo} is", NOT_A_HUB)
     digest = told.etag if told.etag and DIGEST.fullmatch(told.etag) else ""
-    return HubFile(file.path, told.size, digest if len(digest) == 40 else "", digest if len(digest) == 64 else None)
+    sha256, mark = (digest, "") if len(digest) == 64 else (file.sha256, digest)
+    return replace(file, size=told.size, sha256=sha256, mark=mark)
 
 
 def read_range(repo: str, commit: str, path: str, start: int, size: int, *, hub: Hub) -> bytes:
@@ -411,7 +414,7 @@ def _parse_file(item: Mapping[str, Any]) -> HubFile:
     object is the same, or of the pointer that git keeps in its place."""
     lfs = item.get("lfs") or {}
     size, sha256, blob_id = lfs.get("size", item.get("size")), lfs.get("sha256"), item.get("blobId") or ""
-    file = HubFile(item["rfilename"], -1 if size is None else size, blob_id, sha256)
+    file = HubFile(item["rfilename"], -1 if size is None else size, blob_id, sha256, item.get("etag") or "")
     fine = type(file.size) is int and -1 <= file.size <= MOST_BYTES
     if not fine or (file.etag and not DIGEST.fullmatch(file.etag)) or (sha256 and len(sha256) != 64):
         raise TypeError(f"{file.path!r} has the size {str(file.size)[:80]} and the digest {file.etag[:80]!r}")
@@ -430,6 +433,7 @@ def as_listing(repository: Repository) -> dict[str, Any]:
 
 def _as_sibling(file: HubFile) -> dict[str, Any]:
     sibling = {"rfilename": file.path, "size": file.size, "blobId": file.blob_id}
+    sibling |= {"etag": file.mark} if file.mark else {}
     return sibling | ({"lfs": {"sha256": file.sha256, "size": file.size}} if file.sha256 else {})
 
 

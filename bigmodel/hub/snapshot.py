@@ -185,12 +185,14 @@ class _Errands:
         raise self.wrong(file)
 
     def verified(self, path: Path, file: HubFile) -> Fetched | None:
-        """The file, if that is what lies there. Without a git sha1 (a mirror may name blobs otherwise) by its size."""
+        """The file, if that is what lies there. Without a sha1 (a mirror may name blobs otherwise) by its size."""
         if not path.is_file():
             return None
         digests = self._digests(path, file)
-        told = file.sha256 or (file.blob_id if len(file.blob_id) == 40 else None)
-        right = told in (None, digests["sha256" if file.sha256 else "blob_id"]) and digests["size"] == file.size
+        proofs = ["sha256"] if file.sha256 else ["blob_id"] if file.blob_id else ["blob_id", "sha1"]
+        proven = file.etag in (digests.get(proof) for proof in proofs)
+        unproven = not file.sha256 and len(file.etag) != 40
+        right = (proven or unproven) and digests["size"] == file.size
         return Fetched(path, digests["sha256"], digests["size"]) if right else None
 
     def wrong(self, file: HubFile) -> Transient:
@@ -235,21 +237,23 @@ class _Errands:
         return any(real.is_relative_to(place) for place in places) or blob.parent == folder / "blobs"
 
     def _digests(self, path: Path, file: HubFile) -> dict[str, Any]:
-        """sha256 and size of a cached file, and git's sha1 where the Hub tells no other; read once, then remembered."""
+        """sha256 and size of a cached file, and both sha1 where the Hub tells no other; read once, then remembered."""
         with path.open("rb", buffering=0) as content:
             stat = os.fstat(content.fileno())
             known = _recalled(self.hashed.get(path), stat) or _recalled(self.hub.recall("blob", str(path)), stat)
             if known is not None:
                 return known
-            sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % stat.st_size, usedforsecurity=False)
+            sha256, sha1 = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
+            git = hashlib.sha1(b"blob %d\0" % stat.st_size, usedforsecurity=False)
             while chunk := content.read(CHUNK):
                 if self.stop.is_set():
                     raise _Stopped
                 sha256.update(chunk)
                 if file.sha256 is None:
                     git.update(chunk)
+                    sha1.update(chunk)
                 self.hashing.add(len(chunk))
-        digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), **_seen(stat)}
+        digests = {"sha256": sha256.hexdigest(), "blob_id": git.hexdigest(), "sha1": sha1.hexdigest(), **_seen(stat)}
         self.hashed[path] = digests
         self.hub.remember(digests, "blob", str(path))
         return digests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from bigpipe.sizes import format_size
 
 from .provenance import Provenance, Step, version
 
-FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+FRONT_MATTER = re.compile(r"\A\ufeff?(?:\s|<!--(?:(?!-->).)*-->)*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+"""After a byte order mark, empty lines and comments."""
+MOST_KEYS = 1000
 
 LARGEST_README = 2**20
 UNTOLD = frozenset({"files", "fetched_bytes"})
@@ -243,10 +246,20 @@ def _text(readme: Path) -> str:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The metadata of a README.md; empty where there is none, or it is damaged."""
-    match = FRONT_MATTER.match(text)
-    try:
-        found = plainyaml.load(match[1]) if match else None
-    except plainyaml.NotPlain:
+    """The metadata of a README.md; without the keys that cannot be read, such as those with an alias."""
+    if (match := FRONT_MATTER.match(text)) is None:
         return {}
+    try:
+        return _mapping(match[1])
+    except plainyaml.NotPlain:
+        found: dict[str, Any] = {}
+    for key in re.split(r"\n(?=\w)", match[1], maxsplit=MOST_KEYS):
+        with suppress(plainyaml.NotPlain):
+            found |= _mapping(key)
+    return found
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Raise NotPlain."""
+    found = plainyaml.load(text)
     return found if isinstance(found, dict) else {}

@@ -36,6 +36,7 @@ SINKS: Mapping[str, Sink] = {
         environment=("MLFLOW_", "DATABRICKS_"),
         settings=(
             "MLFLOW_TRACKING_URI",
+            "MLFLOW_EXPERIMENT_ID",
             "MLFLOW_EXPERIMENT_NAME",
             "MLFLOW_TRACKING_USERNAME",
             "MLFLOW_TRACKING_PASSWORD",

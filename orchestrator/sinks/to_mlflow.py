@@ -1,7 +1,7 @@
 """Runs as runs of MLflow (https://mlflow.org/docs/latest/ml/tracking/): an experiment for each recipe, in it
 a run for each run, with params, metrics, gates and tags that are called after the nodes.
 
-Where: MLFLOW_TRACKING_URI; the experiment also by MLFLOW_EXPERIMENT_NAME.
+Where: MLFLOW_TRACKING_URI; the experiment also by MLFLOW_EXPERIMENT_ID or MLFLOW_EXPERIMENT_NAME.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.errors import UsageError
 from bigpipe.names import plain_names
 
 from .values import flat, gate_text, text
@@ -71,17 +72,20 @@ def _milliseconds(what: Mapping[str, Any]) -> int:
 
 
 def _experiment(client: MlflowClient, recipe: str) -> str:
+    """As MLflow's own programs: by the number that the environment says, else by name."""
     from mlflow.exceptions import MlflowException
 
+    if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return number
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or recipe
-    if (found := client.get_experiment_by_name(name)) is not None:
-        return str(found.experiment_id)
     try:
         return str(client.create_experiment(name))
-    except MlflowException:  # another run was faster
+    except MlflowException:  # it is there
         if (found := client.get_experiment_by_name(name)) is None:
             raise
-        return str(found.experiment_id)
+    if found.lifecycle_stage == "deleted":
+        raise UsageError(f"the experiment {name} is deleted", "restore it, or set MLFLOW_EXPERIMENT_NAME to another")
+    return str(found.experiment_id)
 
 
 def _tags(about: Mapping[str, Any]) -> dict[str, str]:

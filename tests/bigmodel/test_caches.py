@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,24 @@ def test_a_mirror_that_tells_less(
     assert {name: (tmp_path / "out" / name).read_bytes() for name in brought.files} == {
         name: FILES[name] for name in ("config.json", "model.safetensors")
     }
+
+
+@pytest.mark.parametrize("garbled", [False, True])
+def test_a_mirror_may_name_files_by_the_sha1_of_their_content(
+    server: LoopbackHub, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, garbled: bool
+) -> None:
+    """As Artifactory does. It proves as much as git's, and a lock does not take it for git's."""
+    from support.hub_state import Blob
+
+    shortened(server, ("blobId", "lfs", "size"), monkeypatch)
+    named = property(lambda item: hashlib.sha1(item.content, usedforsecurity=False).hexdigest())
+    monkeypatch.setattr(Blob, "etag", named)
+    if garbled:
+        server.fail("garbage", "config.json", method="GET", times=2)
+    source = HubSource("org/model", "main", Choice(), replace(hub, memo=tmp_path / "memo"))
+    with pytest.raises(Transient, match="came twice with other bytes") if garbled else nullcontext():
+        assert set(source.bring(tmp_path / "out", Watch()).files) == {"config.json", "model.safetensors"}
+    assert {(file.blob_id, file.sha256) for file in source.chosen()} == {("", None)}
 
 
 def test_a_mirror_that_does_not_know_who_may_read(server: LoopbackHub, hub: Hub) -> None:

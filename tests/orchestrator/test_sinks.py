@@ -231,6 +231,34 @@ def test_a_run_of_mlflow_has_params_metrics_gates_and_tags(told: Workshop, monke
     assert "name: told" in (found.parent / "meta.yaml").read_text()
 
 
+EXPERIMENT = """\
+artifact_location: file:///nowhere
+creation_time: 1
+experiment_id: '{number}'
+last_update_time: 1
+lifecycle_stage: {stage}
+name: {name}
+"""
+
+
+def test_an_experiment_of_mlflow_is_found_as_its_own_programs_find_it(
+    told: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = told.folder / "mlruns"
+    for folder, number, stage, name in (there / ".trash", 7, "deleted", "told"), (there, 8, "active", "other"):
+        (folder / str(number)).mkdir(parents=True)
+        text = EXPERIMENT.format(number=number, stage=stage, name=name)
+        (folder / str(number) / "meta.yaml").write_text(text)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there.as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    _, said = run(told, "mlflow")
+    assert "the experiment told is deleted" in said[0]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "8")
+    _, said = run(told, "mlflow")
+    assert said == []
+    assert [path.name for path in there.iterdir() if any(path.glob("*/params"))] == ["8"]
+
+
 # What becomes of a sink is no matter of the run's
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -231,6 +232,28 @@ def test_the_card_keeps_the_name_and_place_of_a_licence_of_its_own(tmp_path: Pat
     assert {name: value for name, value in kept.items() if name in licence} == licence
     other = card_with(tmp_path, Provenance(), license="mit")
     assert {name: value for name, value in other.items() if name in licence} == {"license": "mit"}
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "\ufeff---\nlicense: mit\n---\n",
+        "\n \n---\nlicense: mit\n---\n",
+        "<!-- made by\n a tool -->\n<!-- -- -->\n---\nlicense: mit\n---\n",
+        "---\ntags: &all [a]\nlicense: mit\ndatasets: *all\n---\n",
+        "---\ndatasets:\n- *all\nlicense: mit\n---\n",
+    ],
+)
+def test_a_licence_is_found_whatever_stands_around_it(tmp_path: Path, readme: str) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    assert card_with(tmp_path, Provenance())["license"] == "mit"
+
+
+def test_a_head_that_is_none_is_looked_through_once() -> None:
+    for text in ("<!--" * 200_000, "<!-- -->" * 100_000, "\n" * 500_000 + "x", "---\n" + "a: *b\n" * 100_000 + "---\n"):
+        started = time.process_time()
+        assert front_matter(text) == {}
+        assert time.process_time() - started < 20
 
 
 def test_the_card_is_about_the_model_that_is_saved(workshop: Workshop) -> None:
