@@ -155,7 +155,7 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
         kind: Stage[Any] = import_attribute(file.module, job.trust.home(file.module, job.base))
         params = kind.params.model_validate(file.params)
         stage = kind.with_params(params)
-        if mode != "rank":  # that has said so when all were there
+        if mode == "run":  # ranks have said so when all were there
             events.report(RankHello(job.node, 0, 1, os.getpid()))
         functions = {"prepare": stage.ranks.prepare, "finish": stage.ranks.finish}
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
