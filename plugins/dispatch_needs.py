@@ -46,7 +46,7 @@ def forecast(params: DispatchParams, ctx: ForecastContext) -> Forecast:
         attempt = placing_of(model, agreement, ctx, beside)
         placement = attempt(request)
     except DoesNotFit as error:
-        return _unplaced(unknown, (Misfit.of(error),))
+        return _unplaced(unknown, find_misfits(request, None, ctx.machine, attempt) or (Misfit.of(error),))
     except UsageError as error:
         if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):
             raise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bigpipe.errors import DoesNotFit, UsageError
 from bigpipe.fit import Cure, Misfit, Need, as_fields, lacking, nearest, totals
 from bigpipe.machine import Machine
-from bigpipe.sizes import counted, format_size
+from bigpipe.sizes import counted, exact_size, format_size
 
 from .budget import MemoryBudget, memory_of
 from .devices import Device, devices_of, named
@@ -21,16 +21,30 @@ Attempt = Callable[[PlacementRequest], Placement]
 """Places the same model as asked; raises UsageError or DoesNotFit."""
 
 
-def over_a_cap(needs: Mapping[Device, Need], budget: MemoryBudget) -> Misfit | None:
-    """The first device of a map somebody wrote that holds more than its cap."""
-    for device in lacking(totals(needs), budget.memory):
-        need, cap = needs[device], int(budget.memory.get(device, 0))
-        change = {f"max_memory.{device}": size_text(need.total)}
-        return Misfit(
-            f"device_map puts {need} on {named(device)}; max_memory leaves it {format_size(cap)}",
-            Cure(change, f"{as_fields(change)}, or move parts elsewhere"),
-        )
-    return None
+ROUNDS = 4
+"""Changes that are put together until a request fits."""
+
+
+def over_a_cap(
+    needs: Mapping[Device, Need], budget: MemoryBudget, max_memory: Mapping[int | str, Any]
+) -> Misfit | None:
+    """The first device of a map somebody wrote that holds more than its cap; the change is that of all of them, by the
+    keys of `max_memory`, one of which may stand for several."""
+    over = lacking(totals(needs), budget.memory)
+    if not over:
+        return None
+    first = next(iter(over))
+    need, cap = needs[first], int(budget.memory.get(first, 0))
+    keys = {device: key for key in max_memory for device in devices_of(key)}
+    sizes: dict[int | str, int] = {}
+    for device in over:
+        key = keys.get(device, device)
+        sizes[key] = max(sizes.get(key, 0), needs[device].total)
+    change = {f"max_memory.{key}": size_text(size) for key, size in sizes.items()}
+    return Misfit(
+        f"device_map puts {need} on {named(first)}; max_memory leaves it {format_size(cap)}",
+        Cure(change, f"{as_fields(change)}, or move parts elsewhere"),
+    )
 
 
 def too_small(
@@ -110,6 +124,40 @@ class Trial:
             return False
         return not lacking(totals(placement.needs), memory_of(self.machine, share=1))
 
+    def misfits(self, request: PlacementRequest) -> tuple[Misfit, ...]:
+        """What is said of a request. Raise UsageError for one that says nothing."""
+        try:
+            return find_misfits(request, self.attempt(request), self.machine, self.attempt)
+        except DoesNotFit as error:
+            return (Misfit.of(error),)
+
+    def completed(self, request: PlacementRequest, change: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the change with what is to be changed besides until it fits; {} where nothing helps."""
+        for _ in range(ROUNDS):
+            try:
+                further = self.misfits(request.changed(change))
+            except UsageError:
+                return {}
+            if not further:
+                return change
+            if not further[0].change:
+                return {}
+            change = _joined(request, change, further[0].change)
+        return {}
+
+    def cured(self, request: PlacementRequest, misfit: Misfit) -> Misfit:
+        """Return what is said of a request that cannot be placed, with a change that was tried on this machine."""
+        if request.max_memory is None:
+            cure = self.smaller_work(request)
+            return replace(misfit, cure=cure) if cure else misfit
+        if not misfit.change or _missing_gpus(request, None, self.machine):  # it is placed for another machine
+            return misfit
+        fitting = self.completed(request, misfit.change)
+        if fitting == misfit.change:
+            return misfit
+        cure = Cure(fitting) if fitting else "quantize first, move parts elsewhere, or give more devices"
+        return replace(misfit, cure=cure)
+
     def smaller_work(self, request: PlacementRequest, *options: str) -> Cure | None:
         """The largest batch that fits, or the longest sequences that do."""
         for option in options or ("batch_size", "sequence_length"):
@@ -148,6 +196,15 @@ class Trial:
         return caps
 
 
+def _joined(request: PlacementRequest, one: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Both changes as one: entries of `max_memory`, or where it is given as a whole, the whole."""
+    both = {**one, **then}
+    if "max_memory" not in both:
+        return both
+    whole = request.changed(one).changed(then).max_memory
+    return {**{option: value for option, value in both.items() if "." not in option}, "max_memory": whole}
+
+
 def _missing_gpus(request: PlacementRequest, placement: Placement | None, machine: Machine) -> list[int]:
     """The GPUs that are used or given memory, and are not there."""
     keys = [key for key, size in (request.max_memory or {}).items() if size]
@@ -168,17 +225,39 @@ def _missing(request: PlacementRequest, machine: Machine, missing: list[int], at
         cure = f"map {names} to {there}cpu or disk"
         return Misfit(f"device_map names GPU {numbers}; {has}", cure, f"device_map.{mapped[0]}")
     cause = f"max_memory names GPU {numbers}; {has}"
-    change: dict[str, Any] = {
-        f"max_memory.{key}": 0 for key in request.max_memory or {} if set(devices_of(key)) & set(missing)
-    }
-    without = request.changed(change)
+    change = _without(request.max_memory or {}, missing)
     if attempt is None:
         return Misfit(cause, Cure(change, f"{as_fields(change)}; the rest is known once the model's headers are"))
-    try:
-        tried = attempt(without)
-        further = find_misfits(without, tried, machine, attempt)
-    except DoesNotFit as error:
-        further = (Misfit.of(error),)
-    if further:
-        return Misfit(cause, Cure({**change, **further[0].change}, f"{as_fields(change)}, and {further[0].cure}"))
-    return Misfit(cause, Cure(change, f"{as_fields(change)}; the model fits {' and '.join(map(str, tried.weights))}"))
+    trial = Trial(machine, attempt)
+    if fitting := trial.completed(request, change):
+        homes = " and ".join(map(named, attempt(request.changed(fitting)).weights))
+        return Misfit(cause, Cure(fitting, f"{as_fields(fitting)}; the model fits on {homes}"))
+    further = trial.misfits(request.changed(change))
+    cure = " and ".join(str(misfit.cure) for misfit in further)
+    return Misfit(cause, f"{as_fields(change)}, and {cure}", field=next(iter(change)))
+
+
+def _without(max_memory: Mapping[int | str, Any], missing: Collection[Device]) -> dict[str, Any]:
+    """The change that leaves these devices out: 0 for each key of them alone; where a range names others too, all of
+    `max_memory` with such ranges cut."""
+    named_by = {key: devices_of(key) for key in max_memory}
+    gone = {f"max_memory.{key}": 0 for key, devices in named_by.items() if set(devices) <= set(missing)}
+    cut = {
+        key: [device for device in devices if device not in missing]
+        for key, devices in named_by.items()
+        if f"max_memory.{key}" not in gone
+    }
+    if all(len(devices) == len(named_by[key]) for key, devices in cut.items()):
+        return gone
+    sizes = {key: size if isinstance(size, str) else exact_size(size) for key, size in max_memory.items()}
+    return {"max_memory": {part: sizes[key] for key, devices in cut.items() for part in _spelled(str(key), devices)}}
+
+
+def _spelled(key: str, devices: list[Device]) -> list[str]:
+    """The devices as keys: as they were written where they are all of a key's, else as ranges."""
+    if devices == devices_of(key):
+        return [key]
+    numbers = sorted(device for device in devices if isinstance(device, int))
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return [str(first) if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True)]

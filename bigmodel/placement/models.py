@@ -151,8 +151,7 @@ def place_model(
     try:
         return attempt(request)
     except DoesNotFit as error:
-        cure = Trial(machine, attempt).smaller_work(request) if request.max_memory is None else None
-        raise (Misfit(error.cause, cure) if cure else Misfit.of(error)).error() from None
+        raise Trial(machine, attempt).cured(request, Misfit.of(error)).error() from None
 
 
 def _with_streaming(placement: Placement, architecture: Architecture, moved: Streamed, dtype: str) -> Placement:

@@ -93,7 +93,8 @@ class PlacementRequest:
         values = {option: value for option, value in change.items() if "." not in option}
         caps = {option.partition(".")[2]: value for option, value in change.items() if "." in option}
         if caps:
-            values["max_memory"] = {str(key): size for key, size in (self.max_memory or {}).items()} | caps
+            known = values.get("max_memory", self.max_memory) or {}
+            values["max_memory"] = {str(key): size for key, size in known.items()} | caps
         return replace(self, **values)
 
 

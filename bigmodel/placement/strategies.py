@@ -53,7 +53,9 @@ def place_architecture(
     speeds = speeds or Speeds()
     devices, solution = _devices(tree, budget, request, speeds)
     homes = homes_of(tree, devices)
-    if budget.memory and (misfit := over_a_cap(needs_of(tree, devices, budget.headroom), budget)):
+    if budget.memory and (
+        misfit := over_a_cap(needs_of(tree, devices, budget.headroom), budget, request.max_memory or {})
+    ):
         raise misfit.error()
     weights, needs = weights_of(tree, homes), needs_of(tree, devices, headroom)
     no_split = request.no_split_module_classes

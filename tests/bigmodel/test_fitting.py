@@ -65,11 +65,35 @@ ROWS = {
     ),
     "a GPU that is not there": Row(
         machine_of(24), {"max_memory": {"0-3": "20GiB", "cpu": "20GiB"}}, "max_memory names GPU 1, 2, 3; box has 1 GPU",
-        "set max_memory.0-3 to 0; the model fits cpu",
+        "set max_memory to {0: 20GiB, cpu: 20GiB}; the model fits on GPU 0",
     ),
     "a GPU that is not there, and no room without it": Row(
         machine_of(24), {"max_memory": {0: "4GiB", 1: "20GiB"}}, "max_memory names GPU 1; box has 1 GPU",
-        "set max_memory.1 to 0, and set max_memory.0 to ",
+        "set max_memory.1 to 0 and max_memory.0 to ",
+    ),
+    "a range that names more GPUs than there are": Row(
+        machine_of(24, 24, 24, 24), {"max_memory": {"0-7": "20GiB", "cpu": 64 * GIB}}, "names GPU 4, 5, 6, 7",
+        "set max_memory to {0-3: 20GiB, cpu: 64GiB}; the model fits on ",
+    ),
+    "a first GPU, and a range that names more than there are": Row(
+        machine_of(24, 24, 24, 24), {"max_memory": {0: "2GiB", "1-7": "20GiB"}}, "box has 4 GPUs",
+        "set max_memory to {0: 2GiB, 1-3: 20GiB}; the model fits on ",
+    ),
+    "a range too long, and caps too small": Row(
+        machine_of(24), {"max_memory": {"0-1": "2GiB"}}, "max_memory names GPU 1; box has 1 GPU",
+        "set max_memory to {0: 7.8GiB}",
+    ),
+    "a map over the cap of a range": Row(
+        machine_of(24, 24), {"device_map": {"": 0, "lm_head": 1}, "max_memory": {"0-1": "1MiB"}},
+        "device_map puts 7.5 GiB of weights on GPU 0; max_memory leaves it 1.0 MiB", "set max_memory.0-1 to 7.5GiB",
+    ),
+    "a map over several caps, one of which has another name": Row(
+        machine_of(24), {"device_map": {"": 0, "lm_head": "cpu"}, "max_memory": {"cuda:0": "1MiB", "cpu": "1MiB"}},
+        "GPU 0; max_memory leaves it 1.0 MiB", " and max_memory.cpu to 250.0MiB",
+    ),
+    "a map over a cap, and of a batch that is too large": Row(
+        machine_of(10), {"device_map": {"": 0}, "max_memory": {0: "1MiB"}, "batch_size": 64}, "leaves it 1.0 MiB",
+        "set max_memory.0 to 7.8GiB and batch_size to ",
     ),
     "caps that are too small": Row(
         machine_of(24), {"max_memory": {0: "4GiB"}}, "the model's weights and buffers take 7.7 GiB",
@@ -94,7 +118,7 @@ def found(request: PlacementRequest, machine: Machine, attempt: Any) -> tuple[Mi
     try:
         return find_misfits(request, attempt(request), machine, attempt)
     except DoesNotFit as error:
-        return (Misfit.of(error),)
+        return find_misfits(request, None, machine, attempt) or (Misfit.of(error),)
 
 
 def test_a_map_that_names_a_gpu_that_is_not_there() -> None:
@@ -108,6 +132,20 @@ def test_nothing_helps() -> None:
     request = PlacementRequest(device_map={"": 0}, sequence_length=64)
     [misfit] = found(request, machine_of(6), attempted(machine_of(6)))
     assert misfit.cure == "quantize first, give more devices, or plan for another --machine"
+
+
+def test_a_cap_of_a_map_that_no_gpu_could_have_is_not_offered() -> None:
+    request = PlacementRequest(device_map={"": 0}, max_memory={0: "1GiB"}, sequence_length=64)
+    [misfit] = found(request, machine_of(6), attempted(machine_of(6)))
+    assert not misfit.change
+    assert misfit.cure == Cure({}, "quantize first, move parts elsewhere, or give more devices")
+
+
+def test_nothing_is_offered_for_a_gpu_that_is_not_there_where_the_rest_is_too_small() -> None:
+    request = PlacementRequest(device_map={"": 0}, max_memory={0: "9GiB", 1: "20GiB"}, sequence_length=64)
+    [misfit] = found(request, machine_of(5), attempted(machine_of(5)))
+    assert not misfit.change
+    assert str(misfit.cure).startswith("set max_memory.1 to 0, and ")
 
 
 def test_what_fits_says_nothing() -> None:

@@ -75,7 +75,7 @@ stages:
     done = workshop.command("plan", "recipe.yaml", "--machine", str(machine))
     assert done.returncode == DoesNotFit.exit_code, done.stderr
     assert "max_memory names GPU 0; test has no GPU" in done.stderr
-    assert "set max_memory.0 to 0; the model fits cpu" in done.stderr
+    assert "set max_memory.0 to 0; the model fits on the CPU" in done.stderr
 
 
 def test_a_gpu_that_is_not_there_has_no_room_for_more_batches(model: Path) -> None:
