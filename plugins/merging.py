@@ -60,7 +60,10 @@ def forecast(params: MergeParams, context: ForecastContext) -> Forecast:
         metrics={"merged": merged, **metrics},
         output=describe_checkpoint(context.artifact) if context.artifact else output,
         summary=f"{counted(merged, 'tensor')} changed, +{format_transfer(size)}",
-        details=tuple(f"the adapter was trained on {name}" for name in sorted(map(str, trained))),
+        details=(
+            *_merge(params).conversion.notes(described),
+            *(f"the adapter was trained on {name}" for name in sorted(map(str, trained))),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from bigpipe.bigmodel.checkpoint import (
     open_checkpoint,
     tensor_nbytes,
 )
-from bigpipe.bigmodel.formats import decoded, decoding_memory, left_out
+from bigpipe.bigmodel.formats import decoded, decoding_memory
 from bigpipe.bigmodel.writing import WORKERS, Conversion, ShardPlan, convert, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -49,7 +49,7 @@ def forecast(params: ShardParams, context: ForecastContext) -> Forecast:
         metrics={"shards": len(plans), "bytes": sum(sizes)},
         output=describe_checkpoint(context.artifact) if context.artifact else output,
         summary=f"{counted(len(plans), 'shard')}, +{format_transfer(sum(sizes))}",
-        details=left_out(described) if params.dtype else (),
+        details=_conversion(params).notes(described),
     )
 
 
@@ -67,7 +67,7 @@ def _works_on(plans: list[ShardPlan], source: ModelDescription, cpus: int) -> in
 def run(params: ShardParams, context: StageContext) -> StageResult:
     """Writes the weights anew and refers to the input's side files; whole shards of an earlier attempt are kept."""
     checkpoint = open_checkpoint(context.open("model"))
-    for note in left_out(describe_opened(checkpoint)) if params.dtype else ():
+    for note in _conversion(params).notes(describe_opened(checkpoint)):
         context.log(note)
     saved = convert(
         checkpoint,

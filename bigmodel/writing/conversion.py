@@ -7,6 +7,7 @@ import json
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,8 +31,8 @@ from bigpipe.bigmodel.checkpoint import (
     describe_opened,
     itemsize,
 )
-from bigpipe.bigmodel.formats import castable, decode, decoded, format_of
-from bigpipe.errors import UsageError
+from bigpipe.bigmodel.formats import castable, decode, decoded, format_of, left_out
+from bigpipe.errors import UsageError, first_few
 from bigpipe.files import copy_file, link, make_folders, refuse_overlap, write_file
 from bigpipe.machine import cores
 from bigpipe.names import is_text
@@ -81,6 +82,21 @@ class Conversion:
             cure = "write format: bin, or cast the tensor first"
             raise UsageError(f"tensor {odd.name!r}: safetensors has no {odd.dtype}", cure)
         return plan_shards(planned, self.max_shard_size, self.format, tied, library_of(config or {}))
+
+    def notes(self, source: ModelDescription) -> tuple[str, ...]:
+        """Return what a user should know of a cast of weights whose tensors are known, in words. Whether a class keeps
+        a tensor in float32 is not asked here, where all are cast."""
+        if self.dtype is None:
+            return ()
+        sizes: Counter[str] = Counter()
+        floats = {n: each for n, each in (decoded(source).tensors or {}).items() if each[0] in CASTABLE}
+        for stored, shape in floats.values():
+            sizes[stored] += math.prod(shape)
+        usual = max((itemsize(stored) for stored, _ in sizes.most_common(1)), default=0)
+        wide = [name for name, (stored, _) in floats.items() if itemsize(stored) > max(usual, itemsize(self.dtype))]
+        told = f"stored wider than the rest, and rounded to {self.dtype}: {first_few(wide)}"
+        kept = "some classes keep such tensors in float32, as the biases by which experts are chosen"
+        return (*left_out(source), *([f"{told}; {kept}"] if wide else ()))
 
     def of(self, source: ModelDescription) -> tuple[list[ShardPlan], ModelDescription]:
         """Return the files that `source` becomes, whose tensors are known, and the checkpoint they make.

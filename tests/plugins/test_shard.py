@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.contexts import check_context, forecast_context
 from support.launching import make_job
 from support.models import forward, make_checkpoint, tiny_model
@@ -94,6 +95,17 @@ def test_casting_quantized_weights_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(UsageError, match="let quantize come after shard"):
         STAGE.planning.check(ShardParams(dtype="float16"), context)
     STAGE.planning.check(ShardParams(), context)
+
+
+@pytest.mark.parametrize(("dtype", "named"), [("bfloat16", True), ("float16", True), ("float32", False), (None, False)])
+def test_a_plan_names_what_is_stored_wider_than_the_rest_and_rounded(tmp_path, dtype, named):
+    """As DeepSeek's biases by which experts are chosen, which its class keeps in float32."""
+    bias, weight = "mlp.gate.e_score_correction_bias", torch.ones(8, 8, dtype=torch.bfloat16)
+    save_file({"mlp.gate.weight": weight, bias: torch.ones(8)}, tmp_path / "model.safetensors")
+    details = forecast_shard(tmp_path, dtype=dtype).details
+    assert [told.split("; ")[0] for told in details] == (
+        [f"stored wider than the rest, and rounded to {dtype}: {bias}"] if named else []
+    )
 
 
 def test_an_unknown_input_is_said_to_be_unknown(tmp_path):
