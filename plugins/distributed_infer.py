@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.engines import EngineName, find_engine
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import READERS, TASKS, BuiltIn, Task, faults, find_task, require_known
+from bigpipe.bigmodel.tasks import TASKS, BuiltIn, Task, faults, find_task, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -319,6 +319,8 @@ def _apart(params: InferParams) -> Sequence[str]:
 def _resumed(params: InferParams) -> Sequence[str]:
     """How results are written, and how many rows may fail. Which rows there are, too, where each is computed alone: a
     record is of one row by its fields. A picture's or a sound's are its name, and its content may be another."""
+    from bigpipe.bigmodel.tasks import READERS
+
     alone = params.batch_size == 1 and params.batch_tokens is None
     texts = not isinstance(params.prompts, str) or PurePath(params.prompts).suffix.lower() in READERS
     return ["max_errors", "output_format", "rows_per_file", *(("prompts", "limit") if alone and texts else ())]

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from bigpipe.names import did_you_mean
 
 from .diffusing import count_tokens, longest_prompt, require_pipeline
 from .rows import Row
-from .task import Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, seeds_of
+from .task import OVERFLOWS, Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, seeds_of
 
 if TYPE_CHECKING:
     from bigpipe.bigmodel.checkpoint import ModelDescription
@@ -71,7 +73,7 @@ def _bind(pipeline: Any, path: Path, options: TaskOptions, sources: Sources) -> 
         # The pictures of a row stand side by side
         seeds = [seed for row in rows for seed in seeds_of(options.seed + row.index, each)]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.inference_mode():
+        with torch.inference_mode(), _of_numbers():
             made = pipeline(
                 [row.prompt for row in rows], generator=generators, output_type="pil", **given,
                 **({} if unwanted is None else {"negative_prompt": [unwanted] * len(rows)}),
@@ -84,6 +86,17 @@ def _bind(pipeline: Any, path: Path, options: TaskOptions, sources: Sources) -> 
         ]
 
     return answer
+
+
+@contextmanager
+def _of_numbers() -> Iterator[None]:
+    """Raise ValueError for a picture of what is no number, which Pillow would make black; numpy warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        try:
+            yield
+        except RuntimeWarning as error:
+            raise ValueError(f"the picture holds what is no number, and would be black: {OVERFLOWS}") from error
 
 
 def _answer(pictures: list[ResultFile], flags: Sequence[bool]) -> Answer:

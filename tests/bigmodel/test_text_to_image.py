@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def test_a_row_is_drawn_alike_whoever_stands_beside_it(folder: Path) -> None:
     for one, other in zip(alone, together, strict=True):
         assert_alike(pixels(one)[0], pixels(other)[0])
     assert [pixels(each) for each in together] == [pixels(each) for each in answer(rows(PROMPTS))]
+
+
+def test_numbers_that_are_none_make_no_picture(folder: Path) -> None:
+    options = TaskOptions(arguments=FEW)
+    pipeline = load_pipeline(folder, "float32", "cpu", options.bounded)
+    weight = next(pipeline.vae.decoder.parameters())
+    weight.data = weight.data * math.nan
+    with pytest.raises(ValueError, match=r"no number.*dtype: float32"):
+        TASK.bind(pipeline, folder, options, Sources())(rows(PROMPTS[:1]))
 
 
 def test_several_pictures_of_a_prompt(folder: Path) -> None:
