@@ -5,13 +5,12 @@ Bit for bit `int8_vectorwise_dequant` and `dequantize_4bit` of bitsandbytes 0.50
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bigpipe.bigmodel.checkpoint import Checkpoint, Decoder, Made, TensorInfo, invalid
-from bigpipe.bigmodel.formats import PackedWeight
+from bigpipe.bigmodel.checkpoint import Checkpoint, Decoder, Made, TensorInfo
+from bigpipe.bigmodel.formats import FourBit, PackedWeight
 from bigpipe.bigmodel.formats.encoders import BLOCK, NESTED_BLOCK
 from bigpipe.errors import UsageError
 
@@ -19,8 +18,6 @@ from .arithmetic import as_tensor
 
 if TYPE_CHECKING:
     import torch
-
-STATE = "weight.quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +90,19 @@ def unpacked(checkpoint: Checkpoint, module: str, weight: PackedWeight[TensorInf
     if "SCB" in suffixes:
         codes, scales = parts["weight"], parts["SCB"]
         return _made(name, "float32", codes.shape, Int8Rows(codes.shape[1]), codes, scales)
-    state = next((suffix for suffix in suffixes if suffix.startswith(STATE)), None)
-    if state is None or parts["weight"].dtype != "uint8":
+    if not isinstance(weight.packing, FourBit) or parts["weight"].dtype != "uint8":
         raise UsageError(f"{module} is packed in a way that is not unpacked here", "merge before it is quantized")
-    said = _state(checkpoint, parts[state])
-    shape, nested = tuple(said["shape"]), "weight.nested_absmax" in parts
-    offset = float(said["nested_offset"]) if nested else None
-    decoder = FourBitRows(shape[1], str(said["dtype"]), offset)
+    state = weight.packing.state(parts, lambda part: checkpoint.read(part.name))
+    nested = state.nested_blocksize is not None
+    if state.blocksize != BLOCK or state.nested_blocksize not in (None, NESTED_BLOCK):
+        raise UsageError(f"{module} is packed in blocks of {state.blocksize}", "merge before it is quantized")
+    decoder = FourBitRows(state.shape[1], state.dtype, state.nested_offset)
     beside = [
         "weight.quant_map",
         "weight.absmax",
         *(["weight.nested_absmax", "weight.nested_quant_map"] if nested else []),
     ]
-    return _made(name, decoder.dtype, shape, decoder, parts["weight"], *(parts[each] for each in beside))
-
-
-def _state(checkpoint: Checkpoint, tensor: TensorInfo) -> dict[str, Any]:
-    try:
-        said: dict[str, Any] = json.loads(checkpoint.read(tensor.name))
-        plain = said["blocksize"] == BLOCK and said.get("nested_blocksize", NESTED_BLOCK) == NESTED_BLOCK
-    except (ValueError, KeyError, TypeError):
-        plain = False
-    if not plain or len(said.get("shape", ())) != 2:
-        raise invalid(
-            tensor.file, "is no state of a weight in blocks of 64", "quantize the model anew", tensor=tensor.name
-        )
-    return said
+    return _made(name, state.dtype, state.shape, decoder, parts["weight"], *(parts[each] for each in beside))
 
 
 def _made(name: str, dtype: str, shape: tuple[int, ...], decoder: Decoder, *parts: TensorInfo) -> TensorInfo:

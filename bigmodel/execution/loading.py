@@ -245,7 +245,7 @@ def _fill(
     _share_recipes(model, matches, checkpoint)
     initialised = _check_complete(model, matches, checkpoint)
     homes.check_covers(dict.fromkeys([*(name for name, _ in model.named_parameters()), *matches.plain]))
-    replace_linears(model, matches.packed, described.quantization)
+    replace_linears(model, matches.packed, described.quantization, lambda part: checkpoint.read(part.name))
     state = Loaded(homes, unused=tuple(matches.unused))
     slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
     streamed = _settle(slots, state, memory.cast)

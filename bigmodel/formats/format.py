@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from bigpipe.bigmodel.checkpoint import Decoder
+    from bigpipe.bigmodel.checkpoint import Decoder, TensorInfo
 
     Codes = NDArray[Any]
     Scales = NDArray[numpy.float32]
@@ -134,6 +134,12 @@ class Packing(Protocol):
     def wrong(self, config: Mapping[str, Any]) -> str | None:
         """Return what no module can be made from in a `quantization_config`, in words; None: there is nothing."""
         return None
+
+    def refuse_misstated(
+        self, linear: torch.nn.Module, parts: Mapping[str, TensorInfo], read: Callable[[TensorInfo], bytes]
+    ) -> None:
+        """Raise InvalidCheckpoint where what is said beside the codes cannot be of a matrix of `linear`'s shape: what
+        computes with it believes it. parts: by suffix; read: gives the bytes of one."""
 
     def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         """Return the empty module that takes the place of `linear`; shapes: of the stored tensors, by suffix."""

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from bigpipe.bigmodel.checkpoint import invalid
+from bigpipe.errors import InvalidCheckpoint
+from bigpipe.files import parse_json
 
 from . import bitsandbytes
 from .encoders import BLOCK, NESTED_BLOCK
@@ -18,6 +22,8 @@ from .format import Format, MeasuringEncoder, Packing, Shape, Shapes, StoredTens
 
 if TYPE_CHECKING:
     import torch
+
+    from bigpipe.bigmodel.checkpoint import TensorInfo
 
     from .format import Scales
 
@@ -30,6 +36,8 @@ TYPICAL_OFFSET = 0.12345678901234568
 FEWEST_DIGITS, MOST_DIGITS = 3, 22
 """Characters of that mean: `0.5` at the least, at the most 17 significant digits with `0.000` before them or `e-05`
 behind."""
+LARGEST_STATE = 10_000
+"""Bytes of what is said beside a weight; it has a hundred or two."""
 PACKED_ROWS = 32
 """Rows of a tile of bitsandbytes' packing for CPUs with AVX512-BF16."""
 
@@ -120,6 +128,26 @@ class FourBit(Packing):
         fits = compute is None or (isinstance(compute, str) and compute.removeprefix("torch.") in COMPUTES)
         return None if fits else f"bnb_4bit_compute_dtype is {compute!r:.80}, and no dtype to compute in"
 
+    def refuse_misstated(
+        self, linear: torch.nn.Module, parts: Mapping[str, TensorInfo], read: Callable[[TensorInfo], bytes]
+    ) -> None:
+        state, wanted = self.state(parts, read), _features(linear)
+        if state.shape != wanted:
+            raise _misstated(parts[STATE + self.quant_type], f"shape is {list(state.shape)}, not {list(wanted)}")
+
+    def state(self, parts: Mapping[str, TensorInfo], read: Callable[[TensorInfo], bytes]) -> State:
+        """Return what is said beside the codes of a weight. parts: by suffix; read: gives the bytes of one. Raise
+        InvalidCheckpoint, naming file and tensor, where that is nothing, or not of so many codes and scales."""
+        tensor = parts[STATE + self.quant_type]
+        if tensor.nbytes > LARGEST_STATE:
+            raise _misstated(tensor, f"it has {tensor.nbytes:,} bytes")
+        try:
+            state = _state_of(parse_json(read(tensor)), self.quant_type, nested="weight.nested_absmax" in parts)
+            state.require(parts)
+        except ValueError as error:
+            raise _misstated(tensor, str(error)) from error
+        return state
+
     def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         import torch
         from bitsandbytes.nn import Linear4bit
@@ -177,11 +205,69 @@ def quant_state(quant_type: str, dtype: str, shape: Shape, offset: float | None)
     return json.dumps(state).encode()
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a `quant_state` says."""
+
+    dtype: str
+    """Of the weight before."""
+    shape: tuple[int, int]
+    """(out, in)."""
+    blocksize: int
+    nested_blocksize: int | None = None
+    nested_offset: float | None = None
+    """Both of scales that are codes themselves."""
+
+    def require(self, parts: Mapping[str, TensorInfo]) -> None:
+        """Raise ValueError unless there are the codes and scales of a matrix of this shape."""
+        elements = math.prod(self.shape)
+        blocks = -(-elements // self.blocksize)
+        wanted = {"weight.absmax": blocks}
+        if self.nested_blocksize is not None:
+            wanted["weight.nested_absmax"] = -(-blocks // self.nested_blocksize)
+        if parts["weight"].nbytes != -(-elements // 2):
+            raise ValueError(f"shape is {list(self.shape)}, and there are {2 * parts['weight'].nbytes:,} codes")
+        for suffix, count in wanted.items():
+            found = math.prod(parts[suffix].shape) if suffix in parts else 0
+            if found != count:
+                raise ValueError(f"{suffix} has {found:,} scales, and {count:,} blocks need one each")
+
+
+def _state_of(said: Any, quant_type: str, *, nested: bool) -> State:
+    """Raise ValueError, naming the field, for what bitsandbytes would not say."""
+    if not isinstance(said, dict):
+        raise ValueError("it is no JSON object")
+    shape, offset = said.get("shape"), said.get("nested_offset")
+    fits = {
+        "quant_type": said.get("quant_type") == quant_type,
+        "dtype": isinstance(said.get("dtype"), str) and said["dtype"] in COMPUTES,
+        "shape": isinstance(shape, list) and len(shape) == 2 and all(map(_is_count, shape)),
+        "blocksize": _is_count(said.get("blocksize")),
+    }
+    if nested:
+        fits["nested_dtype"] = said.get("nested_dtype") == "float32"
+        fits["nested_blocksize"] = _is_count(said.get("nested_blocksize"))
+        fits["nested_offset"] = isinstance(offset, float) and math.isfinite(offset)
+    for name in (name for name, right in fits.items() if not right):
+        raise ValueError(f"{name} is {said.get(name)!r:.80}")
+    beside = (said["nested_blocksize"], offset) if nested else (None, None)
+    return State(said["dtype"], (shape[0], shape[1]), said["blocksize"], *beside)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _misstated(tensor: TensorInfo, why: str) -> InvalidCheckpoint:
+    cause = f"is no state of a weight that bitsandbytes packed: {why}"
+    return invalid(tensor.file, cause, "fetch the model again, or quantize it anew", tensor=tensor.name)
+
+
 def stored_offset(state: bytes) -> float | None:
     """Return the offset that a `quant_state` names; None where it names none."""
     try:
-        offset = json.loads(state)["nested_offset"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        offset = parse_json(state)["nested_offset"]
+    except (ValueError, KeyError, TypeError):
         return None
     return offset if isinstance(offset, float) and math.isfinite(offset) else None
 

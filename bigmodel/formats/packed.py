@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -52,12 +52,16 @@ def uncomputed(stored: str, parameter: str, class_name: str) -> UsageError:
 
 
 def replace_linears(
-    model: torch.nn.Module, packed: Mapping[str, PackedWeight[TensorInfo]], config: Mapping[str, Any] | None
+    model: torch.nn.Module,
+    packed: Mapping[str, PackedWeight[TensorInfo]],
+    config: Mapping[str, Any] | None,
+    read: Callable[[TensorInfo], bytes],
 ) -> None:
     """Put an empty module of its format wherever `packed` names one, and let the model say so, as `from_pretrained`
-    does: what saves or adapts it asks there. config: `quantization_config`.
+    does: what saves or adapts it asks there. config: `quantization_config`; read: gives the bytes of a small tensor.
 
-    Raise InvalidCheckpoint for a module that the model does not have, UsageError for one that is a part of a parameter.
+    Raise InvalidCheckpoint for a module that the model does not have, and as `Packing.refuse_misstated`; UsageError for
+    one that is a part of a parameter.
     """
     modules, whole = dict(model.named_modules()), {name for name, _ in model.named_parameters()}
     for name, weight in packed.items():
@@ -69,6 +73,7 @@ def replace_linears(
                 f"{_file(weight.parts.values())} holds a quantized weight for {name}, which the model does not have",
                 "check that config.json is the one that was saved with these weights",
             )
+        weight.packing.refuse_misstated(modules[name], weight.parts, read)
         shapes = {suffix: part.shape for suffix, part in weight.parts.items()}
         made = weight.packing.module(modules[name], shapes, config or {})
         model.set_submodule(name, made)

@@ -305,7 +305,7 @@ def test_whats_in_the_row_reaches_a_function_as_it_is(tmp_path: Path, model: Any
     own = {"question": "q", "prompt": "p", "seed": "mine", "index": None}
     given = [Row(0, "q", own), Row(1, "a", {"question": "a"})]
     first, second = task.bind(model, path, TaskOptions(seed=5), Sources())(given)
-    assert first.payload["got"] == own
+    assert first.payload["got"] == {**own, "prompt": "q"}, "the prompt is what column and template make it"
     assert second.payload["got"] == {"question": "a", "prompt": "a", "index": 1, "seed": 6}
 
 

@@ -16,8 +16,12 @@ from support.models import CAUSAL, forward, make_checkpoint, sample_inputs, tiny
 from support.tinygpt import GPT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bigpipe.bigmodel.adapters.unpacking import unpacked
 from bigpipe.bigmodel.architecture import describe_architecture
+from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.execution import load, loaded
+from bigpipe.bigmodel.formats import named, set_apart
+from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
@@ -300,3 +304,22 @@ def test_the_device_of_a_streamed_model_is_where_its_inputs_belong(tmp_path: Pat
         model.generate(tokens, max_new_tokens=3, prompt_lookup_num_tokens=2),
         load(tmp_path).generate(tokens, max_new_tokens=3, prompt_lookup_num_tokens=2),
     )
+
+
+def test_what_is_said_beside_four_bit_codes_is_not_believed(tmp_path: Path) -> None:
+    """Before bitsandbytes is handed it, and before an adapter is merged into it."""
+    pytest.importorskip("bitsandbytes")
+    quantize_checkpoint(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "packed", scheme="nf4")
+    file = tmp_path / "packed/model.safetensors"
+    tensors = load_file(file)
+    projection = "model.layers.0.mlp.up_proj"
+    name = f"{projection}.weight.quant_state.bitsandbytes__nf4"
+    said = json.loads(bytes(tensors[name].numpy()))
+    for shape, told in ((said["shape"][::-1], r"shape is \[32, 64\], not \[64, 32\]"), (5, "shape is 5")):
+        state = torch.frombuffer(bytearray(json.dumps({**said, "shape": shape}).encode()), dtype=torch.uint8)
+        save_file({**tensors, name: state}, file, {"format": "pt"})
+        with pytest.raises(InvalidCheckpoint, match=f"{name}.*{told}"):
+            load(tmp_path / "packed")
+    checkpoint = open_checkpoint(tmp_path / "packed")
+    with pytest.raises(InvalidCheckpoint, match=f"{name}.*shape is 5"):
+        unpacked(checkpoint, projection, set_apart(checkpoint.tensors, named("nf4"))[1][projection])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import numpy as np
@@ -9,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from bigpipe.bigmodel.checkpoint import TensorInfo
 from bigpipe.bigmodel.formats.encoders.codes import dynamic_code, four_bit_code
 from bigpipe.bigmodel.formats.encoders.floats import convert
 from bigpipe.bigmodel.formats.encoders.four_bit import FourBitEncoder
 from bigpipe.bigmodel.formats.encoders.int8 import Int8Encoder
 from bigpipe.bigmodel.formats.encoders.nested import mean, quantize_absmax
-from bigpipe.bigmodel.formats.four_bit import quant_state
+from bigpipe.bigmodel.formats.four_bit import FourBit, State, quant_state
+from bigpipe.errors import InvalidCheckpoint
 
 DTYPES = ["float16", "bfloat16", "float32"]
 
@@ -121,6 +127,35 @@ def test_the_state_blob_is_theirs(dtype: str, double: bool) -> None:
     offset = state.offset.item() if double else None
     theirs = state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"]
     assert quant_state("nf4", dtype, (96, 40), offset) == bytes(theirs.numpy())
+    state = state_of(bytes(theirs.numpy()), "nf4", (96, 40), double=double)
+    assert (state.dtype, state.shape, state.nested_offset) == (dtype, (96, 40), offset)
+
+
+def state_of(content: bytes, quant_type: str, shape: tuple[int, int], *, double: bool) -> State:
+    """What is said beside the codes of a matrix of this shape, where these bytes say it."""
+    packing = FourBit(quant_type, double)
+    stored = {part.suffix: (part.dtype, part.shape) for part in packing.stored(shape, "float16")}
+    stored[f"weight.quant_state.bitsandbytes__{quant_type}"] = ("uint8", (len(content),))
+    parts = {suffix: TensorInfo(f"m.{suffix}", *found, Path("f"), 0) for suffix, found in stored.items()}
+    return packing.state(parts, lambda part: content)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"", b"\xff\xfe", b"[1]", b"[" * 5000, b'{"shape": ' + b"[" * 4000 + b"]" * 4000 + b"}", b" " * 20_000,
+        {"shape": 5}, {"shape": None}, {"shape": "ab"}, {"shape": [10**30, 40]}, {"shape": [-96, -40]},
+        {"shape": [96.0, 40.0]}, {"shape": [96, 41]}, {"shape": [3840]}, {"blocksize": [64]}, {"blocksize": 0},
+        {"blocksize": 128}, {"dtype": 5}, {"dtype": "load"}, {"quant_type": "fp4"}, {"nested_offset": "x"},
+        {"nested_offset": float("nan")}, {"nested_dtype": ["float32"]}, {"nested_blocksize": 1},
+    ],
+    ids=lambda odd: str(odd)[:30],
+)  # fmt: skip
+def test_a_state_that_cannot_be_is_refused_by_name(odd: bytes | dict[str, Any]) -> None:
+    said = json.loads(quant_state("nf4", "float16", (96, 40), 0.5))
+    content = odd if isinstance(odd, bytes) else json.dumps({**said, **odd}).encode()
+    with pytest.raises(InvalidCheckpoint, match=r"f: tensor 'm\.weight\.quant_state\..*': is no state"):
+        state_of(content, "nf4", (96, 40), double=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 2048), (7, 9000)])

@@ -213,7 +213,7 @@ def test_each_run_of_a_job_has_a_meeting_of_its_own_which_is_no_record(
 ) -> None:
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    places, stage = [], "{uses: command, with: {argv: ['true'], produces: report}}"
+    places, stage = [], "{uses: command, with: {argv: ['true', '${params.rank}'], produces: report}}"
     (tmp_path / "recipe.yaml").write_text(
         f"version: 1\nname: x\nparams: {{rank: 4}}\nstages:\n  a: {stage}\n  b: {stage}\n"
     )
