@@ -83,7 +83,7 @@ class _Reading:
             self._moved = self._moved or self._session.moved(self._node)
         except BigpipeError as error:
             self._error = error
-        self._looked = came
+        self._looked = max(self._looked, came)
 
     def moved(self) -> Sequence[Difference]:
         """Return, once nobody works any more, what was edited too early. Raise UsageError where a file is gone."""
