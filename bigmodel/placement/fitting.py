@@ -148,8 +148,7 @@ class Trial:
     def cured(self, request: PlacementRequest, misfit: Misfit) -> Misfit:
         """Return what is said of a request that cannot be placed, with a change that was tried on this machine."""
         if request.max_memory is None:
-            cure = self.smaller_work(request)
-            return replace(misfit, cure=cure) if cure else misfit
+            return replace(misfit, cure=self.smaller_work(request) or misfit.cure)
         if not misfit.change or _missing_gpus(request, None, self.machine):  # it is placed for another machine
             return misfit
         fitting = self.completed(request, misfit.change)
