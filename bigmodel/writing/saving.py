@@ -81,10 +81,11 @@ def _save_module(
     described = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
     if conversion.dtype is not None:
         castable(ModelDescription(config=None, tensors=described), conversion.dtype)
+    plans = conversion.plans(described, tied)
     stored = conversion.dtype if conversion.dtype in CASTABLE else _dtype(described)
     return write_checkpoint(
         out,
-        conversion.plans(described, tied),
+        plans,
         lambda planned: _pieces(tensors[planned.name], planned),
         traffic=Traffic(progress),
         beside=partial(_save_config, source, stored, out),
