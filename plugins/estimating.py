@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.footprint import Estimate, Sighting, Workload, estimate_sighting, look
 from bigpipe.bigmodel.formats import DTYPES
 from bigpipe.bigmodel.hub import Hub, check_access
@@ -23,6 +22,7 @@ from bigpipe.versions import require
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
 from .library import line_of, sources_of
+from .wired import Pipeline, single_model
 
 RAM = 96 * 2**20
 """Of the engine's own process for the largest headers; a class that must be built is built in a child."""
@@ -86,7 +86,14 @@ def forecast(params: EstimateParams, context: ForecastContext) -> Forecast:
 def _forecast_sighting(params: EstimateParams, context: ForecastContext) -> Sighting | None:
     if "model" not in context.inputs:
         return _look(params, context.base, context.pins, sources_of(context))
-    described = context.described("model", ModelDescription)
+    pipeline = context.described("model", Pipeline)
+    if pipeline is not None:  # its parts are known where its files lie
+        known = pipeline.description
+        if known.path is None or known.tensors is None:
+            return None
+        there = look(known.path, "main", sources_of(context), params.library_name)
+        return replace(there, name="the model", description=known)
+    described = single_model(context)
     if described is None or not described.says_class:
         return None
     seen: Literal["config", "headers"] = "config" if described.tensors is None else "headers"

@@ -320,7 +320,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, memo: Path, models: dict[str, P
     model = models["opt"]
     fits = forecast(model, memo, max_memory={0: "22GiB", "cpu": "48GiB"})
     assert [misfit.cause for misfit in fits.misfits] == ["max_memory names GPU 0; test has no GPU"]
-    assert str(fits.misfits[0].cure) == "set max_memory.0 to 0; the model fits cpu"
+    assert str(fits.misfits[0].cure) == "set max_memory.0 to 0; the model fits on the CPU"
     assert fits.misfits[0].change == {"max_memory.0": 0}
     alone = forecast(model, memo, max_memory={"0-7": "46GiB"})
     assert str(alone.misfits[0].cure).startswith("set max_memory.0-7 to 0, and")

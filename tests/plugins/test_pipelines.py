@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.contexts import MACHINE, check_context, forecast_context
+from support.contexts import MACHINE, check_context, forecast_context, stage_context
 from support.hub import LoopbackHub
 from support.media import make_pipeline
 from support.models import make_checkpoint
@@ -21,9 +21,10 @@ from support.workshop import Workshop
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.hub import describe_pipeline
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.stage import Forecast, Gpu
-from bigpipe.plugins import pipelines
+from bigpipe.orchestrator.stage import Forecast, Gpu, StageResult
+from bigpipe.plugins import estimating, pipelines
 from bigpipe.plugins.distributed_infer import InferParams
+from bigpipe.plugins.estimate import EstimateParams
 from bigpipe.plugins.wired import Pipeline
 
 pytest.importorskip("diffusers", exc_type=Exception)
@@ -132,6 +133,17 @@ def test_without_diffusers_the_plan_says_what_to_install(
     with pytest.raises(UsageError, match="text-to-image needs diffusers, which is not installed") as refused:
         pipelines.check(InferParams(**asked), check_context(tmp_path, base=tmp_path, inputs={"model": (wired,)}))
     assert "bigpipe-ml[diffusers]" in str(refused.value.cure)
+
+
+def test_an_estimate_of_a_pipeline_is_forecast_as_it_is_made(folder: Path, tmp_path: Path) -> None:
+    wired = Forecast(output=Pipeline(describe_pipeline(folder)))
+    params = EstimateParams.model_validate({"dtypes": ["float16"]})
+    foreseen = estimating.forecast(params, forecast_context(tmp_path, inputs={"model": (wired,)}))
+    made = estimating.run(params, stage_context(tmp_path / "run", inputs={"model": (folder,)}))
+    assert isinstance(made, StageResult)
+    assert foreseen.metrics == made.metrics.model_dump(mode="json")
+    elsewhere = Forecast(output=Pipeline(ModelDescription(config=None)))
+    assert estimating.forecast(params, forecast_context(tmp_path, inputs={"model": (elsewhere,)})).unknown
 
 
 def test_weights_that_are_cast_for_a_gpu_are_in_ram_before(folder: Path, tmp_path: Path) -> None:
