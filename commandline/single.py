@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ import click
 
 import bigpipe
 from bigpipe.errors import BigpipeError, ManifestError, Place, UsageError
-from bigpipe.files import refuse_overlap
+from bigpipe.files import parse_json, refuse_overlap
 from bigpipe.names import or_path
 from bigpipe.orchestrator import recipe, report
 
@@ -142,7 +141,7 @@ def _scalar(text: str, types: set[str]) -> Any:
     if types <= {"string", "null"}:
         return text
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return text
     return text if isinstance(value, str) else value

@@ -7,6 +7,7 @@ from typing import Any
 
 from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription, describe_adapter
 from bigpipe.bigmodel.footprint import Budget, Workload
+from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.bigmodel.training import (
     Lora,
@@ -87,6 +88,7 @@ def foreseen(params: FinetuneParams, ctx: CheckContext) -> tuple[ModelDescriptio
     ):
         return None
     with about("inputs.model"):
+        computable(model)
         architecture = agreed(model, sources_of(ctx)).architecture
     if not wired:
         return model, foreseen_adapter(model, architecture, training_of(params), sources_of(ctx))

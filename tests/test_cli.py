@@ -18,6 +18,7 @@ from bigpipe.cli import cli
 from bigpipe.commandline import single
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.events import NodeStarted
+from bigpipe.orchestrator.recipe.initial import initialise
 
 RECIPE = """\
 version: 1
@@ -387,3 +388,6 @@ def test_a_first_recipe_of_what_is_no_model_leaves_no_file(workshop):
     assert not (workshop.folder / "new").exists()
     assert workshop.command("init", "new/b.yaml", "--model", "facebook/opt-125m").returncode == 0
     assert {path.name for path in (workshop.folder / "new").iterdir()} == {"b.yaml", "bigpipe.schema.json"}
+    for folder in ("new", "x/../new"):  # one that has to be made first, too
+        with pytest.raises(UsageError, match="exists"):
+            initialise(workshop.folder / folder / "b.yaml", "facebook/opt-125m")

@@ -106,6 +106,10 @@ def test_options_are_the_fields_of_the_kind(command, arguments, meant):
     assert fields(command, *arguments.split()) == meant
 
 
+def test_a_value_that_is_nested_too_deeply_is_a_text():
+    assert fields("generate", "--max-new-tokens", deep := "[" * 20_000)["max_new_tokens"] == deep
+
+
 def test_every_kind_that_is_here_has_its_options():
     offered = [name for name in SINGLES if single(name).offered]
     assert {"quantize", "shard", "place", "generate", "merge"} <= {*offered}

@@ -140,6 +140,7 @@ class Packing(Protocol):
     ) -> None:
         """Raise InvalidCheckpoint where what is said beside the codes cannot be of a matrix of `linear`'s shape: what
         computes with it believes it. parts: by suffix; read: gives the bytes of one."""
+        return None
 
     def module(self, linear: torch.nn.Module, shapes: Shapes, config: Mapping[str, Any]) -> torch.nn.Module:
         """Return the empty module that takes the place of `linear`; shapes: of the stored tensors, by suffix."""

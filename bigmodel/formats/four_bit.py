@@ -251,7 +251,8 @@ def _state_of(said: Any, quant_type: str, *, nested: bool) -> State:
     for name in (name for name, right in fits.items() if not right):
         raise ValueError(f"{name} is {said.get(name)!r:.80}")
     beside = (said["nested_blocksize"], offset) if nested else (None, None)
-    return State(said["dtype"], (shape[0], shape[1]), said["blocksize"], *beside)
+    rows, columns = said["shape"]
+    return State(said["dtype"], (rows, columns), said["blocksize"], *beside)
 
 
 def _is_count(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -112,10 +113,11 @@ def export(name: str, session: Session, out: Path | None = None) -> Exported:
 
 def _refuse_others(out: Path) -> None:
     """Raise UsageError for a file of somebody else's, such as the recipe."""
+    there = Path(os.path.realpath(out))  # `x/../recipe.yaml` is the recipe as soon as x is made
     with explained(out, other="name another file with -o"):
-        if not out.is_file():
+        if not there.is_file():
             return
-        with out.open("rb") as file:
+        with there.open("rb") as file:
             ours = MARK in file.read(HEAD)
     if not ours:
         cause = f"{out} is there, and was not written by `bigpipe export`"

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bigpipe.environment import Environment
 from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.files import make_directory, write_file
 from bigpipe.git import Checkout
@@ -76,7 +77,7 @@ class Session:
     """No file holds the recipe: others have the same path."""
     side_by_side: bool = True
     """May several nodes run at a time, and take each other's files as they are made?"""
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+    environment: Mapping[str, str] = field(default_factory=Environment, repr=False)
     _pins: dict[str, Pinned] = field(default_factory=dict)
     _identities: dict[str, Identity] = field(default_factory=dict)
     _surroundings: dict[str, Surroundings] = field(default_factory=dict)

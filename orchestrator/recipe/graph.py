@@ -13,7 +13,6 @@ Every step adds to one list of problems and goes on as far as sense allows; the 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.environment import Environment
 from bigpipe.errors import Place, UsageError
 from bigpipe.files import read_file
 from bigpipe.names import closest, did_you_mean, listed
@@ -162,7 +162,7 @@ def load_recipe(
     Raise ManifestError with every problem at once, or UsageError where there is no such file.
     """
     document = read_document(str(path), _read(path) if text is None else text.encode(), arguments)
-    environment = os.environ if environment is None else environment
+    environment = Environment() if environment is None else environment
 
     def resolve(arguments: Mapping[str, str]) -> Recipe:
         base, problems = path.absolute().parent, Problems(document.place_at)

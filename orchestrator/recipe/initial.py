@@ -122,7 +122,7 @@ def _seen_from(folder: Path, model: str) -> str:
 
 def initialise(file: Path, model: str) -> list[Path]:
     """Write a first recipe for `model`, and the JSON schema its first line names. Never overwrites a recipe."""
-    if os.path.lexists(file):
+    if os.path.lexists(os.path.join(os.path.realpath(file.parent), file.name)):  # its folders may have to be made
         raise UsageError(f"{file} exists", "give another name; `bigpipe init` never overwrites a recipe")
     schema = file.parent / "bigpipe.schema.json"
     text = initial_manifest(_seen_from(file.parent, model), file.stem, schema.name)

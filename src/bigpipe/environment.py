@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .redaction import has_password, without_passwords
@@ -30,6 +30,26 @@ PLACES = frozenset({
 """Files and folders."""
 KEPT_OUT = frozenset({"CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"})
 """In spite of their prefix: they load other code, or let a file of weights do so."""
+
+
+class Environment(Mapping[str, str]):
+    """The variables that a process has now. Whoever prints it, or the frame of an exception that holds it, shows none
+    of them."""
+
+    def __init__(self) -> None:
+        self._variables = dict(os.environ)
+
+    def __getitem__(self, name: str) -> str:
+        return self._variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._variables)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __repr__(self) -> str:
+        return f"Environment({len(self)} variables)"
 
 
 def inherited(parent: Mapping[str, str], *, passwords: bool = False, besides: tuple[str, ...] = ()) -> dict[str, str]:

@@ -274,6 +274,16 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.hub import Hub
 import os
 print(Sources(environment=os.environ), Hub.from_environment())
+import traceback
+with open("wrong.yaml", "w") as file:
+    file.write("version: 1\\nstages: {x: {uses: nosuch}}\\n")
+for asked in ({"manifest": "wrong.yaml"}, {"manifest": "recipe.yaml", "remote": "nosuch://x"}):
+    try:
+        bigpipe.plan(**asked)
+    except bigpipe.BigpipeError as error:
+        print(*traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    else:
+        raise SystemExit("nothing was raised")
 """
 
 

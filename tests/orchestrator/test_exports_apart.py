@@ -177,7 +177,7 @@ def test_a_recipe_outside_of_the_working_directory_begins_in_its_own(
 def test_files_of_others_are_not_replaced(there: Workshop) -> None:
     own = there.folder / "Dockerfile"
     own.write_text("FROM scratch\n")
-    for out in (own, there.manifest):
+    for out in (own, there.manifest, there.folder / "new" / ".." / "recipe.yaml"):
         with pytest.raises(UsageError, match="was not written by"):
             commands.export("dockerfile", there.manifest, out=out)
 

@@ -202,6 +202,17 @@ def test_a_plan_refuses(tmp_path: Path, model: Path, name: str) -> None:
         assert "q_proj" in error.value.cure
 
 
+def test_a_plan_refuses_a_format_that_is_not_computed_with_and_names_it(tmp_path: Path, model: Path) -> None:
+    described = describe_checkpoint(model)
+    config = {**(described.config or {}), "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 16}}
+    stored = (described.tensors or {}).items()
+    codes = {name.removesuffix("weight") + "qweight": ("int32", shape) for name, (_, shape) in stored}
+    wired = {"model": (Forecast(output=replace(described, config=config, tensors=codes)),)}
+    for asked in (training_needs.forecast, finetuning.check):
+        with pytest.raises(UsageError, match=r"its weights are .* \(awq\), which cannot be computed with here"):
+            asked(params(), forecast_context(tmp_path, inputs=wired, machine=MACHINE))
+
+
 def test_a_plan_refuses_what_peft_does_not_adapt_and_foresees_what_it_does(tmp_path: Path) -> None:
     """A class that holds its experts in one parameter: peft is asked, without weights."""
     mixture = make_checkpoint(tmp_path / "mixtral", "mixtral")
