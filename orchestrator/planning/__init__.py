@@ -7,10 +7,11 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from . import fallback, schedule
     from .beside import problems_beside, untold
+    from .content import content_paths, gathered_files
     from .decision import Action, Decision, GateVerdict, decide, difference_json, difference_text
     from .doctor import doctor_text, examine, unsound
     from .explaining import explain
-    from .keys import ABSENT, Difference, changed, content_paths, differences, gathered_files, shown
+    from .keys import ABSENT, Difference, changed, differences, shown
     from .misfits import takes_any_gpus
     from .plan import Plan, PlannedNode, machine_line, make_plan, plan_rows, plan_text, totals
     from .schedule import Do, Step, may_follow, passes_on, step

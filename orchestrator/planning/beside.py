@@ -10,8 +10,8 @@ from bigpipe.orchestrator.recipe import Fault, Recipe
 from bigpipe.orchestrator.sinks import SINKS, install
 from bigpipe.orchestrator.store import Store, default_root
 
+from .content import content_paths
 from .effects import written_twice
-from .keys import content_paths
 from .session import Session
 
 

@@ -14,7 +14,7 @@ from bigpipe.files import lies_in, real_folders
 from bigpipe.modules import code_files, top_level
 from bigpipe.orchestrator.recipe import Node, is_built_in
 
-from .keys import content_paths
+from .content import content_paths
 from .session import Session
 
 CURE = "choose a destination that nothing else uses, such as dist/model"

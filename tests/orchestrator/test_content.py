@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from bigpipe.errors import UsageError
-from bigpipe.orchestrator.planning.keys import content_params
+from bigpipe.orchestrator.planning.content import content_params
 from bigpipe.orchestrator.stage import Code, ContentField, File, FileOrLiteral, Folder, Params, Size, Tree
 from bigpipe.orchestrator.store.hashing import StatMemo, canonical, hash_file
 

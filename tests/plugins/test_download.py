@@ -22,7 +22,7 @@ from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.hub import Choice, Hub
 from bigpipe.bigmodel.hub.bringing import HubSource, Watch
 from bigpipe.errors import DoesNotFit, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
-from bigpipe.orchestrator.planning.keys import content_params
+from bigpipe.orchestrator.planning.content import content_params
 from bigpipe.orchestrator.stage import StageResult, Trust
 from bigpipe.orchestrator.store import StatMemo
 from bigpipe.plugins.download import STAGE, DownloadMetrics, DownloadParams
