@@ -36,7 +36,7 @@ def test_recipes_that_lie_near_are_named(tmp_path):
         (lambda out: bigpipe.quantize_checkpoint(QUICKSTART, out, scheme="int9"), "choose one of int8, nf4, fp4"),
         (lambda out: bigpipe.quantize_checkpoint(out / "none", out, scheme="int8"), "no such file or directory"),
         (lambda out: bigpipe.open_checkpoint(QUICKSTART / "config.json"), "give its directory, or a"),
-        (lambda out: bigpipe.estimate(QUICKSTART, dtypes="int9"), "use one of float64, float32, float16, bfloat16"),
+        (lambda out: bigpipe.estimate(QUICKSTART, dtypes="int9"), "did you mean 'int8'?"),
         (lambda out: bigpipe.estimate(QUICKSTART, memory="lots"), "memory: 'lots' is not a size"),
         (lambda out: bigpipe.place(QUICKSTART, dtype="float17"), "use float32, float16, bfloat16"),
         (lambda out: bigpipe.place(QUICKSTART, max_memory={"gpu": "1GB"}), "name a GPU (0, cuda:0)"),
