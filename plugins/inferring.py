@@ -31,6 +31,7 @@ from bigpipe.bigmodel.tasks import (
     find_task,
     refuse_arguments,
     response,
+    sequences_of,
 )
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.modules import foreign, keywords_of, missing_name
@@ -185,6 +186,7 @@ def _with_limit(
         made=metrics.tokens if task is not None and task.makes_tokens else 0,
         headless=task is not None and task.headless,
         batch_size=params.batch_size,
+        sequences=sequences_of(params.generation),
         together=metrics.micro_batches,
     )
     architecture = agreed(model, sources_of(ctx)).architecture

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -29,21 +29,25 @@ if TYPE_CHECKING:
     import torch
 
 OUTPUT = 8 * 2**20
-"""Bytes that one product makes at the most; it is there beside what each lane takes of it."""
+"""Bytes that one product makes at the most, which then lie there twice."""
 ENOUGH = 2**18
 """Numbers that were equal. Sums in another order, rounded to bfloat16, differ in one of some ten thousand."""
+TERMS = 64
+"""Numbers of a row that are not 0, from which on its sums show their order; of a short row half of them."""
 TRIALS = 64
 """Kinds of products of one matrix's shape that are tried at the most: rows may come in a new number each time."""
 LINE = 64
 """Bytes of a line of the cache: alignment within it may decide how a matrix is read."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Given:
     """The rows of a lane, and what it gets for them."""
 
     rows: torch.Tensor
     made: Any = None
+    part: Sequence[Given] = ()
+    """With whose rows these are multiplied; nothing where they go alone."""
 
     @property
     def count(self) -> int:
@@ -94,69 +98,75 @@ class Product:
             return self._alone(*arguments, **named)
         given = Given(arguments[0])
         self._given.append(given)
-        self._lanes.meet(self, self._compute)
-        made: torch.Tensor = given.made
+        self._lanes.meet(self, self._divide)
+        if given.made is None and given.part:
+            with suppress(Exception):  # whoever it concerns hears of it alone
+                self._multiply(given.part)
+        made: torch.Tensor = self._alone(given.rows) if given.made is None else given.made
         return made
 
     def _worth(self, rows: torch.Tensor) -> bool:
-        """Few rows, on the CPU, of which nothing is learnt."""
+        """Few rows of a lane, on the CPU, of which nothing is learnt."""
         import torch
 
         weight = self._weight
         return (
-            rows.device.type == "cpu" == weight.device.type
+            self._lanes.among_others
+            and rows.device.type == "cpu" == weight.device.type
             and rows.dtype == weight.dtype
+            and rows.dim() > 1
+            and min(weight.shape) > 0
             and 0 < prod(rows.shape[:-1]) <= GATHERED
             and torch.is_inference_mode_enabled()
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def _compute(self) -> None:
-        import torch
-
+    def _divide(self) -> None:
+        """Let those that make no more than `OUTPUT` together be multiplied at once, when the first of them goes on: by
+        then those before them have used what they got."""
         given, self._given = self._given, []
-        with torch.inference_mode():  # whichever lane it is that computes
-            for part in self._parts(given):
-                self._multiply(part)
-
-    def _parts(self, given: Sequence[Given]) -> Iterator[list[Given]]:
-        """Return those that are multiplied at once; they make no more than `OUTPUT` together."""
         width = self._weight.nbytes // given[0].rows.shape[-1]
         part: list[Given] = []
         for each in given:
             if part and (sum(other.count for other in part) + each.count) * width > OUTPUT:
-                yield part
                 part = []
             part.append(each)
-        yield part
+            each.part = part
 
-    def _multiply(self, given: Sequence[Given]) -> None:
+    def _multiply(self, part: Sequence[Given]) -> None:
         import torch
 
-        trial = self._trial(given) if len(given) > 1 else None
-        proven = trial is not None and trial.equal >= ENOUGH and not trial.refuted
-        if not proven:
-            for each in given:
-                each.made = self._alone(each.rows)
+        for each in part:
+            each.part = ()
+        trial = self._trial(part) if len(part) > 1 else None
         if trial is None or trial.refuted:
             return
-        rows = torch.cat([each.rows.flatten(end_dim=-2) for each in given])
-        parts = torch.split(self._alone(rows), [each.count for each in given])
-        for each, made in zip(given, parts, strict=True):
-            if proven:
-                each.made = made.reshape(*each.rows.shape[:-1], -1).clone()  # in memory of its own, as it is alone
-            elif torch.equal(made, each.made.flatten(end_dim=-2)):
-                trial.equal += int(made.count_nonzero())
+        proven = trial.equal >= ENOUGH
+        alone = [None if proven else self._alone(each.rows) for each in part]
+        rows = torch.cat([each.rows.flatten(end_dim=-2) for each in part])
+        made = self._alone(rows)
+        for each, wanted, found in zip(part, alone, torch.split(made, [each.count for each in part]), strict=True):
+            if wanted is None:
+                each.made = found.reshape(*each.rows.shape[:-1], -1).clone()  # in memory of its own, as it is alone
             else:
-                trial.refuted = True
+                each.made = wanted
+                trial.refuted |= not torch.equal(found, wanted.flatten(end_dim=-2))
+        if not proven:
+            trial.equal += min(int(made.count_nonzero()), _telling(rows) * made.shape[-1])
 
-    def _trial(self, given: Sequence[Given]) -> Trial | None:
+    def _trial(self, part: Sequence[Given]) -> Trial | None:
         import torch
 
-        weight, first = self._weight, given[0].rows
+        weight = self._weight
         matrix = (type(self.module), tuple(weight.shape), weight.dtype, self.module.bias is None)
-        rows = tuple((each.count, each.rows.is_contiguous(), each.rows.data_ptr() % LINE) for each in given)
-        return self._trials.of(matrix, (rows, first.dtype, weight.data_ptr() % LINE, torch.get_num_threads()))
+        state = (weight.requires_grad, weight.stride(), weight.data_ptr() % LINE, torch.get_num_threads())
+        rows = tuple((each.rows.shape, each.rows.stride(), each.rows.data_ptr() % LINE) for each in part)
+        return self._trials.of(matrix, (state, rows))
+
+
+def _telling(rows: torch.Tensor) -> int:
+    """How many of the rows tell by their products in which order these are added: not those of zeros but for a few."""
+    return int((rows.count_nonzero(dim=-1) >= min(TERMS, rows.shape[-1] / 2)).sum())
 
 
 @contextmanager
@@ -169,7 +179,8 @@ def gathered(modules: Iterable[torch.nn.Module], lanes: Lanes[Any], trials: Tria
         yield
     finally:
         for product in products:
-            del product.module.forward
+            if vars(product.module).get("forward") is product:
+                del product.module.forward
 
 
 def _multiplies_rows(module: torch.nn.Module) -> bool:

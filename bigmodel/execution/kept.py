@@ -20,18 +20,21 @@ Resume = Callable[[], None]
 Change = tuple[dict[Any, Any], Any, Any, Any]
 """Place, name, first value, value now."""
 ABSENT = object()
+KEEP_NOTHING = ("torch.nn.", "transformers.pytorch_utils")
+"""What the names of modules begin with whose classes keep no states; the second has Conv1D, of GPT-2."""
 
 
 class KeptStates:
     """Attributes, buffers and inner modules of a model's own modules, and the hooks of all, as they are now and as
-    forwards replace them. What is changed in place is not seen. Modules of torch itself keep nothing."""
+    forwards replace them. What is changed in place is not seen. Modules that only multiply, and others of torch itself,
+    keep nothing."""
 
     def __init__(self, model: torch.nn.Module, streamed: Collection[tuple[torch.nn.Module, str]]) -> None:
         """streamed: module and attribute of buffers that come and go by themselves; those beside them count as such."""
         places: list[dict[Any, Any]] = []
         for module in model.modules():
             places += [module._forward_pre_hooks, module._forward_hooks]
-            if not type(module).__module__.startswith("torch.nn."):
+            if not type(module).__module__.startswith(KEEP_NOTHING):
                 places += [module.__dict__, module._modules]
                 if not any((module, name) in streamed for name in module._buffers):
                     places.append(module._buffers)

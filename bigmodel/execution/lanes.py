@@ -34,6 +34,8 @@ class Lane(Generic[Need]):
     turn: Semaphore = field(default_factory=lambda: Semaphore(0))
     within: list[Need] = field(default_factory=list)
     """What it entered and has not left."""
+    runs: bool = False
+    """Is it one of `run`'s?"""
     failure: Exception | None = None
     """Why what it waits for could not be brought."""
 
@@ -85,7 +87,7 @@ class Lanes(Generic[Need]):
                 suspend()
             return
         self._suspend, self._over, left = suspend, Semaphore(0), iter(items)
-        self._ready.extend(Lane() for _ in range(count))
+        self._ready.extend(Lane(runs=True) for _ in range(count))
         for lane in self._ready:
             Thread(target=self._live, args=(lane, work, left), name="bigpipe-lane", daemon=True).start()
         try:
@@ -99,6 +101,12 @@ class Lanes(Generic[Need]):
             for need in list(self._here):
                 self._let_go(need)
             raise errors[0]
+
+    @property
+    def among_others(self) -> bool:
+        """Is the thread that asks one of those of `run`, where there are several?"""
+        lane: Lane[Need] | None = getattr(self._own, "lane", None)
+        return lane is not None and lane.runs
 
     def enter(self, need: Need) -> None:
         """Wait until `need` is here. Raise what bringing it raised."""

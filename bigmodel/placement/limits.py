@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bigpipe.bigmodel.architecture import Architecture, encodes, reads_alone, text_config
 from bigpipe.bigmodel.checkpoint import ModelDescription, itemsize
+from bigpipe.bigmodel.formats import PLAIN, format_of
 from bigpipe.machine import Machine
 
 from .devices import is_computing
@@ -41,6 +42,8 @@ class Work:
     headless: bool = False
     """Only the body of the model runs, of an encoder-decoder the encoder."""
     batch_size: int = 1
+    sequences: int = 1
+    """That each text becomes: beams. They count once, but where rows are multiplied."""
     together: int = 1
     """Batches that one pass over the streamed weights serves."""
 
@@ -99,15 +102,18 @@ def limit_here(
         return None
     products = products_of(machine, memo) if placement.main == "cpu" else None
     stored = stored_bytes(model, architecture, memo).of()
-    return limit_of(placement, architecture, stored, stored_dtype(model), dtype, work, speeds, products, machine.cpus)
+    return limit_of(
+        placement, architecture, stored, stored_dtype(model), dtype, work, speeds, products, machine.cpus,
+        plain=format_of(model) is PLAIN,
+    )  # fmt: skip
 
 
 def limit_of(
     placement: Placement, architecture: Architecture, stored: Mapping[str, int], stored_as: str, dtype: str,
-    work: Work, speeds: Speeds, products: Products | None, cores: int,
+    work: Work, speeds: Speeds, products: Products | None, cores: int, *, plain: bool = True,
 ) -> Limit:  # fmt: skip
     """Return the limit at given speeds. stored: bytes by the model's own names; stored_as: dtype of those without;
-    dtype: what is computed in."""
+    dtype: what is computed in. plain: no weight is packed, so that a CPU multiplies rows of all batches at once."""
     everywhere = replace(placement, device_map={"": "disk"})
     (moved, again), (whole, whole_again) = (
         [streamed(architecture, where, stored_as, stored, runs) for runs in _runs(architecture, work)]
@@ -119,8 +125,9 @@ def limit_of(
     passes, rows = math.ceil(work.batches / work.together), batch * work.together
     first = max(rows, rows * work.read // work.rows)
     bytes_moved = passes * (moved.by(first) + (work.steps - 1) * again.by(rows))
-    first_step, further = whole.beside_tables(batch), (work.steps - 1) * whole_again.beside_tables(batch)
-    fetched = work.batches * first_step + (passes if main == "cpu" and _at_once(work) else work.batches) * further
+    shared = main == "cpu" and plain
+    reading, making = (passes if shared and _at_once(work, tokens) else work.batches for tokens in (first // rows, 1))
+    fetched = reading * whole.beside_tables(batch) + making * (work.steps - 1) * whole_again.beside_tables(batch)
     return Limit(
         work,
         bandwidth=bytes_moved * pace,
@@ -129,9 +136,9 @@ def limit_of(
     )
 
 
-def _at_once(work: Work) -> bool:
-    """Does a CPU multiply the rows of all batches that are together at once, in a step that makes a token of each?"""
-    return work.together > 1 and gathers(work.batch_size)
+def _at_once(work: Work, tokens: int) -> bool:
+    """Does a CPU multiply the rows of all batches that are together at once, in a step of so many tokens of a text?"""
+    return work.together > 1 and gathers(work.batch_size * work.sequences * tokens)
 
 
 def _multiplying(
@@ -157,7 +164,7 @@ def _multiplying(
     ends = 0 if work.headless else max(work.made, work.rows)
     alone = ends - (work.rows if ends and work.read and not encoder else 0)
     reading = (encoder or body) * work.read / products.rate(dtype, max(ROWS))
-    rows = work.batch_size * (work.together if _at_once(work) else 1)
+    rows = work.batch_size * (work.together if _at_once(work, 1) else 1)
     return 2 * (reading + (body * alone + head * ends) / products.rate(dtype, rows))
 
 

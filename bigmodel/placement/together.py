@@ -36,8 +36,8 @@ BEYOND = 1.25
 AS_READING = 64
 """Rows that cost a CPU as much as reading what they are multiplied by, measured in bfloat16; half of it in float32."""
 MOST = 32
-"""Each has a thread of its own; four times as many made 1.2 times as many tokens of a small model, and held 2.2 times
-as many bytes."""
+"""More than that do not go together only because their rows are multiplied at once. Each has a thread of its own; four
+times as many made 1.2 times as many tokens of a small model, and held 2.2 times as many bytes."""
 HELD = 4
 """Tensors as large as its hidden states that a batch holds between layers: these, what is added to them, mask and
 positions."""
@@ -79,7 +79,7 @@ def batches_together(
     one. stored: the format that the model's matrices are packed in. caching: does a batch keep keys and values?
     """
     main = placement.main
-    size = _size(Budget(architecture, dtype, workload), main, caching)
+    size = _size(Budget(architecture, dtype, workload), main, caching, main == "cpu" and stored is PLAIN)
     if asked is not None:
         return Together(asked, size, f"as asked; {format_size(size)} each")
     speeds = (memo and speeds_of(machine, memo)) or Speeds()
@@ -103,15 +103,19 @@ def _useful(
     read = streamed(architecture, replace(placement, device_map={"": "disk"}), dtype, {})
     moving = BEYOND * sum(size / (speeds.disk if home == "disk" else speeds.link) for home, size in away.items())
     once = speeds.resident(main, sum(placement.weights.values())) * read.share(rows)
-    free = AS_READING if main == "cpu" and stored is PLAIN and gathers(rows) else 0
-    first, each = once * free / (free + rows), once * rows / (free + rows)
-    most = min(MOST, max(1, math.ceil((moving - first) / each)))
+    apart = max(1, math.ceil(moving / once))
+    if main != "cpu" or stored is not PLAIN or not gathers(rows):
+        return next((n for n in range(1, apart) if n * once >= moving * moved.share(n * rows)), apart)
+    first, each = (once * part / (AS_READING + rows) for part in (AS_READING, rows))
+    most = max(apart, min(MOST, math.ceil((moving - first) / each)))
     return next((n for n in range(1, most) if first + n * each >= moving * moved.share(n * rows)), most)
 
 
-def _size(budget: Budget, main: Device, caching: bool) -> int:
+def _size(budget: Budget, main: Device, caching: bool, at_once: bool) -> int:
     """Bytes that a batch holds while it waits. Each goes through the layers in a thread of its own, for which cuBLAS
-    takes a workspace of its own."""
+    takes a workspace of its own. at_once: it waits within layers too, wherever its rows are multiplied with others'."""
+    rows = budget.workload.batch_size * (budget.length if gathers(budget.workload.batch_size * budget.length) else 1)
+    within = rows * (2 * budget.shape.inner + HELD * budget.shape.hidden) * budget.itemsize
     states = budget.workload.batch_size * budget.length * budget.shape.hidden * budget.itemsize
     kept = budget.cache.bytes if caching else 0
-    return kept + HELD * states + (WORKSPACE if isinstance(main, int) else 0)
+    return kept + HELD * states + within * (at_once and gathers(rows)) + (WORKSPACE if isinstance(main, int) else 0)

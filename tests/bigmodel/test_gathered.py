@@ -106,6 +106,39 @@ def test_what_learns_or_is_in_another_type_goes_alone(multiplied: list[int]) -> 
     assert set(multiplied) == {8}
 
 
-def test_what_cannot_be_multiplied_is_the_error_that_it_is_alone() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        through(torch.nn.Linear(WIDTH, WIDTH), batches((8, 8), width=WIDTH + 1))
+def test_an_error_is_that_of_the_batch_alone_and_the_others_go_on() -> None:
+    module, given = torch.nn.Linear(WIDTH, WIDTH), [*batches((8, 8)), *batches((8,), width=WIDTH + 1)]
+    lanes: Lanes[object] = Lanes(lambda need: None, lambda need: None, lambda need: 0)
+    found: dict[int, object] = {}
+
+    def work(number: int) -> None:
+        with torch.inference_mode():
+            try:
+                found[number] = module(given[number])
+            except RuntimeError as error:
+                found[number] = str(error)
+
+    with gathered([module], lanes, Trials()):
+        lanes.run(work, range(3), 3, lambda: lambda: None)
+    assert "shapes cannot be multiplied" in str(found[2])
+    with torch.inference_mode():
+        assert all(torch.equal(found[number], module(given[number])) for number in range(2))
+
+
+def test_what_proves_nothing_or_lies_otherwise_is_no_proof(multiplied: list[int]) -> None:
+    """Sums of zeros are equal in any order, and a matrix is multiplied in another way by rows with other strides."""
+    module, given = torch.nn.Linear(WIDTH, WIDTH), batches((8, 8, 8))
+    for batch in given:
+        batch[..., 3:] = 0
+    through(module, given)
+    assert set(multiplied[-4:]) == {8, 24}, "both ways to the end"
+    wide = torch.randn(8, 7, WIDTH, generator=torch.Generator().manual_seed(0))
+    other = [wide[:, -1], wide[:, 2:3], wide[:4, 5:]]
+    with torch.inference_mode():
+        alone = [module(batch) for batch in other]
+    assert all(map(torch.equal, through(module, other), alone))
+
+
+def test_a_single_row_without_a_batch_goes_alone() -> None:
+    module, given = torch.nn.Linear(WIDTH, WIDTH), [batch[0, 0] for batch in batches((1, 1))]
+    assert [made.shape for made in through(module, given)] == [(WIDTH,)] * 2

@@ -237,6 +237,25 @@ def test_drawing_beams_and_vectors_are_the_same(tmp_path: Path, arguments: dict[
         assert answers(tmp_path, {"": "disk"}, together, **arguments)[0] == wanted
 
 
+def test_modules_of_a_task_are_as_before_when_its_batches_meet_in_them(tmp_path: Path) -> None:
+    """GPT-2's, whose modules that multiply are no torch's own; an error of one batch ends all, and is told."""
+    path = make_checkpoint(tmp_path, "gpt2", dtype="float32")
+    model = load(path, {"": "disk"})
+    task = find_task("text-generation", Sources()).bind(model, path, TaskOptions(max_new_tokens=2), Sources())
+    met: list[str] = []
+
+    def work(number: int) -> None:
+        task(rows(2))
+        met.extend({type(module).__name__ for module in model.modules() if "forward" in vars(module)})
+        if number == 3:
+            raise ValueError("the fourth")
+
+    with pytest.raises(ValueError, match="the fourth"):
+        loaded(model).stream.together(model, work, range(4), 4)
+    assert {"Conv1D", "Linear"} <= set(met)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
 def test_features_read_the_model_once(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "bert")
     once = answers(tmp_path, {"": "disk"}, 1, features=True)

@@ -146,13 +146,15 @@ def test_of_an_encoder_decoder_the_prompt_meets_the_encoder_and_its_answer_the_d
 
 
 def test_each_batch_reads_each_weight_from_memory_or_the_rows_of_all_meet_it_at_once(llama: Path) -> None:
-    """Of three steps the first reads prompts, which no batch shares; a row alone is multiplied alone in all of them."""
+    """The first of three steps reads prompts, which share where they are short; a row alone is multiplied alone."""
     weights = sum(size for name, size in sizes(llama).items() if "embed" not in name)
-    found = limit(llama, Work(rows=8, read=80, made=24, batch_size=2, together=4), replace(FAST, ram=1e6))
+    found = limit(llama, Work(rows=8, read=640, made=24, batch_size=2, together=4), replace(FAST, ram=1e6))
     assert found.bound_by == "memory"
     assert found.memory == pytest.approx((4 + 2) * weights / 1e6)
-    single = limit(llama, Work(rows=8, read=80, made=24, batch_size=1, together=4), replace(FAST, ram=1e6))
-    assert single.memory == pytest.approx(8 * 3 * weights / 1e6)
+    single = Work(rows=8, read=640, made=24, batch_size=1, together=4)
+    beams, short = replace(single, sequences=4), replace(single, read=16)
+    for work, fetches in [(single, 8 * 3), (beams, 8 + 2 * 2), (short, 2 + 8 * 2)]:
+        assert limit(llama, work, replace(FAST, ram=1e6)).memory == pytest.approx(fetches * weights / 1e6)
     assert "tokens/s, bound by memory" in found.describe()
 
 

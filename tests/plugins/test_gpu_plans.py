@@ -217,14 +217,15 @@ def test_windows_that_go_through_streamed_layers_together_take_memory_each(
     ).count  # fmt: skip
     assert count > 1
     more = min(count, math.ceil(len(TEXT) / 16)) - 1
-    assert taken[1] - taken[0] == more * (states + logits + workspace)
+    within = 16 * (2 * 64 + 4 * 32) * 4 if main == "cpu" else 0  # where all wait to be multiplied at once
+    assert taken[1] - taken[0] == more * (states + within + logits + workspace)
 
 
 def test_each_batch_that_goes_along_has_a_workspace_of_its_own_on_a_gpu(model: Path) -> None:
     sizes = []
     for main, rest in ((0, "cpu"), ("cpu", "disk")):
         placement = place(model, device_map={"": main, "model.decoder.layers": rest}, machine=H200)
-        given = placement, describe_architecture(model), Workload(sequence_length=20), "float16"
+        given = placement, describe_architecture(model), Workload(sequence_length=100), "float16"
         sizes.append(batches_together(*given, H200).size)
         assert batches_together(*given, H200, asked=2).size == sizes[-1]
     assert sizes[0] - sizes[1] == 32 * 2**20
