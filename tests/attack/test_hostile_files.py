@@ -272,7 +272,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
 
 
 def test_an_index_of_the_largest_models_is_read(tmp_path):
-    """Kimi K2.5: 60 layers of 384 experts with three matrices, each stored as three tensors."""
+    """60 layers of 384 experts with three matrices, each stored as three tensors."""
     layer = "language_model.model.layers"
     parts = [
         f"{matrix}_proj.weight_{part}" for matrix in ("gate", "up", "down") for part in ("packed", "scale", "shape")
