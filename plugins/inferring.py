@@ -29,6 +29,7 @@ from bigpipe.bigmodel.tasks import (
     Task,
     TaskOptions,
     find_task,
+    own_arguments,
     refuse_arguments,
     response,
     sequences_of,
@@ -179,6 +180,7 @@ def _with_limit(
     if not placement.streamed_bytes_per_token or not metrics.prompt_tokens:
         return metrics
     task = find_task(params.task, Sources()) if params.task in TASKS else None
+    asked = task.settled(params.generation) if task is not None else params.generation
     work = Work(
         rows=metrics.prompts,
         read=metrics.prompt_tokens,
@@ -186,7 +188,7 @@ def _with_limit(
         made=metrics.tokens if task is not None and task.makes_tokens else 0,
         headless=task is not None and task.headless,
         batch_size=params.batch_size,
-        sequences=sequences_of(params.generation),
+        sequences=sequences_of(asked, own_arguments(model)[0]),
         together=metrics.micro_batches,
     )
     architecture = agreed(model, sources_of(ctx)).architecture

@@ -68,7 +68,7 @@ def _ties(described: ModelDescription, architecture: Architecture | None) -> Cal
     """What tells of two stored names whether the class ties them."""
     config = described.config
     if config is not None and described.custom is None:
-        architecture = None if "auto_map" in config else known_architecture(config)
+        architecture = architecture or (None if "auto_map" in config else known_architecture(config))
         if architecture is None:
             return _are_inputs if _says_untied(config) else lambda *names: True
     if architecture is None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.placement import GATHERED
+from bigpipe.bigmodel.placement import gathers
 
 from .lanes import Lanes
 
@@ -116,7 +116,7 @@ class Product:
             and rows.dtype == weight.dtype
             and rows.dim() > 1
             and min(weight.shape) > 0
-            and 0 < prod(rows.shape[:-1]) <= GATHERED
+            and gathers(prod(rows.shape[:-1]))
             and torch.is_inference_mode_enabled()
             and not torch.is_autocast_enabled("cpu")
         )

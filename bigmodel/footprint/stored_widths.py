@@ -31,8 +31,8 @@ def cached_elements(architecture: Architecture) -> int:
     blocks = tuple(f"{name}." for name in whole if not alone(f"{name}."))
     widths: dict[str, int] = {}
     for module in architecture.modules:
-        if module.name.startswith(blocks):
-            block = next(block for block in blocks if module.name.startswith(block))
+        if f"{module.name}.".startswith(blocks):
+            block = next(block for block in blocks if f"{module.name}.".startswith(block))
             widths[block] = widths.get(block, 0) + _attending(_projections(architecture, module.children))
     attending = {
         block

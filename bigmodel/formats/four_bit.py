@@ -225,6 +225,8 @@ class State:
         wanted = {"weight.absmax": blocks}
         if self.nested_blocksize is not None:
             wanted["weight.nested_absmax"] = -(-blocks // self.nested_blocksize)
+        if "weight" not in parts:
+            raise ValueError("there are no codes beside it")
         if parts["weight"].nbytes != -(-elements // 2):
             raise ValueError(f"shape is {list(self.shape)}, and there are {2 * parts['weight'].nbytes:,} codes")
         for suffix, count in wanted.items():

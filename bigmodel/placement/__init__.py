@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .limits import Limit, Work, limit_here, limit_of
     from .models import place, place_model, stored_dtype
     from .placement import Placement, PlacementRequest, as_map
-    from .products import GATHERED, HALVES, Products, computing_dtype, products_here, products_of
+    from .products import HALVES, Products, computing_dtype, gathers, products_here, products_of
     from .speeds import Speeds
     from .strategies import place_architecture
     from .streaming import Streamed, streamed

@@ -160,7 +160,8 @@ def write_quantized(
     library, count = library_of(checkpoint.config or {}), len(groups)
     names = [file_name("safetensors", number, count, library) for number in range(count)]
     finished = Finished(out, parts and parts / FOLDER, shelved=True)
-    prepare(finished, set(names))
+    sizes = [stored_bytes(group) if parts is None and checkpoint.inlet is None else 0 for _, group in groups]
+    prepare(finished, dict(zip(names, sizes, strict=True)))
     others = beside()
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
 

@@ -289,9 +289,9 @@ def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> No
 
 
 def function_task(name: str, function: Callable[..., Any]) -> Task:
-    """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, and of
-    those among `prompt`, `index` and `seed` that it does not have itself. A row of which it gives an `error` that is a
-    text failed."""
+    """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, of
+    `index` and `seed` where it has none of that name, and of `prompt`, the row's prompt in any case. A row of which it
+    gives an `error` that is a text failed."""
 
     taken = _keywords(function)
     heeds = taken is None or "max_new_tokens" in taken

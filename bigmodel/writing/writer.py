@@ -124,7 +124,8 @@ def write_checkpoint(
         )  # fmt: skip
 
     finished = Finished(out, journal)
-    prepare(finished, set(containers))
+    at_once = traffic.inlet is None and not traffic.outlet.lets_go
+    prepare(finished, {plan.file: plan.nbytes if at_once else 0 for plan in plans})
     others = beside()
     traffic.outlet.announce({name: (file.announced, file.size) for name, file in containers.items()})
     files = write_files([output(plan) for plan in plans], finished, workers=workers, traffic=traffic)
@@ -156,15 +157,19 @@ def write_index(out: Path, plans: Sequence[ShardPlan]) -> Files:
         return {name: write_file(out / name, encode_index(plans))}
 
 
-def prepare(finished: Finished, planned: set[str]) -> None:
+def prepare(finished: Finished, planned: Mapping[str, int]) -> None:
     """Make the directory of the output; remove unfinished files, and the weights and indexes of earlier saves, of
     either format and any library: a loader would take those first, or those of two saves for one model. Planned ones
-    stay where they may be finished."""
+    (name → bytes) stay where they may be finished. Raise DoesNotFit, with all still there, where the planned ones have
+    no room even in the place of what is removed."""
     out, kept = finished.out, planned if finished.inside else ()
     make_directory(out)
-    for name in os.listdir(out):
-        if is_partial(name) or (is_ours(name) and name not in kept):
-            (out / name).unlink()
+    there = os.listdir(out)
+    gone = [out / name for name in there if is_partial(name) or (is_ours(name) and name not in kept)]
+    missing = sum(size for name, size in planned.items() if name not in kept or name not in there)
+    require_space(out, missing - sum(path.stat().st_blocks * 512 for path in gone))
+    for path in gone:
+        path.unlink()
 
 
 @dataclass

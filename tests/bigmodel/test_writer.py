@@ -290,6 +290,11 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_writing(tmp_path):
     with pytest.raises(DoesNotFit, match="are to be written, and the disk has"):
         write_checkpoint(tmp_path, plans, lambda _: [])
     assert list(tmp_path.iterdir()) == []
+    write_checkpoint(tmp_path, plan_shards([PlannedTensor("t", "uint8", (9,))], 100), lambda _: [b"123456789"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DoesNotFit, match="are to be written, and the disk has"):
+        write_checkpoint(tmp_path, plans, lambda _: [])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "what was saved before stays"
 
 
 def test_refusals_name_the_cure(tmp_path):
