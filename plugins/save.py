@@ -107,7 +107,7 @@ def settled(params: SaveParams) -> Stage[SaveParams]:
 
 STAGE = Stage(
     kind="save",
-    version=4,
+    version=5,
     params=SaveParams,
     metrics=SaveMetrics,
     inputs={

@@ -33,7 +33,8 @@ ROOMS = {
     "orchestrator": "commands contract launch lock planning recipe report running stage store",
     "orchestrator.contract": "contexts events stage types",
     "orchestrator.launch": "environment executors lifeline schedulers",
-    "orchestrator.planning": "decision fallback fit keys misfits plan rehearsal schedule session states suggestion",
+    "orchestrator.planning": "content decision fallback fit keys misfits plan rehearsal schedule session states"
+    " suggestion",
     "orchestrator.recipe": "arguments conditions expansion graph interpolation manifest node problems registry"
     " validation wiring yamlsource",
     "orchestrator.report": "progress rendering reporters shown",

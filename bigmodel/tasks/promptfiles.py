@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -171,8 +172,9 @@ def _table(path: Path, wording: Wording, delimiter: str) -> Found:
     with _opened(path, wording, "") as file:
         lines = _bounded(file, path)
         first = next(lines, "")
-        _refuse_other_separator(path, first, delimiter)
-        rows = _cells(path, chain([first], lines), delimiter)
+        second = next(lines, "")
+        _refuse_other_separator(path, [first, second], delimiter)
+        rows = _cells(path, chain([first, second], lines), delimiter)
         _, head = next(rows, ("", []))
         if doubled := [name for name in head if name and head.count(name) > 1]:
             raise UsageError(f"{path}:1: two columns are named {doubled[0]!r}", "rename one")
@@ -183,10 +185,11 @@ def _table(path: Path, wording: Wording, delimiter: str) -> Found:
             yield place, _named_cells(place, head, cells)
 
 
-def _refuse_other_separator(path: Path, first: str, delimiter: str) -> None:
-    """first: line of a table, which names its columns."""
-    others = [sign for sign in SEPARATORS if sign in first]
-    if others and delimiter not in others:
+def _refuse_other_separator(path: Path, lines: Sequence[str], delimiter: str) -> None:
+    """lines: the first two. In both another sign stands as often outside of quotes, and this one nowhere."""
+    bare = [re.sub(r'"[^"]*"', "", line) for line in lines]
+    others = [sign for sign in SEPARATORS if len({line.count(sign) for line in bare}) == 1 and sign in bare[0]]
+    if others and delimiter not in bare[0]:
         cause = f"{path}:1: its columns seem to be separated by {others[0]!r}, and not by {delimiter!r}"
         raise UsageError(cause, "save it with commas as .csv, or with tabs as .tsv")
 

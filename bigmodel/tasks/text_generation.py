@@ -239,11 +239,10 @@ TASK = Task(
 
 
 def draw_alone(model: Any) -> None:
-    """From here on `model.generate` looks at its scores inside `computing_numbers`, and
-    draws the tokens of each text from a generator of its own, inside `drawing`. After
-    all processors that transformers puts in order, the token is chosen by the Gumbel-max rule (Maddison et al. 2014,
-    arXiv 1411.0030), which draws exactly from the softmax of the scores. Beams are drawn by transformers, and so is all
-    else with a transformers that is built otherwise."""
+    """From here on `model.generate` looks at its scores inside `computing_numbers`, and draws the tokens of each text
+    from a generator of its own, inside `drawing`. After all processors that transformers puts in order, the token is
+    chosen by the Gumbel-max rule (Maddison et al. 2014, arXiv 1411.0030), which draws exactly from the softmax of the
+    scores. Beams are drawn by transformers, and so is all else with a transformers that is built otherwise."""
     ordinary = getattr(model, "_get_logits_processor", None)
     if ordinary is None:
         return

@@ -160,7 +160,7 @@ def require_inputs(assignment: Assignment) -> None:
 def _unseen(assignment: Assignment) -> Iterator[tuple[str, Path]]:
     for port in assignment.inputs.keys() - assignment.arriving.keys():
         for folder in filter(Path.is_dir, assignment.inputs[port]):
-            yield from ((port, path) for path in sorted(folder.iterdir()) if path.is_symlink() and not path.exists())
+            yield from ((port, path) for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists())
 
 
 class JobFile(BaseModel):

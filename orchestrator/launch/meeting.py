@@ -48,6 +48,8 @@ LEAVING = 5.0
 """Seconds that machine 0 waits for those who have come to read of the end, before it tidies up."""
 BUG = 1
 """What the others end with where this machine does not know why it ends."""
+MISTAKE = 2
+"""Of the user's, in the recipe or a call."""
 INTERRUPTED = 128
 """From here on a status says which signal ended a run: its sender reaches all machines."""
 ENDING = 30.0
@@ -135,7 +137,8 @@ class Meeting:
     def held(self, say: Callable[[str], None] | None = None) -> Iterator[None]:
         """Welcome who comes while it is open; at its end tell all how it ended: 0, or the status of the error. Who has
         not come by then is waited for, as long as is waited for at all, and said to be: it would wait for this machine.
-        Not where the run was interrupted, or had a bug. say: None: somebody else tells them."""
+        Not where the run was interrupted or had a bug, nor for a mistake of the user's, which is to be told at once.
+        say: None: somebody else tells them."""
         make_directory(self._session, mode=0o700)
         until = time.monotonic() + self._limit
         for old in self._folder.iterdir():
@@ -152,7 +155,7 @@ class Meeting:
             finally:
                 _write(self._session / "end.json", {"status": status})
                 try:
-                    if say is not None and status != BUG and status < INTERRUPTED:
+                    if say is not None and status not in (BUG, MISTAKE) and status < INTERRUPTED:
                         self._await_others(until, say)
                     self._await_readers()
                 finally:
@@ -289,7 +292,8 @@ def attend(
                     over()
                 time.sleep(LOOKS)
         except _Over as end:
-            _write(session / f"read-{place.rank}", True)
+            with suppress(OSError, BigpipeError):  # machine 0 waited long enough for it, and took the folder away
+                _write(session / f"read-{place.rank}", True)
             return end.status
         finally:
             joined.unlink(missing_ok=True)

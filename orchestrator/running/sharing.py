@@ -185,6 +185,8 @@ def _errors(remote: Remote, nodes: Mapping[str, Exchanged]) -> Iterator[BigpipeE
 
 def require_remote(session: Session) -> Remote:
     """Return the remote store. Raise UsageError where none is named."""
+    if session.remote is None and session.shared is not None:
+        raise UsageError("a remote store is asked over the network", "leave out --offline")
     if session.remote is None:
         cure = "give --remote URL, set BIGPIPE_REMOTE, or write `remote: URL` in the recipe"
         raise UsageError("no remote store is named", cure)

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, reduce
@@ -99,7 +100,8 @@ def _imported_by(file: Path) -> frozenset[str]:
 @lru_cache(4096)
 def _imported_by_text(file: Path, facts: tuple[int, ...]) -> frozenset[str]:
     try:
-        tree = ast.parse(file.read_bytes(), str(file))
+        with warnings.catch_warnings(action="ignore"):  # of its escapes: whoever runs it is told
+            tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return frozenset()
     return frozenset(top_level(name) for node in ast.walk(tree) for name in _names_of(node)) - {""}

@@ -25,9 +25,11 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HU
 """HF_TOKEN and the names it has had."""
 MASK = "***"
 CREDENTIAL = re.compile(
-    r"(?:AWS|FSSPEC|AZURE|GOOGLE|GCS|S3)_\w*(?:SECRET|TOKEN|PASSWORD|KEY|CONNECTION_STRING)\w*(?<!_FILE)"
+    r"(?:AWS|FSSPEC|AZURE|GOOGLE|GCS|S3)_(?:\w+_)?"
+    r"(?:SECRET|SECRET_KEY|SECRET_ACCESS_KEY|TOKEN|PASSWORD|ACCOUNT_KEY|STORAGE_KEY|API_KEY|CONNECTION_STRING)"
 )
-"""Variables that hold what the packages of fsspec sign with."""
+"""Variables that hold what the packages of fsspec sign with. Not the name that goes with it, `AWS_ACCESS_KEY_ID`, which
+may be any word."""
 SHORTEST = 4
 """Values shorter than this are left alone: masking every `a` would spoil the text and give the value away."""
 SHORTEST_ENCODED = 8
@@ -143,8 +145,9 @@ def conceal(values: Iterable[str]) -> None:
 def conceal_environment(environment: Mapping[str, str], names: Iterable[str] = ()) -> None:
     """Conceal these variables and what is a secret in any environment: the Hub's tokens, also the one that
     `hf auth login` left on disk, the credentials of buckets, and passwords in addresses, such as those of proxies."""
-    known = (*names, *HUB_TOKENS, *filter(CREDENTIAL.fullmatch, environment))
-    conceal(environment[name] for name in known if name in environment)
+    conceal(environment[name] for name in (*names, *HUB_TOKENS) if name in environment)
+    signing = (environment[name] for name in environment if CREDENTIAL.fullmatch(name))
+    conceal(value for value in signing if len(value) >= SHORTEST_ENCODED)
     conceal(filter(None, [stored_hub_token(environment)]))
     for value in environment.values():
         if "://" in value and (found := re.search(r"://([^/\s:@]*):([^/\s]*)@", value)):

@@ -86,6 +86,18 @@ def test_one_object_over_many_lines(tmp_path: Path) -> None:
     assert texts("one.json", "prompt", tmp_path) == ["alone"]
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "cell"),
+    [("p.tsv", "text, in words", "one, two, three"), ("p.csv", "text; German", "ja"), ("p.csv", '"a;b"', '"c;d"')],
+)
+def test_another_sign_in_the_name_of_a_single_column_is_a_part_of_it(
+    tmp_path: Path, name: str, head: str, cell: str
+) -> None:
+    (tmp_path / name).write_text(f"{head}\n{cell}\n")
+    (row,) = read_prompts(name, head.strip('"'), tmp_path)
+    assert row.prompt == cell.strip('"')
+
+
 def test_a_cell_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     (tmp_path / "long.csv").write_text("prompt\n" + "x" * 200_000 + "\n")

@@ -159,9 +159,9 @@ def test_a_machine_that_does_not_see_what_inputs_refer_to_says_so(
 ) -> None:
     """A model in the Hub's cache, which lies in a home that the machines do not share."""
     monkeypatch.setattr(jobs, "SEEN_SECONDS", 0)
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "unet").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "weights").symlink_to(tmp_path / "home" / "blob")
+    (tmp_path / "model" / "unet" / "weights").symlink_to(tmp_path / "home" / "blob")
     job = prepared(make_job(tmp_path, "RANKS", inputs={"model": (tmp_path / "model",)}))
     if how == "as an errand":
         _, outcome = came(list(sent(job)))

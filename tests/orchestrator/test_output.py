@@ -89,6 +89,23 @@ def test_data_holds_a_secret_neither_as_a_word_nor_in_base64() -> None:
     assert base64.b64encode(b"s3cr3t-key")[4:-4].decode() not in mask(base64.b64encode(b"me:s3cr3t-key!").decode())
 
 
+def test_what_buckets_are_signed_in_with_is_masked_and_what_only_sounds_alike_is_not() -> None:
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI",
+        "FSSPEC_S3_SECRET": "opensesame",
+        "AZURE_STORAGE_KEY": "keykeykey",
+    }
+    words = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AZURE_TOKEN_CREDENTIALS": "prod",
+        "S3_KEY_PREFIX": "modelling",
+        "AWS_SESSION_TOKEN": "short",
+    }
+    conceal_environment({**secrets, **words})
+    assert mask(" ".join(secrets.values())) == "*** *** ***"
+    assert mask("latest product modelling shorter") == "latest product modelling shorter"
+
+
 def test_passwords_of_addresses_are_concealed_unless_they_are_words_like_any_other() -> None:
     conceal_environment({"HTTP_PROXY": "http://me:home@host", "ALL_PROXY": "http://me:l0ng%2Fpassword@host"})
     assert redact("/home/me with l0ng/password") == "/home/me with ***"
