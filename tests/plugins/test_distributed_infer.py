@@ -263,7 +263,7 @@ def test_a_plan_says_how_many_batches_go_together_and_why(tmp_path: Path, model:
     assert found.metrics == {"prompts": 5, "micro_batches": 5, "compute_dtype": "float16"}
     assert found.details[0].startswith("5 batches at once through the streamed layers: more would not be faster")
     need = placement.needs["cpu"].total
-    small = replace(MACHINE, memory=int((need + 4 * 10_000) / 0.8))
+    small = replace(MACHINE, memory=int((need + 4 * 40_000) / 0.8))
     some = STAGE.forecast(params(prompts=["a" * 50] * 5), ctx.within(machine=small))
     assert some.metrics["micro_batches"] in (2, 3, 4)
     assert "must fit" in some.details[0]
