@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .bytesource import ByteSource, FileSource
     from .choosing import (
         ADAPTER_CONFIG,
+        NO_PART,
         WeightSet,
         check_named,
         choose_weights,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bigpipe.bigmodel.checkpoint import is_part
+from bigpipe.bigmodel.checkpoint import NO_PART
 from bigpipe.bigmodel.publishing import Stored
 from bigpipe.errors import UsageError
 from bigpipe.files import explained, hash_file
@@ -39,7 +39,7 @@ def require_directory(directory: Path) -> None:
 
 def paths_below(directory: Path) -> list[Path]:
     """Return files and directories of a model in order, without what belongs to a clone or a download."""
-    return [path for path in sorted(directory.rglob("*")) if is_part(path.relative_to(directory).as_posix())]
+    return [path for path in sorted(directory.rglob("*")) if path.relative_to(directory).parts[0] not in NO_PART]
 
 
 def root_digest(files: Mapping[str, Stored]) -> str:
