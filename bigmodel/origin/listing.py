@@ -38,7 +38,8 @@ def require_directory(directory: Path) -> None:
 
 
 def paths_below(directory: Path) -> list[Path]:
-    """Return files and directories of a model in order, without what belongs to a clone or a download."""
+    """Return files and directories of a model in order, without what belongs to a clone or a download: at the top
+    alone, as OpenSSF's model signing has it, which both must agree with."""
     return [path for path in sorted(directory.rglob("*")) if path.relative_to(directory).parts[0] not in NO_PART]
 
 
