@@ -21,7 +21,6 @@ from bigpipe.bigmodel.inference import (
     plan_work,
 )
 from bigpipe.bigmodel.placement import Placement, Work, limit_here
-from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import (
     TASKS,
     Answerer,
@@ -179,14 +178,14 @@ def _with_limit(
     """Where layers are streamed and the task tells what it read."""
     if not placement.streamed_bytes_per_token or not metrics.prompt_tokens:
         return metrics
-    task = find_task(params.task, Sources()) if params.task in TASKS else None
-    asked = task.settled(params.generation) if task is not None else params.generation
+    task = find_task(params.task, sources_of(ctx))
+    asked = task.settled(params.generation)
     work = Work(
         rows=metrics.prompts,
         read=metrics.prompt_tokens,
         told=metrics.tokens,
-        made=metrics.tokens if task is not None and task.makes_tokens else 0,
-        headless=task is not None and task.headless,
+        made=metrics.tokens if task.makes_tokens or task.heeds_length else 0,
+        headless=task.headless,
         batch_size=params.batch_size,
         sequences=sequences_of(asked, own_arguments(model)[0]),
         together=metrics.micro_batches,

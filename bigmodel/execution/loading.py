@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.adapters import attach, attachment, changed_checkpoint
 from bigpipe.bigmodel.architecture import (
     describe_architecture,
     describe_module,
@@ -54,7 +53,7 @@ from bigpipe.bigmodel.formats import (
     replace_linears,
     set_apart,
 )
-from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, as_map, place_model, prefixes, stored_dtype
+from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, as_map, prefixes, stored_dtype
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import detect
@@ -165,6 +164,8 @@ def load(
     if adapter is None:
         _fill(model, checkpoint, described, homes, wanted, memory)
     else:
+        from bigpipe.bigmodel.adapters import attach, attachment, changed_checkpoint  # most models come without one
+
         opened, outline = open_adapter(adapter), describe_module(model)
         found = attachment(opened.described, described, outline)
         model._bigpipe_adapter = str(adapter) if found.beside else None  # type: ignore[assignment]
@@ -208,6 +209,8 @@ def _placed(
     sources: Sources,
 ) -> Placement:
     """As `place` does it, on this machine."""
+    from bigpipe.bigmodel.placement import place_model  # with all that searches; most come with their placement
+
     if model is not None:
         architecture = describe_module(model)
     else:

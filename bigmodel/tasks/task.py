@@ -291,7 +291,7 @@ def _check_new_tokens(model: ModelDescription, new: int, sources: Sources) -> No
 def function_task(name: str, function: Callable[..., Any]) -> Task:
     """Return the task that calls (model, rows, **arguments). Each row is a dict of its own fields as they are, of
     `index` and `seed` where it has none of that name, and of `prompt`, the row's prompt in any case. A row of which it
-    gives an `error` that is a text failed."""
+    gives an `error` that is a text failed; `tokens` and `prompt_tokens` are how many it made and read."""
 
     taken = _keywords(function)
     heeds = taken is None or "max_new_tokens" in taken
@@ -342,4 +342,10 @@ def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) ->
         raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")
     for entry, row, fields in zip(made, rows, given, strict=True):
         _refuse_changed(function.func.__name__, entry, {"index": row.index, "prompt": row.prompt}, fields)
-    return [Answer(dict(entry), entry["tokens"] if isinstance(entry.get("tokens"), int) else 0) for entry in made]
+    return [Answer(dict(entry), _count(entry, "tokens"), _count(entry, "prompt_tokens")) for entry in made]
+
+
+def _count(entry: Mapping[str, Any], name: str) -> int:
+    """What a function's answer tells of itself; 0 where it does not."""
+    told = entry.get(name)
+    return told if isinstance(told, int) and not isinstance(told, bool) and told > 0 else 0

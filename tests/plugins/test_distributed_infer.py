@@ -212,6 +212,36 @@ def test_says_what_bounds_it_and_what_share_was_reached(tmp_path: Path, model: P
     assert metrics.share_of_limit == pytest.approx(reached, rel=0.01)
 
 
+TELLS = """
+import torch
+
+def makes(model, rows, *, max_new_tokens):
+    tokens = torch.tensor([[5, 6, 7]] * len(rows))
+    model.generate(tokens, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, do_sample=False)
+    return [{"tokens": max_new_tokens, "prompt_tokens": 3} for _ in rows]
+
+def reads(model, rows):
+    model(torch.tensor([[5, 6, 7]] * len(rows)))
+    return [{"tokens": 3, "prompt_tokens": 3} for _ in rows]
+"""
+
+
+@pytest.mark.parametrize(("function", "more", "passes"), [("makes", {"max_new_tokens": 4}, 4), ("reads", {}, 1)])
+def test_a_function_that_counts_is_held_against_the_limit(
+    tmp_path: Path, model: Path, function: str, more: dict[str, Any], passes: int
+) -> None:
+    (tmp_path / "mytasks.py").write_text(TELLS)
+    figures = Speeds(disk=1e5, ram=1e12)
+    ctx = context(
+        tmp_path, model, machine=HERE, memo=knowing(tmp_path, GOOD_HALVES, figures), trust=Trust(modules=("mytasks",))
+    )
+    ctx = replace(ctx, inputs={**ctx.inputs, "placement": (streaming(tmp_path, model),)})
+    metrics = infer(InferParams(task=f"mytasks:{function}", prompts=["a", "b"], batch_size=2, **more), ctx)
+    assert (metrics.prompt_tokens, metrics.bound_by) == (6, "bandwidth")
+    streamed = read_placement(tmp_path).streamed_bytes_per_token
+    assert metrics.limit_tokens_per_second == pytest.approx(metrics.tokens / (passes * streamed / 1e5), rel=0.01)
+
+
 def test_computes_in_what_the_placement_says_unless_a_dtype_is_asked_for(tmp_path: Path, model: Path) -> None:
     written = {}
     for dtype, computed in ((None, "bfloat16"), ("float32", "bfloat16"), ("bfloat16", None), ("float32", None)):
