@@ -23,8 +23,8 @@ from transformers import (
     ViTConfig,
 )
 
-from bigpipe.bigmodel.checkpoint import MappedFiles, open_checkpoint
-from bigpipe.bigmodel.checkpoint.mapped import DROP
+from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, open_checkpoint
+from bigpipe.bigmodel.checkpoint.mapped import DROP, _Span
 from bigpipe.bigmodel.execution import HostMemory, forward_once, load, loaded
 from bigpipe.errors import StageFailed
 
@@ -262,6 +262,39 @@ def test_nothing_behind_a_cut_file_is_dropped(tmp_path: Path) -> None:
     last = max(checkpoint.tensors.values(), key=lambda tensor: tensor.offset)
     os.truncate(tmp_path / "model.safetensors", 600_000)
     files = MappedFiles()
-    assert files._advise(last, last.offset, last.nbytes, DROP) == errno.EFAULT
-    with pytest.raises(StageFailed, match="cannot be read"):
-        files.populate([last])
+    assert files._advise(_Span(last, last.offset, last.offset + last.nbytes), DROP) == errno.EFAULT
+    cut = min(
+        (each for each in checkpoint.tensors.values() if each.offset + each.nbytes > 600_000),
+        key=lambda each: each.offset,
+    )
+    for tensors in ([last], list(checkpoint.tensors.values()), list(checkpoint.tensors.values())[::-1]):
+        with pytest.raises(StageFailed, match=r"cannot be read") as error:
+            files.populate(tensors)
+        assert (last.name if len(tensors) == 1 else cut.name) in str(error.value)
+
+
+def huge_pages(file: Path) -> bool:
+    """Did this process ask for them in its map of the file?"""
+    flags = ""
+    for line in reversed(Path("/proc/self/smaps").read_text().splitlines()):
+        if line.startswith("VmFlags:"):
+            flags = line
+        elif line.endswith(str(file)) and " hg" in flags:
+            return True
+    return False
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="only Linux has huge pages, where it was built so"
+)
+@pytest.mark.parametrize(("sizes", "huge"), [((20, 20), True), ((20, 4), False)])
+def test_what_is_long_in_a_row_is_read_into_huge_pages(tmp_path: Path, sizes: tuple[int, ...], huge: bool) -> None:
+    file, offset, tensors = tmp_path / "weights", 8, []
+    for number, size in enumerate(sizes):
+        tensors.append(TensorInfo(f"t{number}", "float16", (size * 2**19,), file, offset))
+        offset += size * 2**20
+    file.write_bytes(b"")
+    os.truncate(file, offset)
+    files = MappedFiles()
+    files.populate(tensors[::-1])
+    assert huge_pages(file) is huge
