@@ -239,7 +239,7 @@ def outline(
         planned = PlannedTensor(source, wanted if is_cast(dtype, wanted) else dtype, shape)
         parts.append(Kept(source, planned.dtype, (planned,)))
     quantized = dict.fromkeys(module.name for module in modules)
-    left = [each.name for each in architecture.modules if each.linear and each.name not in quantized]
+    left = [each.name for each in architecture.modules if (each.linear or each.akin) and each.name not in quantized]
     return Outline(tuple(parts), tuple(quantized), tuple(left), names=names)
 
 
