@@ -175,7 +175,11 @@ def report(model: torch.nn.Module, following: Mapping[str, torch.dtype | None], 
 
 
 def _module(
-    name: str, module: torch.nn.Module, following: Mapping[str, torch.dtype | None], unsaved: frozenset[str], plain: bool
+    name: str,
+    module: torch.nn.Module,
+    following: Mapping[str, torch.dtype | None],
+    unsaved: frozenset[str],
+    plain: bool,
 ) -> ModuleSpec:
     """plain: by the rules for classes of plain torch, as accelerate reads them; else by those of transformers."""
     from torch import nn

@@ -59,7 +59,7 @@ class ModuleSpec:
     """What bitsandbytes converts: exactly `torch.nn.Linear`, or transformers' `Conv1D`; in classes that are not of
     transformers also what is made from `torch.nn.Linear` and computes as it does."""
     akin: bool = False
-    """Made from `torch.nn.Linear`, in such a class, but it, or what holds it, computes with its weight in a way of its own:
+    """Made from `torch.nn.Linear`, in such a class, but it, or what holds it, computes with its weight in its own way:
     nothing converts it."""
 
 

@@ -289,8 +289,13 @@ def _equal(one: TensorRecipe, other: TensorRecipe, checkpoint: Checkpoint) -> bo
 
 
 def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> Sequence[str]:
-    """Raise InvalidCheckpoint for parameters that nothing is stored for. Return those that are left out on purpose,
-    which are initialised."""
+    """Raise InvalidCheckpoint for parameters that nothing is stored for, UsageError for such buffers that have no
+    values of their own either. Return the parameters that are left out on purpose, which are initialised."""
+    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in matches.plain]:
+        raise UsageError(
+            f"buffers without values, of which {checkpoint.path} holds none: {first_few(lost)}",
+            "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
+        )
     ignored = exempt(model, "missing")
     missing = [
         name

@@ -22,8 +22,9 @@ def converted_modules(
 ) -> tuple[ModuleSpec, ...]:
     """The modules whose weight bitsandbytes converts, in `named_modules()` order.
 
-    skip_modules: names or patterns to leave alone; None means transformers' default: whatever is tied, the output
-    embedding, and the module of the last parameter; in its own classes where that is no bias. keep: more of them, such as those kept in float32.
+    skip_modules: names or patterns to leave alone; None means the default: whatever is tied, the output embedding, and
+    the module of the last parameter, in classes of transformers where that is no bias, as there. keep: more of them,
+    such as those kept in float32.
     """
     skipped = None if skip_modules is None else tuple(skip_modules)
     return _converted_modules(architecture, skipped, tuple(keep))

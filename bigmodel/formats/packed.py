@@ -91,8 +91,9 @@ def _call_children(model: torch.nn.Module, packed: Set[torch.nn.Module]) -> None
     numbers of their weights and multiply by these themselves."""
     from torch.nn import TransformerEncoder, TransformerEncoderLayer
 
-    kinds = (TransformerEncoder, TransformerEncoderLayer)
-    for module in (each for each in model.modules() if isinstance(each, kinds) and not packed.isdisjoint(each.modules())):
+    for module in model.modules():
+        if not isinstance(module, TransformerEncoder | TransformerEncoderLayer) or packed.isdisjoint(module.modules()):
+            continue
         if isinstance(module, TransformerEncoder):
             module.use_nested_tensor = False
         else:

@@ -285,6 +285,10 @@ def test_a_model_of_the_callers(tmp_path: Path) -> None:
         hollow = GPT(default_config())
     with pytest.raises(UsageError, match=r"blocks\.0\.attention\.mask"):
         load(path, model=hollow)
+    for block in hollow.blocks:  # a checkpoint may hold it, and this one does not
+        block.attention.register_buffer("mask", block.attention.mask, persistent=True)
+    with pytest.raises(UsageError, match=r"(?s)blocks\.0\.attention\.mask.*include_buffers=False"):
+        load(path, model=hollow)
 
 
 def test_refuses_a_class_nobody_trusts(tmp_path: Path) -> None:

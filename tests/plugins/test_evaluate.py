@@ -293,7 +293,7 @@ def test_a_plan_refuses_a_class_of_ones_own(tmp_path: Path, model: Path, who: st
     own = replace(known, config=None, tensors=None, custom={"class": "mine:Net", "config": {}})
     wired = {port: (Forecast(output=own if port == who else known),) for port in ("model", "baseline")}
     around = forecast_context(tmp_path, base=tmp_path, inputs=wired, trust=Trust(modules=("mine",)))
-    with pytest.raises(UsageError, match="evaluation needs a model of transformers.* the class mine:Net") as refused:
+    with pytest.raises(UsageError, match=r"evaluation needs a model of transformers.* the class mine:Net") as refused:
         evaluating.check(EvaluateParams(data="text.txt"), around)
     assert refused.value.field == f"inputs.{who}"
 
