@@ -40,7 +40,7 @@ def check(params: EvaluateParams, ctx: CheckContext) -> None:
     _refuse_baseline_fields(params, ctx)
     model = models["model"]
     attached(ctx, model)
-    if model is not None and model.config is not None:
+    if model is not None and model.says_class:
         question(params).check(model, models.get("baseline"), sources_of(ctx))
 
 

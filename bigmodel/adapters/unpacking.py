@@ -96,6 +96,8 @@ def unpacked(checkpoint: Checkpoint, module: str, weight: PackedWeight[TensorInf
     nested = state.nested_blocksize is not None
     if state.blocksize != BLOCK or state.nested_blocksize not in (None, NESTED_BLOCK):
         raise UsageError(f"{module} is packed in blocks of {state.blocksize}", "merge before it is quantized")
+    if state.nested_dtype not in (None, "float32"):
+        raise UsageError(f"{module} is packed with scales in {state.nested_dtype}", "merge before it is quantized")
     decoder = FourBitRows(state.shape[1], state.dtype, state.nested_offset)
     beside = [
         "weight.quant_map",

@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from .passes import encodes, reads_alone, repeats
     from .shrinking import shrunk
     from .snapshot import known_architecture, missing_snapshot
-    from .structure import ATTENTION, Architecture, CachedTensor, Head, ModuleSpec, TensorSpec, kept_in_float32
+    from .structure import (
+        ATTENTION,
+        PLAIN_TORCH,
+        Architecture,
+        CachedTensor,
+        Head,
+        ModuleSpec,
+        TensorSpec,
+        kept_in_float32,
+    )
     from .texts import looks_ahead, position_limit, read_limit, text_config, together_limit
     from .ties import set_free, untied, untied_checkpoint
     from .wrapping import COMPILED, require_module

@@ -40,7 +40,7 @@ from .structure import Architecture, Head, named_classes
 if TYPE_CHECKING:
     import subprocess
 
-ANSWER_VERSION = 6
+ANSWER_VERSION = 7
 """Part of every key; raised when an answer's shape or meaning changes."""
 LIBRARIES = ("transformers", "diffusers", "timm")
 COUNTS = re.compile(r"(^|_)(n_)?(layers?|experts|labels|classes|blocks|depths?)$")

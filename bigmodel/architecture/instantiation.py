@@ -28,7 +28,7 @@ from bigpipe.trust import Limits
 from .asking import Request
 from .building import instantiate
 from .caching import observe
-from .structure import ATTENTION, Architecture, ModuleSpec, TensorSpec
+from .structure import ATTENTION, PLAIN_TORCH, Architecture, ModuleSpec, TensorSpec
 from .wrapping import require_module
 
 if TYPE_CHECKING:
@@ -157,11 +157,11 @@ def report(model: torch.nn.Module, following: Mapping[str, torch.dtype | None], 
     unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
     no_split = request.no_split or getattr(model, "_no_split_modules", None) or ()
     classes = {type(module).__name__ for module in model.modules()}
-    cure = "name classes of its modules, such as those of its blocks"
+    cure, plain = "name classes of its modules, such as those of its blocks", request.library in PLAIN_TORCH
     refuse_unknown("architecture.no_split_module_classes", request.no_split, classes, "classes", cure)
     return Architecture(
         class_name=type(model).__name__,
-        modules=tuple(_module(name, module, following, unsaved) for name, module in model.named_modules()),
+        modules=tuple(_module(name, module, following, unsaved, plain) for name, module in model.named_modules()),
         no_split=tuple(sorted(no_split)),
         tied=tuple(map(tuple, tied_groups(model))),
         output_embedding=_embedding(model, "get_output_embeddings"),
@@ -175,10 +175,14 @@ def report(model: torch.nn.Module, following: Mapping[str, torch.dtype | None], 
 
 
 def _module(
-    name: str, module: torch.nn.Module, following: Mapping[str, torch.dtype | None], unsaved: frozenset[str]
+    name: str,
+    module: torch.nn.Module,
+    following: Mapping[str, torch.dtype | None],
+    unsaved: frozenset[str],
+    plain: bool,
 ) -> ModuleSpec:
+    """plain: by the rules for classes of plain torch, as accelerate reads them; else by those of transformers."""
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
     prefix = f"{name}." if name else ""
 
@@ -195,8 +199,22 @@ def _module(
         class_name=type(module).__name__,
         children=tuple(prefix + child for child, _ in module.named_children()),
         tensors=(*tensors(module._parameters, False), *tensors(module._buffers, True)),
-        linear=type(module) is nn.Linear or isinstance(module, Conv1D),
+        linear=(linear := _is_linear(module, plain)),
+        akin=plain and not linear and isinstance(module, nn.Linear),
     )
+
+
+def _is_linear(module: torch.nn.Module, plain: bool) -> bool:
+    """Whether a module is its weight, its bias and their product, so that a packed one can take its place."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if type(module) is nn.Linear or isinstance(module, Conv1D):
+        return True
+    alike = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    whole = "weight" in module._parameters and module._parameters.keys() <= {"weight", "bias"} and not module._buffers
+    used_by_parent = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)  # of MultiheadAttention
+    return plain and alike and whole and not used_by_parent
 
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

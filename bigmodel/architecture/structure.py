@@ -17,6 +17,8 @@ Head = Literal["auto", "none"]
 ATTENTION = "attention_implementation"
 """Key of a complete config: `eager` or `sdpa`, whichever the class takes by itself."""
 
+PLAIN_TORCH = ("custom", "timm")
+"""`Architecture.library` of classes that are not of transformers, nor by its rules."""
 OUTLINED = "headers"
 """`Architecture.library` of an outline: guessed from the names of stored tensors."""
 
@@ -54,7 +56,11 @@ class ModuleSpec:
     tensors: tuple[TensorSpec, ...] = ()
     """The direct ones, parameters first."""
     linear: bool = False
-    """Exactly `torch.nn.Linear`, or transformers' `Conv1D`: what bitsandbytes converts."""
+    """What bitsandbytes converts: exactly `torch.nn.Linear`, or transformers' `Conv1D`; in classes that are not of
+    transformers also what is made from `torch.nn.Linear` and computes as it does."""
+    akin: bool = False
+    """Made from `torch.nn.Linear`, in such a class, but it, or what holds it, computes with its weight in its own way:
+    nothing converts it."""
 
 
 @dataclass(frozen=True, slots=True)

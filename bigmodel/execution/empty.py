@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bigpipe.bigmodel.architecture import read_request, storage_of, with_empty_parameters
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
+from bigpipe.errors import InvalidCheckpoint, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,6 @@ def emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     dtype than its parameters have stay as they are."""
     import torch
 
-    stored = model.state_dict()
-    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]:
-        raise UsageError(
-            f"buffers without values that no checkpoint holds: {first_few(lost)}",
-            "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
-        )
     common = {torch.get_default_dtype(), *(parameter.dtype for parameter in model.parameters())}
     made: dict[object, torch.nn.Parameter] = {}
     for module in model.modules():

@@ -98,6 +98,7 @@ def load(
     adapter: str | Path | None = None,
     model: torch.nn.Module | None = None,
     architecture: Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     dtype: str | torch.dtype | None = None,
     special_dtypes: Mapping[str, str | torch.dtype] | None = None,
     no_split_module_classes: str | Sequence[str] | None = None,
@@ -113,7 +114,7 @@ def load(
 
     placement: a `Placement` or a device map {prefix: GPU number | "cpu" | "disk"}; left out, all goes to the CPU.
       Where a GPU is named, what lives in RAM or on disk computes on the first of them. A device alone (`cuda:0`) holds
-      all; a mode (`auto`) is that of `place`, with its defaults.
+      all; a mode (`auto`) is that of `place`, within `max_memory`, and with its defaults.
     adapter: a folder of peft's files, for this model: its matrices stand beside the weights, in float32, and whatever
       it trained otherwise is put into the weights as they are read.
     model: an empty model of a class that the checkpoint does not name itself. architecture: such a class, as in a
@@ -151,7 +152,10 @@ def load(
     }
     given = {name: value for name, value in asked.items() if value is not None}
     if isinstance(placement, str) and isinstance(as_map(placement), str):
-        placement = _placed(checkpoint, described, model, PlacementRequest(device_map=placement, **given), sources)
+        request = PlacementRequest(device_map=placement, max_memory=max_memory, **given)
+        placement = _placed(checkpoint, described, model, request, sources)
+    elif max_memory is not None:
+        raise UsageError("max_memory bounds what a mode may choose, and none is given", "give one, such as 'auto'")
     placement = replace(as_placement(placement), **given)
     placement = replace(placement, compute_dtype=None) if "dtype" in given else placement
     homes, there = Homes(placement, first_gpu), psutil.virtual_memory()
@@ -289,8 +293,13 @@ def _equal(one: TensorRecipe, other: TensorRecipe, checkpoint: Checkpoint) -> bo
 
 
 def _check_complete(model: torch.nn.Module, matches: Packed, checkpoint: Checkpoint) -> Sequence[str]:
-    """Raise InvalidCheckpoint for parameters that nothing is stored for. Return those that are left out on purpose,
-    which are initialised."""
+    """Raise InvalidCheckpoint for parameters that nothing is stored for, UsageError for such buffers that have no
+    values of their own either. Return the parameters that are left out on purpose, which are initialised."""
+    if lost := [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in matches.plain]:
+        raise UsageError(
+            f"buffers without values, of which {checkpoint.path} holds none: {first_few(lost)}",
+            "build the model with accelerate's init_empty_weights(include_buffers=False), or on the CPU",
+        )
     ignored = exempt(model, "missing")
     missing = [
         name

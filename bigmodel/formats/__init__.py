@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .agreement import Agreement, agree, cure_of_missing, match_stored, packed_modules, refuse_strangers
     from .bitsandbytes import PASTED
     from .format import PLAIN, Decoding, Encoder, Format, MeasuringEncoder, Packing, StoredTensor, Tensors
-    from .four_bit import FourBit, stored_offset
+    from .four_bit import FourBit, rounded_weights, stored_offset
     from .matrices import converted_modules, default_skips, known_modules, matrix_shape, name_matcher, weight_of
     from .packed import PackedWeight, replace_linears, set_apart
     from .plain import decode, decoded, decoding_memory, left_out, plain_dtype, without_quantization

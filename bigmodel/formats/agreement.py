@@ -291,6 +291,8 @@ def _lacks(wanted: StoredTensor, found: tuple[str, tuple[int, ...]] | None, by_r
     dtype, shape = found
     if wanted.suffix != "weight" and dtype not in (CASTABLE if wanted.dtype in CASTABLE else (wanted.dtype,)):
         return f"is {dtype}, not {wanted.dtype}"
+    if len(shape) != len(wanted.shape):
+        return f"has {len(shape)} dimensions, not {len(wanted.shape)}"
     if by_rows and math.prod(shape) != math.prod(wanted.shape):
         return f"is {list(shape)}, not {list(wanted.shape)}"
     return None

@@ -31,6 +31,9 @@ COMPUTES = frozenset({"float16", "half", "bfloat16", "float32", "float", "float6
 STATE = "weight.quant_state.bitsandbytes__"
 NESTED = frozenset({"weight.nested_absmax", "weight.nested_quant_map"})
 """Stored beside a double-quantized weight alone."""
+NESTED_DTYPES = ("float32", "float16", "bfloat16")
+"""What double-quantized scales are unpacked to. Of a weight that had computed on a CPU with AVX512-BF16, bitsandbytes
+saves another than the first."""
 TYPICAL_OFFSET = 0.12345678901234568
 """Stands in for the mean absmax of a weight that was not read yet: as text it has 17 to 20 characters mostly."""
 FEWEST_DIGITS, MOST_DIGITS = 3, 22
@@ -161,6 +164,9 @@ class FourBit(Packing):
         if columns % BLOCK or rows % PACKED_ROWS:
             # bitsandbytes' packing for CPUs with AVX512-BF16 takes whole tiles only, and fails on others
             made.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if made.support_avx512bf16_for_cpu:
+            made.register_state_dict_pre_hook(self._unpack)  # type: ignore[no-untyped-call]
+            made.register_forward_pre_hook(self._unpack_for_gradients)
         return made
 
     def attach(self, module: Any, parts: Mapping[str, torch.Tensor]) -> None:
@@ -171,9 +177,23 @@ class FourBit(Packing):
         module.weight = Params4bit.from_prequantized(
             codes, statistics, requires_grad=False, device=codes.device, module=module
         )
+        if module.support_avx512bf16_for_cpu and codes.device.type == "cpu":
+            module.quant_state.stored = dict(parts)
 
     def detach(self, module: Any) -> None:
         module.quant_state = None
+
+    def _unpack(self, module: Any, *_: Any) -> None:
+        """Give a module back what is stored, where bitsandbytes packed it for this CPU at a forward: scales are rounded
+        to bfloat16 for that, and its own way back leaves them so, and turned round."""
+        state: Any = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False) and hasattr(state, "stored"):
+            self.attach(module, state.stored)
+
+    def _unpack_for_gradients(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """The product with a packed weight has no gradient."""
+        if module.training or any(getattr(tensor, "requires_grad", False) for tensor in inputs):
+            self._unpack(module)
 
 
 @lru_cache(1024)
@@ -216,7 +236,8 @@ class State:
     blocksize: int
     nested_blocksize: int | None = None
     nested_offset: float | None = None
-    """Both of scales that are codes themselves."""
+    nested_dtype: str | None = None
+    """All three of scales that are codes themselves; the last is what they are unpacked to."""
 
     def require(self, parts: Mapping[str, TensorInfo]) -> None:
         """Raise ValueError unless there are the codes and scales of a matrix of this shape."""
@@ -230,9 +251,9 @@ class State:
         if parts["weight"].nbytes != -(-elements // 2):
             raise ValueError(f"shape is {list(self.shape)}, and there are {2 * parts['weight'].nbytes:,} codes")
         for suffix, count in wanted.items():
-            found = math.prod(parts[suffix].shape) if suffix in parts else 0
-            if found != count:
-                raise ValueError(f"{suffix} has {found:,} scales, and {count:,} blocks need one each")
+            found = parts[suffix].shape if suffix in parts else (0,)
+            if found != (count,):
+                raise ValueError(f"{suffix} is {list(found)}, and {count:,} blocks need a scale each")
 
 
 def _state_of(said: Any, quant_type: str, *, nested: bool) -> State:
@@ -247,12 +268,12 @@ def _state_of(said: Any, quant_type: str, *, nested: bool) -> State:
         "blocksize": _is_count(said.get("blocksize")),
     }
     if nested:
-        fits["nested_dtype"] = said.get("nested_dtype") == "float32"
+        fits["nested_dtype"] = said.get("nested_dtype") in NESTED_DTYPES
         fits["nested_blocksize"] = _is_count(said.get("nested_blocksize"))
         fits["nested_offset"] = isinstance(offset, float) and math.isfinite(offset)
     for name in (name for name, right in fits.items() if not right):
         raise ValueError(f"{name} is {said.get(name)!r:.80}")
-    beside = (said["nested_blocksize"], offset) if nested else (None, None)
+    beside = (said["nested_blocksize"], offset, said["nested_dtype"]) if nested else ()
     rows, columns = said["shape"]
     return State(said["dtype"], (rows, columns), said["blocksize"], *beside)
 
@@ -264,6 +285,17 @@ def _is_count(value: Any) -> bool:
 def _misstated(tensor: TensorInfo, why: str) -> InvalidCheckpoint:
     cause = f"is no state of a weight that bitsandbytes packed: {why}"
     return invalid(tensor.file, cause, "fetch the model again, or quantize it anew", tensor=tensor.name)
+
+
+def rounded_weights(model: torch.nn.Module) -> list[str]:
+    """Return the names of 4-bit weights whose scales bitsandbytes rounded when it packed them for this CPU, where
+    nothing keeps what they were: in models that others loaded, once they have computed."""
+    states = {name: getattr(weight, "quant_state", None) for name, weight in model.named_parameters()}
+    return [
+        name
+        for name, state in states.items()
+        if hasattr(state, "packing_format_for_cpu") and not hasattr(state, "stored")
+    ]
 
 
 def stored_offset(state: bytes) -> float | None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from bigpipe.bigmodel.architecture import PLAIN_TORCH
 from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
 
@@ -21,8 +22,9 @@ def converted_modules(
 ) -> tuple[ModuleSpec, ...]:
     """The modules whose weight bitsandbytes converts, in `named_modules()` order.
 
-    skip_modules: names or patterns to leave alone; None means transformers' default: whatever is tied, the output
-    embedding, and the module of the last parameter. keep: more of them, such as those kept in float32.
+    skip_modules: names or patterns to leave alone; None means the default: whatever is tied, the output embedding, and
+    the module of the last parameter, in classes of transformers where that is no bias, as there. keep: more of them,
+    such as those kept in float32.
     """
     skipped = None if skip_modules is None else tuple(skip_modules)
     return _converted_modules(architecture, skipped, tuple(keep))
@@ -57,12 +59,15 @@ def known_modules(entries: Sequence[str] | None, architecture: Architecture) -> 
 
 
 def default_skips(architecture: Architecture) -> list[str]:
+    """Names that are left alone where nobody says which."""
     names = {name for group in architecture.tied for name in group}
     parameters = [tensor.name for module in architecture.modules for tensor in module.tensors if not tensor.buffer]
-    names.update(parameters[-1:])
+    last = parameters[-1:]
     if architecture.output_embedding is not None:
         names.add(architecture.output_embedding)
-    return sorted({name.removesuffix(".weight") for name in names})
+    elif architecture.library in PLAIN_TORCH:  # a head's last parameter may be its bias; transformers converts such
+        last = [name.removesuffix(".bias") for name in last]
+    return sorted({name.removesuffix(".weight") for name in (*names, *last)})
 
 
 def weight_of(module: ModuleSpec) -> TensorSpec:

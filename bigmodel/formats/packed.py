@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -64,6 +64,7 @@ def replace_linears(
     one that is a part of a parameter.
     """
     modules, whole = dict(model.named_modules()), {name for name, _ in model.named_parameters()}
+    replaced: set[torch.nn.Module] = set()
     for name, weight in packed.items():
         if name in whole:
             file = _file(weight.parts.values())
@@ -77,10 +78,26 @@ def replace_linears(
         shapes = {suffix: part.shape for suffix, part in weight.parts.items()}
         made = weight.packing.module(modules[name], shapes, config or {})
         model.set_submodule(name, made)
+        replaced.add(made)
         if (flag := FLAGS.get(type(made).__name__)) is not None:
             setattr(model, flag, True)
+    _call_children(model, replaced)
     if packed and config:
         _tell(model, config)
+
+
+def _call_children(model: torch.nn.Module, packed: Set[torch.nn.Module]) -> None:
+    """Let torch's encoders call those of their children that are packed: where nothing speaks against it, they take the
+    numbers of their weights and multiply by these themselves."""
+    from torch.nn import TransformerEncoder, TransformerEncoderLayer
+
+    for module in model.modules():
+        if not isinstance(module, TransformerEncoder | TransformerEncoderLayer) or packed.isdisjoint(module.modules()):
+            continue
+        if isinstance(module, TransformerEncoder):
+            module.use_nested_tensor = False
+        else:
+            module.activation_relu_or_gelu = 0
 
 
 def _tell(model: Any, config: Mapping[str, Any]) -> None:

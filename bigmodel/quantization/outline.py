@@ -33,7 +33,7 @@ from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.writing import PlannedTensor, config_with_dtype, is_cast
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import cores
-from bigpipe.names import as_names, did_you_mean, refuse_unknown
+from bigpipe.names import SPELLINGS, as_names, did_you_mean, refuse_unknown
 from bigpipe.sizes import format_transfer
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -68,7 +68,8 @@ class Settings:
         for name in ("dtype", "bnb_4bit_compute_dtype"):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
             if (value := getattr(self, name)) not in DTYPES:
-                raise UsageError(f"{name} {value!r} is not possible", f"choose one of {', '.join(DTYPES)}")
+                cure = did_you_mean(SPELLINGS.get(value, value), DTYPES, otherwise="choose one of")
+                raise UsageError(f"{name} {value!r} is not possible", cure)
         odd = isinstance(self.llm_int8_threshold, bool) or not isinstance(self.llm_int8_threshold, int | float)
         if odd or not math.isfinite(self.llm_int8_threshold):
             raise UsageError(f"llm_int8_threshold is {self.llm_int8_threshold!r}", "give a number, such as 6.0")
@@ -239,7 +240,7 @@ def outline(
         planned = PlannedTensor(source, wanted if is_cast(dtype, wanted) else dtype, shape)
         parts.append(Kept(source, planned.dtype, (planned,)))
     quantized = dict.fromkeys(module.name for module in modules)
-    left = [each.name for each in architecture.modules if each.linear and each.name not in quantized]
+    left = [each.name for each in architecture.modules if (each.linear or each.akin) and each.name not in quantized]
     return Outline(tuple(parts), tuple(quantized), tuple(left), names=names)
 
 

@@ -27,8 +27,8 @@ from bigpipe.bigmodel.checkpoint import (
     overflows,
     reaches,
 )
-from bigpipe.bigmodel.formats import PLAIN, castable, set_apart
-from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.bigmodel.formats import PLAIN, castable, rounded_weights, set_apart
+from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.files import hash_file, write_file
 from bigpipe.names import checked
 from bigpipe.sizes import size_of
@@ -73,6 +73,7 @@ def _save_module(
     if not isinstance(source, Mapping):
         source = require_module(source)
     _refuse_adapter(source)
+    _refuse_rounded(source)
     if (origin := getattr(source, "_bigpipe_source", None)) is not None:
         with suppress(InvalidCheckpoint):  # what it was loaded from may be gone, or another by now
             refuse_in_place(open_checkpoint(origin), out)
@@ -111,6 +112,14 @@ def _refuse_adapter(source: torch.nn.Module | Mapping[str, Any]) -> None:
             f"{type(source).__name__} holds an adapter of peft, and no loader of models takes the names of its weights"
         )
         raise UsageError(cause, "save the adapter by its save_pretrained; merge_adapter(MODEL, ADAPTER, OUT) makes one")
+
+
+def _refuse_rounded(source: torch.nn.Module | Mapping[str, Any]) -> None:
+    """Raise UsageError for a model whose scales are no longer those of its checkpoint, and for which nothing tells."""
+    if not isinstance(source, Mapping) and (rounded := rounded_weights(source)):
+        cause = f"bitsandbytes rounded the scales of {first_few(rounded)} when they computed on this CPU"
+        cure = "save the model before its first forward, or load it with bigpipe.load, which keeps what was stored"
+        raise UsageError(cause, cure)
 
 
 def _state(model: torch.nn.Module) -> dict[str, Any]:

@@ -261,7 +261,8 @@ class Ranks(Generic[P]):
     counted: bool = False
     """The result depends on how many ranks there are: their number enters the key."""
     mixes: bool = True
-    """They make an `Accelerator` of accelerate's, which heeds `launch.mixed_precision`; otherwise that is refused."""
+    """They make an `Accelerator` of accelerate's, which heeds `launch.mixed_precision` and what a `config_file` says of
+    FSDP, DeepSpeed and Megatron-LM; otherwise the former is refused, and the latter left out."""
     replaced: bool = False
     """Where a rank dies, `prepare` is told of it in `context.lost`, and the ranks are started again with what is
     unfinished, up to `launch.max_restarts` times. Otherwise its death is the end of the attempt."""

@@ -31,7 +31,8 @@ WRITTEN: Mapping[str, str] = {"fp16": ": dtype: float16", "bf16": ": dtype: bflo
 LARGEST = 2**20
 """Bytes of a configuration file."""
 REPLACED = (None, "NO", "MULTI_CPU", "MULTI_GPU")
-"""Values of `distributed_type` that we set ourselves; others (FSDP, DEEPSPEED, MULTI_XPU …) are kept."""
+"""Values of `distributed_type` that we set ourselves; others (FSDP, DEEPSPEED, MULTI_XPU …) are kept where ranks heed
+them."""
 IMPOSSIBLE = ("XLA", "TPU")
 """These start ranks without torchrun, inside the launcher."""
 
@@ -99,10 +100,12 @@ def require_heeded(launch: Launch, kind: Stage[Any]) -> None:
     raise UsageError(cause, cure, field="launch.mixed_precision")
 
 
-def accelerate(launch: Launch, base: Path, machine: Machine, *, meets: bool = False) -> Acceleration:
+def accelerate(
+    launch: Launch, base: Path, machine: Machine, *, meets: bool = False, mixes: bool = True
+) -> Acceleration:
     """Settle how `launch` is to be started on `machine`. meets: the other machines are called, and told of any port.
-    Raises UsageError where it cannot be."""
-    file = _read(launch, base)
+    mixes: as of the kind's `Ranks`. Raises UsageError where it cannot be."""
+    file = _read(launch, base) if mixes else _unmixed(_read(launch, base))
     launch = _merge(launch, file)
     if meets and launch.num_machines > 1 and not launch.main_process_port:
         launch = launch.model_copy(update={"main_process_port": _free_port()})
@@ -144,6 +147,12 @@ def _read(launch: Launch, base: Path) -> dict[str, Any]:
     bare = {"mixed_precision": "no"} if data.get("mixed_precision") is False else {}
     port = data.get("main_process_port") or None
     return {**data, **bare, "main_process_port": port, "distributed_type": data.get("distributed_type") or "NO"}
+
+
+def _unmixed(file: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says to ranks without an `Accelerator`. How one would share out and train a model (FSDP, DeepSpeed,
+    Megatron-LM) they never ask, but its launcher needs the library for it, or GPUs, and starts ranks otherwise."""
+    return {name: value for name, value in file.items() if not name.endswith(("_config", "distributed_type"))}
 
 
 def _merge(launch: Launch, file: Mapping[str, Any]) -> Launch:

@@ -37,9 +37,10 @@ SHARE_SECONDS = 60.0
 
 def run(job: Job) -> Outcome:
     """Prepare, launch the ranks, and merge what they made."""
-    acceleration = accelerate(job.launch, job.base, job.machine, meets=job.meeting is not None)
-    job = job.within(launch=acceleration.launch)
     stage = job.stage
+    meets = job.meeting is not None
+    acceleration = accelerate(job.launch, job.base, job.machine, meets=meets, mixes=stage.ranks.mixes)
+    job = job.within(launch=acceleration.launch)
     if stage.ranks.finish is None and job.launch.num_processes > 1:
         raise StageFailed(
             f"kind {stage.kind} runs as ranks but has no `finish`", "several ranks need one to merge them"

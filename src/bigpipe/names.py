@@ -171,7 +171,8 @@ def _with_guess(name: str, known: Collection[str]) -> str:
 
 def checked(**own: Given) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return what makes a public function refuse arguments of types that mean nothing: a UsageError that names argument
-    and cure. own: what arguments of its own may be, besides `ARGUMENTS`. The default of an argument is always taken."""
+    and cure, for one that there is not too. own: what arguments of its own may be, besides `ARGUMENTS`. The default of
+    an argument is always taken."""
 
     def checking(function: Callable[P, R]) -> Callable[P, R]:
         signature, known = inspect.signature(function), {**ARGUMENTS, **own}
@@ -180,6 +181,10 @@ def checked(**own: Given) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for odd in (name for name in kwargs if name not in defaults and not options):
+                called = function.__name__
+                cure = did_you_mean(odd, defaults, otherwise="it takes") or f"see help({called})"
+                raise UsageError(f"{called} has no argument {odd!r}", cure)
             bound = signature.bind(*args, **kwargs)
             for name, value in {**bound.arguments, **bound.arguments.get(options, {})}.items():
                 if name in known and value is not defaults.get(name):

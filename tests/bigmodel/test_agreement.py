@@ -203,6 +203,8 @@ PROJECTION = "model.layers.0.mlp.up_proj"
      "weight.nested_absmax is not stored"),
     ({"scheme": "fp4"}, _as(f"{PROJECTION}.weight.absmax", torch.Tensor.byte),
      "weight.absmax is uint8, not float32"),
+    ({"scheme": "nf4"}, _as(f"{PROJECTION}.weight.absmax", lambda scales: scales.view(2, -1).bfloat16()),
+     "weight.absmax has 2 dimensions, not 1"),
     ({"scheme": "int8"}, _without(f"{PROJECTION}.weight"), "weight is not stored"),
     ({"scheme": "int8"}, _as(f"{PROJECTION}.weight", torch.Tensor.half), "of float16.* of int8"),
     ({"scheme": "int8"}, _as(f"{PROJECTION}.SCB", lambda scales: scales[:-1].clone()), r"SCB is \[\d+\], not"),

@@ -23,6 +23,7 @@ from bigpipe.bigmodel.execution import load, loaded
 from bigpipe.bigmodel.formats import named, set_apart
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.writing import save_checkpoint
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 from bigpipe.trust import Trust
 
@@ -168,6 +169,47 @@ def test_quantized_checkpoints(tmp_path: Path, architecture: str, scheme: str, h
     assert torch.equal(forward(model), wanted)
 
 
+WHOLE_TILES = {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64}
+"""bitsandbytes packs no others for a CPU, and without bigpipe fails on them."""
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_four_bit_weights_are_saved_as_they_were_stored_once_they_have_computed(
+    tmp_path: Path, scheme: str, double: bool
+) -> None:
+    """bitsandbytes packs them for CPUs with AVX512-BF16 at the first forward, and its way back loses the scales."""
+    plain = make_checkpoint(tmp_path / "plain", "opt", dtype="float16", **WHOLE_TILES)
+    quantize_checkpoint(plain, tmp_path / "small", scheme=scheme, bnb_4bit_use_double_quant=double)
+    model: Any = load(tmp_path / "small")
+    wanted = forward(model)
+    save_checkpoint(model, tmp_path / "again")
+    assert torch.equal(forward(model), wanted)
+    model(torch.arange(5)[None]).logits.sum().backward()  # the kernel of packed weights has no gradient
+    assert model.get_input_embeddings().weight.grad.any()
+    forward(model)
+    stored, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("small", "again"))
+    for found in (again, model.state_dict()):  # the latter is what others save
+        assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_model_of_others_whose_scales_are_rounded_is_not_saved(tmp_path: Path, double: bool) -> None:
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    plain = make_checkpoint(tmp_path / "plain", "opt", dtype="float16", **WHOLE_TILES)
+    quantize_checkpoint(plain, tmp_path / "small", scheme="nf4", bnb_4bit_use_double_quant=double)
+    model = reference(tmp_path / "small")
+    save_checkpoint(model, tmp_path / "before")
+    forward(model)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="bitsandbytes rounded the scales of"):
+            save_checkpoint(model, tmp_path / "after")
+        model.state_dict()
+
+
 def custom_checkpoint(out: Path) -> Path:
     out.mkdir()
     config = {"vocab_size": 256, "block_size": 64}
@@ -242,6 +284,10 @@ def test_a_model_of_the_callers(tmp_path: Path) -> None:
     with init_empty_weights(include_buffers=True):
         hollow = GPT(default_config())
     with pytest.raises(UsageError, match=r"blocks\.0\.attention\.mask"):
+        load(path, model=hollow)
+    for block in hollow.blocks:  # a checkpoint may hold it, and this one does not
+        block.attention.register_buffer("mask", block.attention.mask, persistent=True)
+    with pytest.raises(UsageError, match=r"(?s)blocks\.0\.attention\.mask.*include_buffers=False"):
         load(path, model=hollow)
 
 

@@ -113,6 +113,27 @@ def test_caps_without_devices_are_called_that(model: Path) -> None:
         bigpipe.place(model, max_memory="1GiB")  # type: ignore[arg-type]
 
 
+def test_a_mode_keeps_to_caps_as_in_accelerate(model: Path) -> None:
+    caps = {"cpu": "64KiB", "disk": "1GiB"}
+    wanted = bigpipe.place(model, max_memory=caps).device_map
+    assert set(wanted.values()) == {"cpu", "disk"}
+    assert bigpipe.load(model, "auto", max_memory=caps).hf_device_map == wanted
+    with pytest.raises(UsageError, match="max_memory bounds what a mode may choose"):
+        bigpipe.load(model, {"": "cpu"}, max_memory=caps)
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (lambda model: bigpipe.load(model, offload_folder="x"), "load has no argument 'offload_folder'\n  it takes path, "),
+    (lambda model: bigpipe.load(model, max_memry={}), "load has no argument 'max_memry'\n  did you mean 'max_memory'"),
+    (lambda model: bigpipe.place(model, verbose=True), r"place has no argument 'verbose'\n  see help\(place\)"),
+    (lambda model: bigpipe.quantize_checkpoint(model, "x", scheme="nf4", bnb_4bit_compute_dtype="bf16"),
+     "bnb_4bit_compute_dtype 'bf16' is not possible\n  did you mean 'bfloat16'"),
+])  # fmt: skip
+def test_an_argument_that_there_is_not_is_told_with_what_there_is(given: Any, told: str, model: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        given(model)
+
+
 @pytest.mark.parametrize("given", [{"special_dtypes": {"lm_head.weight": torch.int8}}, {"dtype": "float8_e4m3fn"}])
 def test_weights_are_not_cut_to_what_they_would_not_survive(given: dict[str, Any], model: Path) -> None:
     with pytest.raises(UsageError, match="not one that weights are loaded as"):

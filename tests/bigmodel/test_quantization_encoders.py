@@ -158,6 +158,13 @@ def test_a_state_that_cannot_be_is_refused_by_name(odd: bytes | dict[str, Any]) 
         state_of(content, "nf4", (96, 40), double=True)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_double_quantized_scales_may_be_of_any_dtype_that_bitsandbytes_saves(dtype: str) -> None:
+    said = json.loads(quant_state("nf4", "float16", (96, 40), 0.5))
+    content = json.dumps({**said, "nested_dtype": dtype}).encode()
+    assert state_of(content, "nf4", (96, 40), double=True).nested_dtype == dtype
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 2048), (7, 9000)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_is_theirs_through_fp16(shape: tuple[int, int], dtype: str) -> None:

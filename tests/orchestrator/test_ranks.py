@@ -67,10 +67,12 @@ def test_one_rank_goes_the_same_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("use_cpu", "gpus", "seen"), [(True, 1, ""), (False, 0, ""), (False, 1, "0")])
 def test_ranks_see_the_gpus_that_the_plan_counts(tmp_path: Path, use_cpu: bool, gpus: int, seen: str) -> None:
-    """None where the launch file says so, and none where the plan has found none, whatever torch would find."""
-    (tmp_path / "launch.yaml").write_text(f"use_cpu: {str(use_cpu).lower()}\ngpu_ids: '0'\n")
+    """None where the launch file says so, and none where the plan has found none, whatever torch would find; whatever
+    library the file wants for what these ranks do not do."""
+    asked = f"use_cpu: {str(use_cpu).lower()}\ngpu_ids: '0'\ndistributed_type: DEEPSPEED\n"
+    (tmp_path / "launch.yaml").write_text(asked)
     launch = Launch(config_file="launch.yaml")
-    Launched(make_job(tmp_path, "RANKS", launch=launch, machine=machine_with(gpus))).run()
+    Launched(make_job(tmp_path, "REPLACED", launch=launch, machine=machine_with(gpus))).run()
     rank = Outcome.read(AttemptFolder(tmp_path / "attempt").outcome("rank", 0))
     assert rank is not None
     assert rank.metrics["environment"]["CUDA_VISIBLE_DEVICES"] == seen
@@ -167,6 +169,29 @@ def test_the_launcher_is_told_everything(tmp_path: Path) -> None:
     assert two["main_process_port"] == 0
     assert settings_of(TWO, tmp_path, gpus=2)["use_cpu"] is False
     assert settings_of(TWO, tmp_path, gpus=1)["use_cpu"] is True
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+@pytest.mark.parametrize("asked", [
+    {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+    {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+    {"distributed_type": "MEGATRON_LM", "megatron_lm_config": {"megatron_lm_tp_degree": 2}},
+    {"distributed_type": "MULTI_XPU"},
+    {"distributed_type": "MULTI_GPU", "parallelism_config": {"parallelism_config_tp_size": 2}},
+])  # fmt: skip
+def test_ranks_without_an_accelerator_come_up_alike_however_one_would_train(
+    tmp_path: Path, asked: dict[str, object], gpus: int
+) -> None:
+    both = {"num_processes": 2, "use_cpu": False, "gpu_ids": "all"}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({**both, "distributed_type": "NO"}))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**both, **asked}))
+    found, plain = (
+        accelerate(Launch(config_file=f"{name}.yaml"), tmp_path, machine_with(gpus), mixes=False)
+        for name in ("mine", "plain")
+    )
+    assert found.settings == {**plain.settings, "distributed_type": "MULTI_GPU", "use_cpu": not gpus}
+    heeded = accelerate(Launch(config_file="mine.yaml"), tmp_path, machine_with(gpus)).settings
+    assert asked.items() <= heeded.items()
 
 
 def test_explicit_keys_override_the_configuration_file(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from bigpipe.orchestrator.stage import Forecast, StageContext
 from bigpipe.plugins import evaluating
 from bigpipe.plugins.evaluate import STAGE, EvaluateMetrics, EvaluateParams, result_line
 from bigpipe.plugins.ranked import load_on_rank
+from bigpipe.trust import Trust
 
 TEXT = "Return the number of occurrences of the argument. Raise ValueError if it is not present in the list.\n" * 4
 
@@ -281,6 +282,19 @@ def test_a_stage_and_python_say_which_of_both_cannot_be_evaluated(tmp_path: Path
     assert refused.value.field == f"inputs.{who}"
     with pytest.raises(UsageError, match="it makes no text") as refused:
         evaluating.prepare(asked, context(tmp_path / "stage", model, base=tmp_path, inputs=inputs(**both)))
+    assert refused.value.field == f"inputs.{who}"
+
+
+@pytest.mark.parametrize("who", ["model", "baseline"])
+def test_a_plan_refuses_a_class_of_ones_own(tmp_path: Path, model: Path, who: str) -> None:
+    """Which has no config of transformers that could say what it is."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    known = describe_checkpoint(model)
+    own = replace(known, config=None, tensors=None, custom={"class": "mine:Net", "config": {}})
+    wired = {port: (Forecast(output=own if port == who else known),) for port in ("model", "baseline")}
+    around = forecast_context(tmp_path, base=tmp_path, inputs=wired, trust=Trust(modules=("mine",)))
+    with pytest.raises(UsageError, match=r"evaluation needs a model of transformers.* the class mine:Net") as refused:
+        evaluating.check(EvaluateParams(data="text.txt"), around)
     assert refused.value.field == f"inputs.{who}"
 
 

@@ -220,4 +220,4 @@ def _settle(params: Action) -> Stage[Action]:
 
 SETTLED = _stage("settled", runs_in="process", settled=_settle)
 """With the text `here` it runs inline, has a port and foresees 7 seconds."""
-REPLACED = _stage("replaced", runs_in="ranks", ranks=Ranks(prepare=plan, finish=merge, replaced=True))
+REPLACED = _stage("replaced", runs_in="ranks", ranks=Ranks(prepare=plan, finish=merge, replaced=True, mixes=False))
