@@ -199,9 +199,9 @@ def _settled(asked: Mapping[str, Any], given: Mapping[str, Any], own: Mapping[st
 
 def _offloaded_nowhere(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Where the CPU computes, keys and values lie in RAM anyway: what they are asked to be there."""
-    name = settings.get("cache_implementation")
-    away = isinstance(name, str) and name.startswith(OFFLOADED)
-    return {"cache_implementation": name.removeprefix(OFFLOADED).lstrip("_") or None} if away else {}
+    name = str(settings.get("cache_implementation"))
+    here = name.removeprefix(OFFLOADED)
+    return {} if here == name else {"cache_implementation": here.lstrip("_") or None}
 
 
 def _one_by_one(settings: Mapping[str, Any]) -> bool:
