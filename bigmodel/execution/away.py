@@ -88,4 +88,5 @@ def _away() -> Any:
 
 def _refusal(away: Any) -> UsageError:
     cause = f"{away.full_name} is streamed, and is here while its module, or the block around it, computes"
-    return UsageError(cause, f"keep it in memory: {away.cure}; or call that module")
+    others = "name the class of the block that reads it in no_split_module_classes, or call its module"
+    return UsageError(cause, f"keep it in memory: {away.cure}; or {others}")
