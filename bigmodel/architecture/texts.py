@@ -85,13 +85,16 @@ def read_limit(config: Config) -> int | None:
 
 
 def together_limit(config: Config) -> int | None:
-    """Return up to how many tokens the rotary positions of texts that are computed together are those of each alone;
-    None where they always are. config: complete.
+    """Return up to how many tokens texts that are computed together get the numbers of each alone; None where they
+    always do. config: complete.
 
     Beyond, `dynamic` and `longrope` turn all texts of a batch by the frequencies of its longest one
-    (`dynamic_rope_update` of transformers' modeling_rope_utils.py).
+    (`dynamic_rope_update` of transformers' modeling_rope_utils.py), and indexers choose `index_topk` of all places:
+    which of several equal ones depends on how many there are (DeepSeek-V3.2).
     """
-    return min((limit for part in _parts(config) for limit in _turning_points(part)), default=None)
+    parts = list(_parts(config))
+    chosen = [count for part in parts if type(count := part.get("index_topk")) is int]
+    return min([*chosen, *(limit for part in parts for limit in _turning_points(part))], default=None)
 
 
 def _parts(config: Config) -> Iterator[Config]:

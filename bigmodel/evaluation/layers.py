@@ -97,7 +97,7 @@ def _leaves(model: Any) -> dict[str, Any]:
 
 
 def _is_away(module: Any) -> bool:
-    return any(parameter.device.type == "meta" or parameter.numel() == 0 for parameter in module.parameters())
+    return any(parameter.is_meta or parameter.numel() == 0 for parameter in module.parameters())
 
 
 def _as_taken(module: Any, value: Any) -> Any:

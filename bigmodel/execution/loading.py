@@ -6,6 +6,7 @@
       set_apart, match       which bytes make which parameter
       replace_linears        modules of their format where weights are packed
       _settle                what stays: windows into the file, or copies on its device
+      stand_in               what is streamed has something in its place that tells of it
       WeightStream.add       what is streamed: hooks on its groups
       as_streamed            what such a model cannot do says so
 
@@ -62,6 +63,7 @@ from bigpipe.names import Given, as_names, checked, refuse_unknown
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
+from .away import stand_in
 from .empty import build_empty, emptied
 from .experts import moved_by_a_token
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
@@ -257,6 +259,7 @@ def _fill(
     slots = dict(_slots(model, matches, dtype, homes.placement.special_dtypes))
     streamed = _settle(slots, state, memory.cast)
     _settle_unstored(model, matches, initialised, state)
+    stand_in(streamed, homes)
     groups = cut_into_groups(model, streamed, homes)
     state.stream.add(groups)
     state.stream.experts.keep(homes.placement.kept_experts if homes.main.type != "cpu" else memory.experts)

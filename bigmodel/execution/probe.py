@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import StageFailed
-
 from .loading import loaded
 
 if TYPE_CHECKING:
@@ -18,15 +16,15 @@ INPUTS = (TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 def forward_once(model: torch.nn.Module) -> str | None:
     """Run the model over a few tokens or one empty image or sound. Return None, or why its inputs are not known: it
-    takes several, or others. Raise StageFailed where the forward reaches for a weight that is placed elsewhere,
-    RuntimeError where a model of transformers does not run where it was placed."""
+    takes several, or others. Raise UsageError where the forward reaches for a weight that is streamed, RuntimeError
+    where a model of transformers does not run where it was placed."""
     import torch
 
     inputs = _inputs(model)
     if inputs is None:
         return f"the inputs of {type(model).__name__} are not known here"
     try:
-        with torch.inference_mode(), _only_attached_weights(type(model).__name__):
+        with torch.inference_mode():
             model(**inputs) if isinstance(inputs, dict) else model(inputs)
     except (RuntimeError, *INPUTS) as error:
         if isinstance(error, RuntimeError) and hasattr(model, "main_input_name"):
@@ -34,24 +32,6 @@ def forward_once(model: torch.nn.Module) -> str | None:
         given = f"{' and '.join(inputs)} alone" if isinstance(inputs, dict) else "a batch of tokens"
         return f"{type(model).__name__} does not take {given}: {error}"
     return None
-
-
-def _only_attached_weights(name: str) -> Any:
-    """Raise StageFailed, within, where anything is computed from a placeholder: a tensor on the meta device."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode  # so documented in "Extending PyTorch"
-    from torch.utils._pytree import tree_leaves
-
-    class OnlyAttachedWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
-                raise StageFailed(
-                    f"{name} uses a weight outside the module that holds it, in {function}",
-                    "name the class of the block around it in no_split_module_classes, so that it stays whole",
-                )
-            return function(*args, **(kwargs or {}))
-
-    return OnlyAttachedWeights()  # type: ignore[no-untyped-call]
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor] | torch.Tensor | None:

@@ -17,7 +17,7 @@ CASTS = ("half", "bfloat16", "float", "double")
 
 def as_streamed(model: torch.nn.Module, device: torch.device, source: Path) -> None:
     """Let `model.device` be where its inputs belong; transformers takes its first parameter's, which may be away. What
-    would save, cast or copy its weights raises UsageError. source: the checkpoint that they are read from."""
+    would save, cast, move or copy its weights raises UsageError. source: the checkpoint that they are read from."""
     own = type(model)
     if not isinstance(getattr(own, "device", None), property):
         return
@@ -26,8 +26,21 @@ def as_streamed(model: torch.nn.Module, device: torch.device, source: Path) -> N
         name: _refusal("are not here to be cast", f"load it in that dtype: {load}, dtype=DTYPE)") for name in CASTS
     }
     save = f'save what it was loaded from: bigpipe.save_checkpoint("{source}", OUT)'
+    cast, move = casts["half"], _refusal("are not here to be moved", f"load it there: {load})")
+
+    def to(self: Any, *arguments: Any, **named: Any) -> Any:
+        """Nothing, where the model is there."""
+        import torch
+
+        parsed: Any = torch._C._nn._parse_to(*arguments, **named)
+        there, dtype = parsed[:2]
+        if dtype is not None:
+            return cast(self)
+        here = there is None or (there.type == device.type and there.index in (None, device.index))
+        return self if here else move(self)
+
     names = {
-        "__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__,
+        "__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "to": to,
         "device": property(lambda self: device), "save_pretrained": _refusal("are not here to be saved", save),
         "__deepcopy__": _refusal("are not here to be copied", f"load it a second time: {load})"),
     }  # fmt: skip

@@ -56,8 +56,15 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "prefix_allowed_tokens_fn", "streamer", "custom_generate", "synced_gpus",
     ),
     "it changes the prompt": ("token_healing",),
+    "it ends texts by the clock, and results would depend on the machine; max_new_tokens ends them by their length": (
+        "max_time",
+    ),
 }  # fmt: skip
 """Why → the arguments that are not taken."""
+OFFLOADED = "offloaded"
+"""What values of `cache_implementation` begin with that need a GPU, beside which keys and values lie."""
+ANSWERING = ("transformers", "torch", "optimum-quanto", "hqq")
+"""Distributions on which it depends whether values are good: caches are quantized by the last two."""
 SEQUENCES = ("num_beams", "num_return_sequences")
 PROCESSORS = {
     "temperature": "TemperatureLogitsWarper", "top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper",
@@ -118,7 +125,7 @@ def check_names(arguments: Mapping[str, Any]) -> None:
         if name in reasons:
             raise UsageError(f"{name} is not taken: {reasons[name]}", OWN_FUNCTION, field=key)
         if known_arguments() and name not in known_arguments():
-            close = did_you_mean(name, sorted(known_arguments() - reasons.keys() - FIELDS.keys()))
+            close = did_you_mean(name, sorted(known_arguments() - reasons.keys()))
             cure = close or "its arguments are those of GenerationConfig"
             raise UsageError(f"`generate` has no argument {name!r}", cure, field=key)
 
@@ -148,7 +155,8 @@ def check_values(
         return  # then nothing generates here
     model = {"vocabulary": _vocabulary(config), "encodes": bool(config.get("is_encoder_decoder"))} if config else None
     question = json.dumps({"arguments": as_floats(arguments), "own": own, "model": model}, sort_keys=True, default=str)
-    key = hashlib.sha256(f"{package_version('transformers')} {question}".encode()).hexdigest()
+    versions = [package_version(name) for name in ANSWERING]
+    key = hashlib.sha256(f"{versions} {question}".encode()).hexdigest()
     answer = answered(
         sources.memo / "generation" / f"{key}.json" if sources.memo else None,
         key,
@@ -281,11 +289,11 @@ def _generate(model: Any, arguments: Mapping[str, Any], own: Mapping[str, Any]) 
     given = {name: min(v, 4) if name in COUNTS and type(v) is int else v for name, v in arguments.items()}
     if isinstance(watermark := given.get("watermarking_config"), dict):
         given["watermarking_config"] = WatermarkingConfig.from_dict(watermark)
-    if str(given.get("cache_implementation", "")).startswith("offloaded"):
+    if str(given.get("cache_implementation", "")).startswith(OFFLOADED):
         del given["cache_implementation"]
     given.pop("stop_strings", None)
     left = ["stop_strings", "max_length", "max_new_tokens"]
-    left += ["cache_implementation"] if str(own.get("cache_implementation", "")).startswith("offloaded") else []
+    left += ["cache_implementation"] if str(own.get("cache_implementation", "")).startswith(OFFLOADED) else []
     kept = {name: min(v, 4) if name in COUNTS and type(v) is int else v for name, v in own.items() if name not in left}
     model.generation_config = GenerationConfig(**{"decoder_start_token_id": 0, "eos_token_id": 0, **kept})
     ids = torch.zeros((1, 1), dtype=torch.int64)

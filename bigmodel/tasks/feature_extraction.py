@@ -58,7 +58,7 @@ def _bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Ans
         limit = min((most for most in known if most is not None and most < UNLIMITED), default=None)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     names = _inputs(body, tokenizer, options.bounded)
-    most, begin = most_together(body), afresh(model)
+    most, begin = most_together(body if hasattr(body, "config") else model), afresh(model)
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         import torch

@@ -17,9 +17,9 @@ from pydantic import ConfigDict
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import UsageError
 
-from .arguments import GENERATION_CONFIG, as_floats, check_names, check_values, said_by_config
+from .arguments import GENERATION_CONFIG, OFFLOADED, as_floats, check_names, check_values, said_by_config
 from .task import OVERFLOWS, Answer, Answerer, Arguments, Task, TaskOptions, seeds_of
-from .together import afresh, counts_padding, most_together
+from .together import afresh, counts_padding, most_together, pads_ordinarily
 from .tokenizing import (
     OWN_FUNCTION,
     check_length,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from .rows import Row
 
+BY_THE_CLOCK = {"max_time": None}
+"""What a model's own file may end texts by: how far they come depends on the machine, and on what else it does."""
 _seeds: ContextVar[Sequence[int]] = ContextVar("seeds", default=())
 """Of the rows of the batch that this thread generates."""
 _broken: ContextVar[list[torch.Tensor] | None] = ContextVar("broken", default=None)
@@ -120,15 +122,19 @@ def generator(
     """Return what answers rows with the text that the model makes of each. read: how it reads them, which raises
     ValueError for rows that it cannot. arguments: of `generate`, which the model has. apart: rows for which it gives
     different answers are not read together."""
+    from bigpipe.bigmodel.execution import loaded
+
     goes_on, given = not model.config.is_encoder_decoder, as_floats(arguments)
     draw_alone(model)
-    most, begin = most_together(model), afresh(model)
-    asked = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
+    most, begin, ordinary = most_together(model), afresh(model), pads_ordinarily(tokenizer)
+    asked = {**BY_THE_CLOCK, "max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id, **given}
     if isinstance(watermark := asked.get("watermarking_config"), dict):
         from transformers import WatermarkingConfig
 
         asked["watermarking_config"] = WatermarkingConfig.from_dict(watermark)
     own = model.generation_config.to_dict()
+    if loaded(model).homes.main.type == "cpu":
+        asked |= _offloaded_nowhere({**own, **asked})
 
     def answer(rows: Sequence[Row]) -> list[Answer]:
         parts: dict[str, list[Row]] = {}
@@ -149,7 +155,7 @@ def generator(
             settings["tokenizer"] = tokenizer
         cut, length = _cutter(settled, tokenizer), settings["max_new_tokens"]
         found = read(rows)
-        alone = max(found.tokens) + length > most or counts_padding(settled, goes_on)
+        alone = max(found.tokens) + length > most or counts_padding(settled, goes_on, ordinary)
         if alone and len({*found.tokens}) > 1:
             return [alike([row])[0] for row in rows]
         if goes_on:
@@ -189,6 +195,13 @@ def _settled(asked: Mapping[str, Any], given: Mapping[str, Any], own: Mapping[st
     elif own.get("do_sample") is False:
         unset = dict.fromkeys(("temperature", "top_p", "top_k"))
     return {**asked, **unset, **own}
+
+
+def _offloaded_nowhere(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the CPU computes, keys and values lie in RAM anyway: what they are asked to be there."""
+    name = str(settings.get("cache_implementation"))
+    here = name.removeprefix(OFFLOADED)
+    return {} if here == name else {"cache_implementation": here.lstrip("_") or None}
 
 
 def _one_by_one(settings: Mapping[str, Any]) -> bool:

@@ -262,7 +262,11 @@ def embedded(model: Any) -> int | None:
     """Return how many tokens a loaded model has embeddings of; None where that is no table of its vocabulary."""
     import torch
 
-    table, size = model.get_input_embeddings(), getattr(model.config.get_text_config(), "vocab_size", None)
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE hashes its letters
+        return None
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
     return _rows_of((table.num_embeddings, 1), size) if isinstance(table, torch.nn.Embedding) else None
 
 

@@ -51,8 +51,10 @@ def test_rows_of_an_embedding_that_the_map_names_are_looked_up_where_its_table_l
     model = load_elsewhere(tmp_path, {"": "cpu", name: home})
     table, met = model.get_submodule(name), []
     table.register_forward_pre_hook(lambda module, rows: met.append((rows[0].device, module.weight.device)))
+    whole = architecture == "bert" and home == "cpu"  # then its block comes at once
+    called = model.bert.embeddings if whole else table
     with torch.inference_mode():
-        assert table(torch.tensor([[5, 6, 7]])).device.type == "meta"
+        assert called(torch.tensor([[5, 6, 7]])).device.type == "meta"
     ((rows, weight),) = met
     assert rows == weight
 

@@ -27,6 +27,7 @@ from bigpipe.bigmodel.tasks.arguments import (
     wrong_value,
 )
 from bigpipe.errors import UsageError
+from bigpipe.versions import package_version
 
 QUICKSTART = Path(__file__).parents[2] / "models/quickstart"
 VOCABULARY = 3072
@@ -36,7 +37,7 @@ TASK = find_task("text-generation", Sources())
 SAMPLE = {"do_sample": True}
 BEAMS = {"num_beams": 2}
 VALUES: Mapping[str, Mapping[str, Any]] = {
-    "min_length": {"min_length": 6}, "min_new_tokens": {"min_new_tokens": 3}, "max_time": {"max_time": 60.0},
+    "min_length": {"min_length": 6}, "min_new_tokens": {"min_new_tokens": 3},
     "early_stopping": {**BEAMS, "early_stopping": True}, "stop_strings": {"stop_strings": ["e", "zz"]},
     "do_sample": SAMPLE, "num_beams": BEAMS, "use_cache": {"use_cache": False},
     "cache_implementation": {"cache_implementation": "static"}, "cache_config": {"cache_config": {}},
@@ -121,7 +122,7 @@ def test_what_is_not_taken_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
-        ("max_token", "max_new_tokens|max_time"),
+        ("max_token", "max_new_tokens"),
         ("temprature", "did you mean 'temperature'"),
         ("num_beans", "did you mean 'num_beams'"),
         ("max_seq_length", "GenerationConfig|did you mean"),
@@ -199,7 +200,7 @@ def test_values_that_go_with_the_models_own(arguments: dict[str, Any], own: dict
     assert wrong_value(arguments, own) is None
 
 
-def test_values_are_asked_of_a_child_once(path: Path, tmp_path: Path) -> None:
+def test_values_are_asked_of_a_child_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described, sources = describe_checkpoint(path), Sources(memo=tmp_path)
     for _ in range(2):
         with pytest.raises(UsageError, match="strictly positive float"):
@@ -208,6 +209,13 @@ def test_values_are_asked_of_a_child_once(path: Path, tmp_path: Path) -> None:
     assert len(kept) == 1
     remember(kept[0], {"wrong": None})
     list(TASK.checked({"do_sample": True, "temperature": 0.0}, rows(), described, sources))
+    (tmp_path / "hqq-0.2.8.dist-info").mkdir()
+    (tmp_path / "hqq-0.2.8.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: hqq\nVersion: 0.2.8\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    package_version.cache_clear()
+    with pytest.raises(UsageError, match="strictly positive float"):  # what was installed since may take it
+        list(TASK.checked({"do_sample": True, "temperature": 0.0}, rows(), described, sources))
+    package_version.cache_clear()
 
 
 def test_several_texts_of_a_prompt_depend_on_the_prompt_alone(model: Any, path: Path) -> None:
@@ -244,6 +252,23 @@ def test_a_stop_string_ends_each_text_whatever_pads_it(tmp_path: Path, where: st
         made = [tokenizer().decode(whole[text][:length], skip_special_tokens=True) for length in range(1, 9)]
         wanted = next((sofar for sofar in made if stop in sofar), made[-1])
         assert answer.payload["text"] == wanted
+
+
+@pytest.mark.parametrize("where", ["argument", "file"])
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_keys_and_values_that_belong_in_ram_are_there_where_a_cpu_computes(
+    tmp_path: Path, model: Any, where: str, kind: str
+) -> None:
+    path, asked = Path(shutil.copytree(QUICKSTART, tmp_path / "model")), {"cache_implementation": kind}
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **(asked if where == "file" else {})}))
+    answers = generate(load(path), path, asked if where == "argument" else {}, new=3)
+    assert answers == generate(model, path, {"eos_token_id": 2}, new=3)
+
+
+def test_no_file_of_a_models_own_ends_texts_by_the_clock(tmp_path: Path, model: Any) -> None:
+    path = Path(shutil.copytree(QUICKSTART, tmp_path / "model"))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "max_time": 1e-9}))
+    assert generate(load(path), path, {}) == generate(model, path, {"eos_token_id": 2})
 
 
 def test_an_end_of_ones_own_is_heeded(model: Any, path: Path) -> None:

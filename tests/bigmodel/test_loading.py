@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigpipe.bigmodel.adapters.unpacking import unpacked
 from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import open_checkpoint
-from bigpipe.bigmodel.execution import load, loaded
+from bigpipe.bigmodel.execution import HostMemory, load, loaded
 from bigpipe.bigmodel.formats import named, set_apart
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
@@ -331,12 +331,48 @@ def test_what_a_streamed_model_cannot_do_says_what_to_do(tmp_path: Path) -> None
         ("save_checkpoint", lambda: model.save_pretrained(tmp_path / "out")),
         ("a second time", lambda: copy.deepcopy(model)),
         *(("in that dtype", getattr(model, name)) for name in ("half", "bfloat16", "float", "double")),
+        ("in that dtype", lambda: model.to(torch.float16)),
+        ("in that dtype", lambda: model.to("cpu", dtype=torch.bfloat16)),
+        ("load it there", lambda: model.to("cuda")),
     ]
     for cure, doing in does:
         with pytest.raises(UsageError, match="the weights of this LlamaForCausalLM are streamed") as error:
             doing()
         assert cure in error.value.cure
+    assert model.to("cpu") is model
     assert not (tmp_path / "out").exists()
+
+
+def test_a_streamed_weight_tells_of_itself_and_gives_no_numbers(tmp_path: Path) -> None:
+    """Some of torch's products on a CPU take a tensor on meta, and give memory that nobody has written."""
+    model = load(make_checkpoint(tmp_path / "model", "llama"), {"": "cpu", "lm_head": "disk"})
+    weight, hidden, file = model.lm_head.weight, torch.ones(1, 32), tmp_path / "state.pt"
+    assert (weight.device, weight.dtype, weight.shape) == (torch.device("cpu"), torch.float32, (264, 32))
+    assert isinstance(weight, torch.nn.Parameter)
+    assert weight.requires_grad
+    assert "lm_head.weight, streamed" in repr(weight)
+    does: list[Callable[[], object]] = [
+        lambda: torch.nn.functional.linear(hidden, weight),
+        lambda: hidden @ weight.T,
+        lambda: torch.addmm(torch.ones(264), hidden, mat2=weight.t()),
+        lambda: weight[torch.tensor([5])],
+        lambda: weight.data,
+        lambda: model.lm_head.half(),
+        lambda: torch.save(model.state_dict(), file),
+        lambda: copy.deepcopy(model.lm_head),
+    ]
+    for doing in does:
+        with pytest.raises(UsageError, match=r"lm_head\.weight is streamed") as error:
+            doing()
+        assert "device_map: {lm_head: cpu}" in error.value.cure
+    assert not file.exists()
+    cast = load(tmp_path / "model", dtype="float16", memory=HostMemory(cast=0, widen=0))
+    with pytest.raises(UsageError) as error:
+        hidden @ cast.lm_head.weight.T
+    keeping = {"lm_head.weight": "float16"}
+    assert "special_dtypes: {lm_head.weight: float16}" in error.value.cure
+    kept = load(tmp_path / "model", dtype="float16", special_dtypes=keeping, memory=HostMemory(cast=0, widen=0))
+    assert not kept.lm_head.weight.is_meta
 
 
 def test_the_device_of_a_streamed_model_is_where_its_inputs_belong(tmp_path: Path) -> None:

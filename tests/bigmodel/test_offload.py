@@ -26,7 +26,7 @@ from transformers import (
 from bigpipe.bigmodel.checkpoint import MappedFiles, TensorInfo, open_checkpoint
 from bigpipe.bigmodel.checkpoint.mapped import DROP, _Span
 from bigpipe.bigmodel.execution import HostMemory, forward_once, load, loaded
-from bigpipe.errors import StageFailed
+from bigpipe.errors import StageFailed, UsageError
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gpt2", "mixtral", "bert", "t5", "bart", "vit"])
@@ -37,7 +37,7 @@ def test_disk_gives_the_same_bits(tmp_path: Path, architecture: str, stored: str
     model = load(tmp_path, {"": "disk"}, dtype="float32")
     for _ in range(2):
         assert torch.equal(forward(model), wanted)
-    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_what_is_streamed_is_used_as_stored(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_stored_buffers_are_streamed_too(tmp_path: Path) -> None:
     assert loaded(model).held == {"disk": 4 * (64 * 64 * 2 + 64), "cpu": 8}
     hidden = torch.randn(3, 64)
     assert torch.equal(model(hidden), wanted(hidden))
-    assert model.mask.device.type == "meta"
+    assert model.mask.is_meta
 
 
 def test_a_forward_that_fails_leaves_the_model_usable(tmp_path: Path) -> None:
@@ -165,8 +165,10 @@ class Reaching(torch.nn.Module):
 def test_a_weight_that_is_reached_for_from_outside_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(Reaching().state_dict(), file)
-    with pytest.raises(StageFailed, match="Reaching uses a weight outside the module that holds it"):
+    with pytest.raises(UsageError, match=r"inner\.weight is streamed") as error:
         forward_once(load(file, {"": "disk"}, model=Reaching()))
+    assert "device_map: {inner: cpu}" in error.value.cure
+    assert forward_once(load(file, {"": "disk", "inner": "cpu"}, model=Reaching())) is None
     assert forward_once(load(file, {"": "disk"}, model=Reaching(), no_split_module_classes=["Reaching"])) is None
     assert forward_once(load(file, {"": "cpu"}, model=Reaching())) is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.architectures import DEEPSEEK_V4
+from support.architectures import ALL, DEEPSEEK_V4
 from support.models import SPECIAL, save_model, tiny_tokenizer
 
 from bigpipe.bigmodel.architecture import together_limit
@@ -26,6 +26,14 @@ XLSTM = {"hidden_size": 256, "num_heads": 4, "num_blocks": 2, "vocab_size": 264}
 MINIMAX = {
     **WIDTHS, "num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+SEEN = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+GIT = {**WIDTHS, "vision_config": SEEN}
+DEEPSEEK_V32 = {**ALL["deepseek_v32"], "index_topk": 4}
+FSMT = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 264,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128,
+    "src_vocab_size": 264, "tgt_vocab_size": 264, "langs": ["en", "de"], "pad_token_id": 0,
 }  # fmt: skip
 MOBILEBERT = {**WIDTHS, "embedding_size": 32, "intra_bottleneck_size": 32}
 DYNAMIC = {
@@ -75,8 +83,11 @@ def answers(
         ("xLSTM", "ForCausalLM", XLSTM),
         ("DeepseekV4", "ForCausalLM", {**DEEPSEEK_V4, "vocab_size": 264}),
         ("MiniMax", "ForCausalLM", MINIMAX),
+        ("Git", "ForCausalLM", GIT),
+        ("RoFormer", "ForCausalLM", {**WIDTHS, "is_decoder": True}),
+        ("DeepseekV32", "ForCausalLM", {**DEEPSEEK_V32, "vocab_size": 264}),
     ],
-    ids=["xlnet", "rwkv", "xlstm", "deepseek_v4", "minimax"],
+    ids=["xlnet", "rwkv", "xlstm", "deepseek_v4", "minimax", "git", "roformer", "deepseek_v32"],
 )
 def test_a_model_that_drops_or_misplaces_the_mask_reads_texts_of_one_length(
     tmp_path: Path, prefix: str, head: str, config: dict[str, Any]
@@ -147,6 +158,7 @@ def test_texts_below_the_length_at_which_positions_change_are_still_read_togethe
     layered = {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}
     assert together_limit({"max_position_embeddings": 64, "rope_parameters": layered}) == 64
     assert together_limit(WIDTHS) is None
+    assert together_limit({**DYNAMIC, "text_config": {"index_topk": 8}}) == 8
 
 
 def test_a_model_that_changes_itself_for_short_texts_reads_long_ones_as_if_it_had_read_nothing(tmp_path: Path) -> None:
@@ -196,6 +208,45 @@ def test_arguments_that_count_what_stands_before_count_no_padding(
     (path / "generation_config.json").write_text(json.dumps({**own, "pad_token_id": 5, **more}))
     together, alone = answers("text-generation", path, **({"pad_token_id": 5} | ({} if more else arguments)))
     assert together == alone
+
+
+@pytest.mark.parametrize(
+    "matching", [{"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 3}, {"bad_words_ids": [[0, 87, 0]]}], ids=str
+)
+def test_padding_with_a_letter_is_no_part_of_what_is_repeated(tmp_path: Path, matching: dict[str, Any]) -> None:
+    """A tokenizer without special tokens pads with its first letter, which this model likes to write."""
+    from support.models import make_checkpoint
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    read = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    read.pre_tokenizer, read.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    path = make_checkpoint(tmp_path, "llama", eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_object=read).save_pretrained(path)
+    biased = {"sequence_bias": [[[0], 9.0]], **matching}
+    together, alone = answers("text-generation", path, texts=["Hi!", "a much longer prompt", "x"], **biased)
+    assert together == alone
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("prefix", "head", "config"),
+    [
+        ("FSMT", "ForConditionalGeneration", FSMT),
+        ("Canine", "Model", {**WIDTHS, "local_transformer_stride": 16, "num_hash_buckets": 64}),
+    ],
+    ids=["fsmt", "canine"],
+)
+def test_features_of_models_whose_parts_say_less_of_themselves(
+    tmp_path: Path, prefix: str, head: str, config: dict[str, Any]
+) -> None:
+    path = make(tmp_path, prefix, head, **config)
+    together, alone = answers("feature-extraction", path, texts=TEXTS[:2])
+    for one, other in zip(together, alone, strict=True):
+        assert one["features"] == pytest.approx(other["features"], abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
