@@ -11,6 +11,7 @@ import click
 
 import bigpipe
 from bigpipe.errors import ManifestError, UsageError
+from bigpipe.files import write_named
 from bigpipe.orchestrator import report
 from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
@@ -290,7 +291,7 @@ def export(
         found = commands.export(target, manifest, machine=there, out=out, reporter=reporter, **options)
     if check and out:
         found.require_same(out)
-    size = report.write_page(out, found.text) if out and not check else 0
+    size = write_named(out, found.text) if out and not check else 0
     for fact in found.unknown:
         say(f"not known: {fact}", err=True)
     show(

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Offline, Stale, UsageError
+from bigpipe.files import without_detours
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -214,7 +215,7 @@ def _open(
     manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
 ) -> Session:
     """A session that knows what the lock file beside the manifest pins."""
-    path = lock_path(Path(manifest).absolute())
+    path = lock_path(without_detours(manifest))
     if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
         pins, asked = ({name: getattr(item, of) for name, item in lock.inputs.items()} for of in ("pins", "asked"))
         options |= {"lock": lock.path, "locked_pins": pins, "locked_asked": asked}
@@ -400,7 +401,7 @@ def shared(planned: Plan) -> dict[str, bool | None]:
 @checked()
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
     """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
-    return load_recipe(Path(path).absolute(), written(params))
+    return load_recipe(without_detours(path), written(params))
 
 
 def validate(

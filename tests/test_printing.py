@@ -17,6 +17,7 @@ from hypothesis import given, strategies as st
 from support.workshop import Workshop, environment
 
 from bigpipe.commandline.printing import Others, others_apart, own_stdout, say
+from bigpipe.commandline.streams import listen
 from bigpipe.redaction import conceal
 from bigpipe.tables import Screen as Terminal, columns
 
@@ -39,6 +40,14 @@ def test_others_print_to_stderr_cleaned_and_whole_lines(monkeypatch) -> None:
     assert (sys.stdout, sys.stderr) == (out, err)
     assert out.getvalue() == "an answer\n"
     assert err.getvalue() == "from a kind ***\nnot ended\n"
+
+
+def test_where_nobody_can_be_asked_there_is_an_input_that_says_nothing(monkeypatch) -> None:
+    for name, stream in (("stdin", None), ("stdout", Screen()), ("stderr", Screen())):
+        monkeypatch.setattr(sys, name, stream)  # as Python leaves it where descriptor 0 is closed
+    listen()
+    assert sys.stdin is not None
+    assert sys.stdin.fileno() == 0
 
 
 def test_a_bar_that_never_ends_its_line_takes_no_memory() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bigpipe.errors import Problem, UsageError
+from bigpipe.files import without_detours
 from bigpipe.orchestrator.recipe import Fault, Recipe
 from bigpipe.orchestrator.sinks import SINKS, install
 from bigpipe.orchestrator.store import Store, default_root
@@ -17,7 +18,7 @@ from .session import Session
 
 def problems_beside(recipe: Recipe) -> Iterator[Problem]:
     """Yield what is not there, and destinations that two nodes share."""
-    recipe = replace(recipe, path=recipe.path.absolute())
+    recipe = replace(recipe, path=without_detours(recipe.path))
     yield from _missing(recipe)
     yield from _written_twice(recipe)
 

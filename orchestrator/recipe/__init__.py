@@ -16,5 +16,6 @@ if TYPE_CHECKING:
     from .schema import described_schema, field_descriptions, manifest_schema, recipe_schema, texts_under_fields
     from .single import Single, fed_ports, in_options, option
     from .validation import models_in
+    from .wiring import is_meant, parts_of
 
 __getattr__, __all__ = face(__name__)

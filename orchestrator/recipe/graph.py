@@ -47,7 +47,7 @@ from .node import Node
 from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
 from .validation import SWITCHES, Target, validate
-from .wiring import Wired, Wiring, read_picks
+from .wiring import Wired, Wiring, is_meant
 from .yamlsource import Document, Key, read_document
 
 if TYPE_CHECKING:
@@ -124,13 +124,8 @@ class Recipe:
 
 
 def _matches(node: Node, name: str) -> bool:
-    if name in (node.name, node.stage):
-        return True
-    stage, _, picks = name.partition("@")
-    if stage != node.stage or not picks:
-        return False
-    own = {axis: {as_text(value): value} for axis, value in node.variant.items()}
-    return isinstance(read_picks(picks, own), dict)
+    variant = {axis: as_text(value) for axis, value in node.variant.items()}
+    return name == node.name or is_meant(name, node.stage, variant)
 
 
 def _with_ancestors(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:

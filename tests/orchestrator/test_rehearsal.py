@@ -72,8 +72,19 @@ def test_recipes_are_one_where_they_say_one_name_not_where_their_files_are_calle
     workshop.run(text % "a")
     assert bigpipe.plan(other).nodes["a"].decision.reason == says
     assert commands.why(other, "a")["a"]["reason"] == says
-    with nullcontext() if head else pytest.raises(UsageError, match=r"is one of .*knows none"):
+    with nullcontext() if head else pytest.raises(UsageError, match=r"is one of .*, not of "):
         assert set(became_of(bigpipe.load_manifest(other), "last")) == {"a"}
+
+
+def test_a_recipe_is_one_by_whatever_path_it_is_named(workshop, monkeypatch):
+    (workshop.folder / "sub").mkdir()
+    workshop.run("version: 1\nstages:\n  a: {uses: write, with: {text: a}}\n")
+    monkeypatch.chdir(workshop.folder / "sub")
+    detour = Path("..", "recipe.yaml")
+    assert set(became_of(bigpipe.load_manifest(detour), "last")) == {"a"}
+    bigpipe.run(detour)
+    assert set(became_of(bigpipe.load_manifest(workshop.manifest), "last")) == {"a"}
+    assert {record.manifest for record in bigpipe.runs()} == {str(workshop.manifest)}
 
 
 SECRETIVE = """\
