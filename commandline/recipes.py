@@ -125,7 +125,8 @@ def plan(
         told = plan_text(planned, explain=explain, screen=screen())
         return told if rows is None else f"{told}\n\n{report.probe_text(rows, screen())}"
 
-    show(as_json, lambda: report.plan_json(planned, rows), text, [*planned.errors(), *short])
+    errors = [*planned.errors(), *short]
+    show(as_json, lambda: report.plan_json(planned, rows), text, errors, as_file=markdown)
 
 
 @click.command()
@@ -240,6 +241,7 @@ def graph(
             if out
             else report.graph_text(recipe, form or "text", became, screen=screen())
         ),
+        as_file=not out and form not in (None, "text"),
     )
 
 
@@ -300,6 +302,7 @@ def export(
         lambda: (
             f"{out}: {'as it would be written' if check else format_transfer(size)}" if out else found.text.rstrip("\n")
         ),
+        as_file=not out,
     )
 
 
