@@ -259,7 +259,7 @@ def lock(manifest: Path, as_json: bool, **options: Any) -> None:
     """
     from bigpipe.orchestrator import commands
 
-    file = str(commands.lock(manifest, **options))
+    file = str(commands.lock(manifest, note=lambda line: say(line, err=True), **options))
     show(as_json, lambda: {"schema": "bigpipe.lock/1", "lock": file}, lambda: file)
 
 

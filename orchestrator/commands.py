@@ -212,14 +212,17 @@ def runs(*, store: str | Path | None = None) -> list[RunRecord]:
 
 
 def _open(
-    manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
-) -> Session:
-    """A session that knows what the lock file beside the manifest pins."""
+    manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None,
+    illegible: Callable[[UsageError], None] | None = None, **options: Any,
+) -> Session:  # fmt: skip
+    """A session that knows what the lock file beside the manifest pins. illegible: what is done about one that cannot
+    be read."""
     path = lock_path(without_detours(manifest))
-    if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
+    # Without a lock file nothing is imported for it.
+    if os.path.exists(path) and (lock := lock_file.read_lock(path, illegible or lock_file.refuse)):
         pins, asked = ({name: getattr(item, of) for name, item in lock.inputs.items()} for of in ("pins", "asked"))
         options |= {"lock": lock.path, "locked_pins": pins, "locked_asked": asked}
-        options["locked_answers"] = lock_file.read_answers(path)
+        options["locked_answers"] = lock_file.read_answers(path, illegible or lock_file.refuse)
     names = {"force": as_names(options["force"])} if "force" in options else {}
     return open_session(manifest, as_names(nodes), params=written(params), **{**options, **names})
 
@@ -323,9 +326,12 @@ def lock(
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
     offline: bool = False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
-    session = _open(manifest, params=params, store=store, offline=offline)
+    """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not). note: told, in a
+    line, of what cannot be read and is written anew."""
+    anew = None if check else lambda error: note(f"{error.cause}: it is written anew")
+    session = _open(manifest, params=params, store=store, offline=offline, illegible=anew)
     return lock_file.check_lock(session) if check else lock_file.write_lock(session)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def test_a_recipe_is_one_by_whatever_path_it_is_named(workshop, monkeypatch):
     bigpipe.run(detour)
     assert set(became_of(bigpipe.load_manifest(workshop.manifest), "last")) == {"a"}
     assert {record.manifest for record in bigpipe.runs()} == {str(workshop.manifest)}
+
+
+@pytest.mark.parametrize("spoilt", ["recipe.yaml.lock", "recipe.yaml.lock.answers.gz"])
+def test_a_lock_that_git_could_not_merge_is_written_anew(workshop, spoilt):
+    workshop.manifest.write_text("version: 1\nstages:\n  a: {uses: write, with: {text: a}}\n")
+    lock = commands.lock(workshop.manifest)
+    (workshop.folder / spoilt).write_text(f"<<<<<<< HEAD\n{lock.read_text()}=======\n>>>>>>> other\n")
+    for strict in (bigpipe.plan, partial(commands.lock, check=True)):
+        with pytest.raises(UsageError, match="bigpipe lock"):
+            strict(workshop.manifest)
+    told = []
+    commands.lock(workshop.manifest, note=told.append)
+    assert spoilt in told[0]
+    assert told[0].endswith(": it is written anew")
+    commands.lock(workshop.manifest, check=True)
 
 
 SECRETIVE = """\
