@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Offline, Stale, UsageError
+from bigpipe.errors import BigpipeError, GateFailed, Offline, Stale, UsageError
 from bigpipe.files import without_detours
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
@@ -414,18 +414,8 @@ def validate(
     manifests: Sequence[Path], params: Mapping[str, Any] | None = None, note: Callable[[str], None] = lambda line: None
 ) -> dict[Path, UsageError]:
     """Return what is wrong with each manifest that is not right: its problems, files and modules that are not there
-    among them; or that it is not there itself. note: told, in a line, of what fails no run."""
-    from .planning import problems_beside, untold  # of what is not run
+    among them; or that it is not there itself. Of several, each is given those of the params that it declares, and
+    those that none does. note: told, in a line, of what fails no run, and of parameters that have no value yet."""
+    from .planning import examined  # of what is not run
 
-    errors: dict[Path, UsageError] = {}
-    for path in manifests:
-        try:
-            recipe = load_recipe(path, written(params))
-            for line in untold(recipe):
-                note(line)
-            found = {problem.place: problem for problem in problems_beside(recipe)}  # once for all variants of a stage
-            if found:
-                raise ManifestError(list(found.values()))
-        except UsageError as error:
-            errors[path] = error
-    return errors
+    return examined(manifests, params, note)

@@ -7,7 +7,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from .arguments import written
     from .conditions import UNKNOWN, Comparison, Condition, Lookup, metric
-    from .graph import Recipe, load_recipe
+    from .graph import Recipe, declared_parameters, load_recipe
     from .initial import as_text, initial_manifest, initialise, source_of
     from .manifest import ResourcesSpec, Shared
     from .node import Choice, First, Node

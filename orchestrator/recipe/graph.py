@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.environment import Environment
-from bigpipe.errors import Place, UsageError
+from bigpipe.errors import ManifestError, Place, UsageError
 from bigpipe.files import read_file
 from bigpipe.names import closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Stage, Trust
@@ -164,6 +164,17 @@ def load_recipe(
         return _Loading(document, arguments, environment, stages, base, problems).recipe(path, resolve)
 
     return resolve(params)
+
+
+def declared_parameters(path: Path) -> frozenset[str]:
+    """Return the names of a manifest's parameters; none where it cannot be read that far. Raise UsageError where there
+    is no such file."""
+    try:
+        document = read_document(str(path), _read(path))
+    except ManifestError:
+        return frozenset()
+    manifest = read_manifest(document, Problems(document.place_at))
+    return frozenset(named(manifest.params)) if manifest else frozenset()
 
 
 def _fitting(name: str, text: str, default: Json) -> str:
@@ -338,9 +349,10 @@ class _Loading:
                 key: value if key == "uses" else interpolate(value, scope, self.problems, (*path, key))
                 for key, value in shape.items()
             }
-            target = Target(self.document, path, name, lenient=len(self.problems) > known)
+            awaited = bool(scope.open_params) and contains_reference(shape)
+            target = Target(self.document, path, name, lenient=awaited or len(self.problems) > known)
             structure = validate(Structure, shape, target, self.problems, salvage=True) or Structure(uses="unknown")
-            broken = len(self.problems) > before
+            broken = awaited or len(self.problems) > before
             unread = "inputs" in shape and "inputs" not in structure.model_fields_set
             kind, location = kinds.get(name) or (None, "")
             condition = self._condition(settings, scope)

@@ -37,6 +37,8 @@ _LIMITS = {
     "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
 }  # fmt: skip
 
+_OF_NAMES = ("extra_forbidden", "missing")
+"""They hold whatever the values are."""
 _STRICT = ("int_type", "float_type", "bool_type", "string_type")
 
 M = TypeVar("M", bound=BaseModel)
@@ -69,7 +71,7 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
             _report(finding, model, target, problems)
         return None if mistyped and not salvage else found
     for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
-        if not (target.lenient and contains_reference(finding.input)):
+        if finding.kind in _OF_NAMES or not (target.lenient and contains_reference(finding.input)):
             _report(finding, model, target, problems)
     return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
 

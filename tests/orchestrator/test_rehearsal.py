@@ -103,6 +103,25 @@ def test_a_lock_that_git_could_not_merge_is_written_anew(workshop, spoilt):
     commands.lock(workshop.manifest, check=True)
 
 
+def test_a_manifest_that_waits_for_a_value_is_right_as_far_as_it_can_be_told(tmp_path):
+    stage = "{uses: write, retries: '${params.n}', matrix: {a: '${params.axis}'}, with: {text: '${matrix.a}'}}"
+    plain, open_, wrong = (tmp_path / name for name in ("plain.yaml", "open.yaml", "wrong.yaml"))
+    plain.write_text("version: 1\nstages:\n  a: {uses: write, with: {text: a}}\n")
+    open_.write_text(f"version: 1\nparams: {{n: null, axis: null}}\nstages:\n  a: {stage}\n")
+    wrong.write_text(open_.read_text().replace("text:", "txt:"))
+    told = []
+    assert commands.validate([plain, open_], note=told.append) == {}
+    assert [line.partition(": ")[2] for line in told] == [
+        f"the parameter '{name}' has no default: what depends on it is checked once it has one"
+        for name in ("n", "axis")
+    ]
+    assert commands.validate([plain, open_], {"n": "1", "axis": "[x, y]"}) == {}
+    assert "'m'" in commands.validate([plain, open_], {"m": "1", "n": "1", "axis": "[x]"})[plain].problems[0].cause
+    assert commands.validate([open_], {"n": "1", "axis": "[[]]"}).keys() == {open_}
+    (error,) = commands.validate([plain, wrong]).values()
+    assert [problem.cause for problem in error.problems] == ["unknown field 'txt' in write"]
+
+
 SECRETIVE = """\
 version: 1
 name: secretive
