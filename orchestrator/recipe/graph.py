@@ -46,6 +46,7 @@ from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, spl
 from .node import Node
 from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
+from .spelling import plain
 from .validation import SWITCHES, Target, validate
 from .wiring import Wired, Wiring, is_meant
 from .yamlsource import Document, Key, read_document
@@ -257,7 +258,7 @@ class _Loading:
             text=self.document.text,
             nodes=ordered,
             trust=manifest.trust.value(),
-            params=dict(scope.params or {}),
+            params=plain(dict(scope.params or {})),
             unread=unread,
             remote=manifest.shared(),
             sinks={name: self.document.place_at(("sinks", index)) for index, name in enumerate(manifest.sinks)},

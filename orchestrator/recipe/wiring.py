@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import ANY, Json, Port, Stage
 
-from .interpolation import contains_reference
+from .interpolation import as_text, contains_reference
 from .manifest import NAME, Structure, check_name
 from .problems import Fault, Problems
 from .yamlsource import Document, Key
@@ -354,7 +354,7 @@ class Wiring:
             self.problems.add(Fault.BAD_MATRIX, path, f"the axis {axis!r} has no values", "list at least one")
         result: dict[str, Json] = {}
         for index, value in enumerate(values):
-            text = str(value).lower() if isinstance(value, bool) else str(value)
+            text = as_text(value)
             if not text.isprintable() or not 0 < len(text) <= MAX_AXIS_TEXT:
                 cure = f"use a short name of at most {MAX_AXIS_TEXT} printable characters"
                 self.problems.add(Fault.BAD_MATRIX, (*path, index), "this value cannot be part of a node's name", cure)

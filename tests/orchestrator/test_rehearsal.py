@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bigpipe
-from bigpipe.errors import UsageError
+from bigpipe.errors import ManifestError, UsageError
 from bigpipe.machine import Machine
 from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.report import became_of
@@ -120,6 +120,37 @@ def test_a_manifest_that_waits_for_a_value_is_right_as_far_as_it_can_be_told(tmp
     assert commands.validate([open_], {"n": "1", "axis": "[[]]"}).keys() == {open_}
     (error,) = commands.validate([plain, wrong]).values()
     assert [problem.cause for problem in error.problems] == ["unknown field 'txt' in write"]
+
+
+ALONE = "with: {text: 'v${params.v}'}, gates: ['characters < ${params.v}']"
+VARIED = "matrix: {m: '${params.v}'}, with: {text: 'v${matrix.m}'}"
+
+
+@pytest.mark.parametrize(
+    ("value", "stage", "arguments", "name", "text"),
+    [
+        ("2.10", ALONE, {}, "a", "v2.10"),
+        ("1.0", ALONE, {"v": "4.30"}, "a", "v4.30"),
+        ("1.0", ALONE, {"v": "3"}, "a", "v3"),
+        ("1e3", ALONE, {}, "a", "v1e3"),
+        ("0x10", ALONE, {}, "a", "v0x10"),
+        ("5", ALONE, {"v": "+5"}, "a", "v+5"),
+        ("[1.10]", VARIED, {}, "a@m=1.10", "v1.10"),
+        ("x", VARIED.replace("'${params.v}'", "[1.10]"), {}, "a@m=1.10", "v1.10"),
+    ],
+)
+def test_a_number_stands_in_a_text_as_it_is_written(tmp_path, value, stage, arguments, name, text):
+    manifest = tmp_path / "recipe.yaml"
+    manifest.write_text(f"version: 1\nparams: {{v: {value}}}\nstages:\n  a: {{uses: write, {stage}}}\n")
+    (node,) = bigpipe.load_manifest(manifest, params=arguments).nodes.values()
+    assert (node.name, node.params.text) == (name, text)
+
+
+def test_a_number_that_is_to_be_a_text_is_told_as_it_is_written(tmp_path):
+    manifest = tmp_path / "recipe.yaml"
+    manifest.write_text("version: 1\nparams: {v: 2.10}\nstages:\n  a: {uses: write, with: {text: '${params.v}'}}\n")
+    with pytest.raises(ManifestError, match=r"put it in quotes where it is set if it is text: '2\.10'"):
+        bigpipe.load_manifest(manifest)
 
 
 SECRETIVE = """\
