@@ -3,11 +3,12 @@ in this process, is no data: it goes to stderr, cleaned as all that is shown."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
@@ -17,6 +18,8 @@ from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator import report
 from bigpipe.redaction import plain, unfinished
 from bigpipe.tables import Screen, coloured
+
+from .streams import below
 
 CLEAR = "\x1b[H\x1b[2J"
 """What empties a terminal and starts at its top."""
@@ -92,19 +95,38 @@ def screen(*, err: bool = False) -> Screen:
     return Screen.of(own_stderr() if err else own_stdout())
 
 
-def show(as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors: Sequence[BigpipeError] = ()) -> None:
+def show(
+    as_json: bool, data: Callable[[], Any], text: Callable[[], str], errors: Sequence[BigpipeError] = (), *,
+    as_file: bool = False,
+) -> None:  # fmt: skip
     """Print the answer of a command: for programs, one JSON object with the errors in it, or for people. Errors are
-    also printed, and the first is the exit code."""
+    also printed, and the first is the exit code. as_file: the text is to be a file."""
     if as_json:
         show_json(report.answered(data(), errors))
     elif told := text():
-        say(told)
+        (hand_over if as_file else say)(told)
     fail_all(errors)
 
 
 def say(text: str, *, err: bool = False) -> None:
     """Print a text, whoever wrote it: all that commands print goes through here or `show_json`."""
     click.echo(coloured(report.clean(text)), file=own_stderr() if err else own_stdout(), color=True)
+
+
+def hand_over(text: str) -> None:
+    """Print what is to be a file: in UTF-8, whatever the terminal reads."""
+    stream = own_stdout()
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8")
+    say(text)
+
+
+def say_each(texts: Iterable[str], say: Callable[[str], None] = say) -> None:
+    """Print what may come for hours, each as it comes, as long as somebody reads: `log -f | head -1` ends then."""
+    for text in texts:
+        say(text)
+        if (stream := below(own_stdout())) is not None and stream.gone:
+            return
 
 
 def confirmed(question: str) -> bool:
@@ -123,7 +145,9 @@ def redraw(text: str) -> None:
 
 
 def show_json(data: Any, indent: int | None = 2) -> None:
-    click.echo(report.json_text(data, indent), file=own_stdout())
+    stream = own_stdout()
+    utf8 = codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
+    click.echo(report.json_text(data, indent, ascii_only=not utf8), file=stream)
 
 
 def show_refusal(command: str, error: BigpipeError, options: Mapping[str, Any], *, indent: int | None = 2) -> None:

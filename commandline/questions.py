@@ -116,7 +116,7 @@ def kinds(kind: str | None, markdown: bool, as_json: bool) -> None:
     Example: bigpipe kinds quantize
     """
     if markdown or kind or as_json:
-        show(as_json, lambda: report.kinds_json(kind), lambda: report.kinds_markdown(kind))
+        show(as_json, lambda: report.kinds_json(kind), lambda: report.kinds_markdown(kind), as_file=markdown)
     else:
         say(report.kinds_overview(screen()))
 
@@ -146,7 +146,8 @@ def completion(shell: str, as_json: bool) -> None:
 
     Example: bigpipe completion bash
     """
-    show(as_json, lambda: {"schema": "bigpipe.completion/1", "text": script(shell)}, lambda: script(shell))
+    text = script(shell)
+    show(as_json, lambda: {"schema": "bigpipe.completion/1", "text": text}, lambda: text, as_file=True)
 
 
 COMMANDS = (estimate, init, schema, kinds, doctor, completion)

@@ -11,6 +11,7 @@ import click
 
 import bigpipe
 from bigpipe.errors import ManifestError, UsageError
+from bigpipe.files import write_named
 from bigpipe.orchestrator import report
 from bigpipe.sizes import format_transfer
 from bigpipe.tables import columns
@@ -124,7 +125,8 @@ def plan(
         told = plan_text(planned, explain=explain, screen=screen())
         return told if rows is None else f"{told}\n\n{report.probe_text(rows, screen())}"
 
-    show(as_json, lambda: report.plan_json(planned, rows), text, [*planned.errors(), *short])
+    errors = [*planned.errors(), *short]
+    show(as_json, lambda: report.plan_json(planned, rows), text, errors, as_file=markdown)
 
 
 @click.command()
@@ -239,6 +241,7 @@ def graph(
             if out
             else report.graph_text(recipe, form or "text", became, screen=screen())
         ),
+        as_file=not out and form not in (None, "text"),
     )
 
 
@@ -256,7 +259,7 @@ def lock(manifest: Path, as_json: bool, **options: Any) -> None:
     """
     from bigpipe.orchestrator import commands
 
-    file = str(commands.lock(manifest, **options))
+    file = str(commands.lock(manifest, note=lambda line: say(line, err=True), **options))
     show(as_json, lambda: {"schema": "bigpipe.lock/1", "lock": file}, lambda: file)
 
 
@@ -290,7 +293,7 @@ def export(
         found = commands.export(target, manifest, machine=there, out=out, reporter=reporter, **options)
     if check and out:
         found.require_same(out)
-    size = report.write_page(out, found.text) if out and not check else 0
+    size = write_named(out, found.text) if out and not check else 0
     for fact in found.unknown:
         say(f"not known: {fact}", err=True)
     show(
@@ -299,6 +302,7 @@ def export(
         lambda: (
             f"{out}: {'as it would be written' if check else format_transfer(size)}" if out else found.text.rstrip("\n")
         ),
+        as_file=not out,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from bigpipe.orchestrator import recipe, report
 
 from .completing import MODELS, offering
 from .options import JSON, OFFLINE, STORE
-from .printing import fail_all, own_stderr, say, screen, show_json
+from .printing import fail_all, hand_over, own_stderr, say, screen, show_json
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.stage import Stage
@@ -218,7 +219,8 @@ def single(command: str) -> KindCommand:
         wired = {name.removeprefix("wired_"): value for name, value in given.items() if name.startswith("wired_")}
         ranks = given.get("num_processes")
         asked = recipe.Single(
-            name=command, kind=SINGLES[command][0], revision=revision, trust=trust, to=out,
+            name=command, kind=SINGLES[command][0], revision=revision, trust=trust,
+            to=out and os.path.expanduser(out),
             models={"model": model, **{port: value for port, value in wired.items() if value}},
             fields=_fields(command, given), typed=_typed(command, given),
             launch={"num_processes": ranks} if ranks else {},
@@ -256,7 +258,7 @@ def show_recipe(asked: recipe.Single, as_json: bool) -> None:
         return
     taken = asked.to is not None and asked.saved_as is None
     note = f"# then: bigpipe get {asked.name} {shlex.quote(asked.to or '')}\n" if taken else ""
-    say(note + text.rstrip("\n"))
+    hand_over(note + text.rstrip("\n"))
 
 
 def _run(asked: recipe.Single, as_json: bool, *, store: Path | None, offline: bool) -> None:

@@ -15,7 +15,7 @@ from bigpipe.sizes import format_transfer
 
 from .completing import RAN, REMOVABLE, RUNS
 from .options import DRY_RUN, JSON, PATH, STORE, YES, age
-from .printing import confirmed, redraw, say, screen, show, show_json
+from .printing import confirmed, hand_over, redraw, say, say_each, screen, show, show_json
 
 
 def _print(answer: report.Inspection, as_json: bool) -> None:
@@ -48,8 +48,7 @@ def show_record(run: str, watch: bool, as_json: bool, store: Path | None) -> Non
     if not watch:
         _print(report.show_run(run, store=store, screen=screen()), as_json)
         return
-    for found in report.follow_run(run, store=store, screen=screen()):
-        redraw(found.text)
+    say_each((found.text for found in report.follow_run(run, store=store, screen=screen())), redraw)
 
 
 @click.command("ps")
@@ -79,9 +78,7 @@ def log(run: str, node: str | None, follow: bool, as_json: bool, store: Path | N
     if as_json:
         show_json(report.answered(report.logged(run, node, store=store)))
         return
-    lines = report.follow_log(run, node, store=store) if follow else report.log_lines(run, node, store)
-    for line in lines:
-        say(line)
+    say_each(report.follow_log(run, node, store=store) if follow else report.log_lines(run, node, store))
 
 
 @click.command()
@@ -98,7 +95,7 @@ def diff(run: str, other: str, markdown: bool, as_json: bool, store: Path | None
     if markdown and as_json:
         raise UsageError("--markdown is for people, and --json for programs", "leave one out")
     if markdown:
-        say(report.review(run, other, store=store))
+        hand_over(report.review(run, other, store=store))
     else:
         _print(report.diff(run, other, store=store), as_json)
 

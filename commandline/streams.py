@@ -2,6 +2,7 @@
 the work nor the exit code.
 
     listen()      puts them in place, at the start
+    below(text)   what a stream stands on: `gone` once nobody reads it
     lost()        at the end: what could not be printed, although somebody wanted it
 """
 
@@ -43,6 +44,11 @@ class Stream(io.FileIO):
         return len(data)
 
     @property
+    def gone(self) -> bool:
+        """Whether its reader went away: there is nobody to print for."""
+        return self.fault is not None and self.lost is None
+
+    @property
     def lost(self) -> OSError | None:
         """What kept it from printing; None where that was its reader's end, as of a terminal that was closed."""
         gone = (*GONE, errno.EIO) if self._terminal else GONE
@@ -57,6 +63,7 @@ def listen() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  None where it was closed
     sys.stdout, sys.stderr = _text(1, sys.stdout), _text(2, sys.stderr)
 
 
@@ -67,12 +74,18 @@ def _text(descriptor: int, before: TextIO | None) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BufferedWriter(stream), encoding, "backslashreplace", line_buffering=lines)
 
 
+def below(text: TextIO) -> Stream | None:
+    """Return the descriptor that a stream writes to, None where it is not one of these."""
+    raw = getattr(getattr(text, "buffer", None), "raw", None)
+    return raw if isinstance(raw, Stream) else None
+
+
 def lost() -> BigpipeError | None:
     """Return why what went to standard output did not arrive; None where it did, or where nobody waits for it."""
     for text in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             text.flush()
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(raw, Stream) and (error := raw.lost) is not None:
+    raw = below(sys.stdout)
+    if raw is not None and (error := raw.lost) is not None:
         return explain(error, Path(os.path.realpath("/dev/stdout")), other="print to another place")
     return None

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.errors import BigpipeError, GateFailed, ManifestError, Offline, Stale, UsageError
+from bigpipe.errors import BigpipeError, GateFailed, Offline, Stale, UsageError
+from bigpipe.files import without_detours
 from bigpipe.fit import as_parameters
 from bigpipe.machine import MACHINE
 from bigpipe.names import Given, as_names, checked
@@ -211,14 +212,17 @@ def runs(*, store: str | Path | None = None) -> list[RunRecord]:
 
 
 def _open(
-    manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None, **options: Any
-) -> Session:
-    """A session that knows what the lock file beside the manifest pins."""
-    path = lock_path(Path(manifest).absolute())
-    if os.path.exists(path) and (lock := lock_file.read_lock(path)):  # without one nothing is imported for it
+    manifest: str | Path, nodes: Sequence[str] = (), *, params: Mapping[str, Any] | None,
+    illegible: Callable[[UsageError], None] | None = None, **options: Any,
+) -> Session:  # fmt: skip
+    """A session that knows what the lock file beside the manifest pins. illegible: what is done about one that cannot
+    be read."""
+    path = lock_path(without_detours(manifest))
+    # Without a lock file nothing is imported for it.
+    if os.path.exists(path) and (lock := lock_file.read_lock(path, illegible or lock_file.refuse)):
         pins, asked = ({name: getattr(item, of) for name, item in lock.inputs.items()} for of in ("pins", "asked"))
         options |= {"lock": lock.path, "locked_pins": pins, "locked_asked": asked}
-        options["locked_answers"] = lock_file.read_answers(path)
+        options["locked_answers"] = lock_file.read_answers(path, illegible or lock_file.refuse)
     names = {"force": as_names(options["force"])} if "force" in options else {}
     return open_session(manifest, as_names(nodes), params=written(params), **{**options, **names})
 
@@ -322,9 +326,12 @@ def lock(
     params: Mapping[str, Any] | None = None,
     store: str | Path | None = None,
     offline: bool = False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not)."""
-    session = _open(manifest, params=params, store=store, offline=offline)
+    """Write `<manifest>.lock`, or check that it still says what a run would use (Stale where not). note: told, in a
+    line, of what cannot be read and is written anew."""
+    anew = None if check else lambda error: note(f"{error.cause}: it is written anew")
+    session = _open(manifest, params=params, store=store, offline=offline, illegible=anew)
     return lock_file.check_lock(session) if check else lock_file.write_lock(session)
 
 
@@ -400,25 +407,15 @@ def shared(planned: Plan) -> dict[str, bool | None]:
 @checked()
 def load_manifest(path: str | Path, *, params: Mapping[str, Any] | None = None) -> Recipe:
     """Return a manifest, checked and expanded into its graph of nodes. Raise ManifestError with all problems."""
-    return load_recipe(Path(path).absolute(), written(params))
+    return load_recipe(without_detours(path), written(params))
 
 
 def validate(
     manifests: Sequence[Path], params: Mapping[str, Any] | None = None, note: Callable[[str], None] = lambda line: None
 ) -> dict[Path, UsageError]:
     """Return what is wrong with each manifest that is not right: its problems, files and modules that are not there
-    among them; or that it is not there itself. note: told, in a line, of what fails no run."""
-    from .planning import problems_beside, untold  # of what is not run
+    among them; or that it is not there itself. Of several, each is given those of the params that it declares, and
+    those that none does. note: told, in a line, of what fails no run, and of parameters that have no value yet."""
+    from .planning import examined  # of what is not run
 
-    errors: dict[Path, UsageError] = {}
-    for path in manifests:
-        try:
-            recipe = load_recipe(path, written(params))
-            for line in untold(recipe):
-                note(line)
-            found = {problem.place: problem for problem in problems_beside(recipe)}  # once for all variants of a stage
-            if found:
-                raise ManifestError(list(found.values()))
-        except UsageError as error:
-            errors[path] = error
-    return errors
+    return examined(manifests, params, note)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bigpipe.errors import StageFailed
 from bigpipe.files import parse_json, read_file
-from bigpipe.orchestrator.stage import StageContext
+from bigpipe.orchestrator.stage import Json, StageContext
 
 from .command import CommandParams
 
 LARGEST_METRICS = 2**20
 LARGEST_ROW = 2**24
 RESULTS = "results.jsonl"
+METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+"""What gates can name."""
 
 
 def lead_links_back(context: StageContext) -> None:
@@ -64,8 +66,9 @@ def _check_rows(path: Path) -> None:
                 raise StageFailed(f"{RESULTS}:{number} is no JSON object", cure, field="produces")
 
 
-def read_metrics(path: Path) -> Mapping[str, int | float]:
-    """Return what a file of metrics holds: names and finite numbers. Raise StageFailed for anything else."""
+def read_metrics(path: Path) -> tuple[dict[str, int | float], list[str]]:
+    """Return what gates can read of a file of metrics, finite numbers by name, those of maps by dotted path, and the
+    names of what they cannot. Raise StageFailed for what holds no JSON object."""
     cure = 'write one JSON object of names and numbers: {"perplexity": 12.5}'
     try:
         found = parse_json(read_file(path, LARGEST_METRICS))
@@ -76,16 +79,26 @@ def read_metrics(path: Path) -> Mapping[str, int | float]:
         raise StageFailed(f"{path.name} is no JSON: {error}", cure, field="metrics") from error
     if not isinstance(found, dict):
         raise StageFailed(f"{path.name} holds no object", cure, field="metrics")
-    for name, value in found.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise StageFailed(f"{path.name}: gates cannot name {name!r}", "use letters, digits and _", field="metrics")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
-            raise StageFailed(f"{path.name}: {name} is {value!r:.60}, and no finite number", cure, field="metrics")
-    return found
+    values = dict(_flat(found))
+    numbers = {name: value for name, value in values.items() if METRIC.fullmatch(name) and _is_finite(value)}
+    return numbers, [name for name in values if name not in numbers]
 
 
-def _is_finite(value: float) -> bool:
+def _flat(found: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    """Yield what is no map, by its dotted path, in order."""
+    waiting = [*found.items()][::-1]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{path}.{name}", inner) for name, inner in value.items()][::-1]
+        else:
+            yield path, value
+
+
+def _is_finite(value: Json) -> bool:
     """Is it a number that a gate can compare? Whole numbers of JSON have no largest."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
     try:
         return math.isfinite(value)
     except OverflowError:

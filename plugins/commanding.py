@@ -18,6 +18,8 @@ from .command import PLACEHOLDER, CommandMetrics, CommandParams
 from .command_output import check_output, lead_links_back, read_metrics
 from .library import about
 
+SHOWN = 10
+"""Names of what is no metric that are told."""
 TRY_AGAIN = 75
 """The exit status that asks for another attempt: EX_TEMPFAIL of sysexits.h."""
 OWN = frozenset({"PYTHONSAFEPATH", "PYTHONFAULTHANDLER", "PYTHONIOENCODING"})
@@ -106,7 +108,11 @@ def run(params: CommandParams, context: StageContext) -> StageResult:
     if context.out.is_dir() and not context.out.is_symlink():
         lead_links_back(context)
     check_output(params, context.out)
-    metrics = read_metrics(context.out / params.metrics) if params.metrics else {}
+    metrics, others = read_metrics(context.out / params.metrics) if params.metrics else ({}, [])
+    if others:
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        told = ", ".join(f"{name!r:.100}" for name in others[:SHOWN])
+        context.log(f"{params.metrics}: gates read finite numbers with plain names, and not {told}{more}")
     return StageResult(CommandMetrics.model_validate(metrics), type=params.produces)
 
 

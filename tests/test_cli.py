@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ import click
 import pytest
 from support.workshop import environment
 
+import bigpipe
 from bigpipe.cli import cli
 from bigpipe.commandline import single
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.events import NodeStarted
 from bigpipe.orchestrator.recipe.initial import initialise
+from bigpipe.orchestrator.report import write_graph, write_report
 
 RECIPE = """\
 version: 1
@@ -118,8 +121,33 @@ def test_a_graph_is_not_drawn_over_its_recipe(greeting):
 def test_a_file_to_write_is_no_directory(greeting, words, out):
     done = greeting.command(*words, "-o", out)
     assert done.returncode == 2
-    assert "Is a directory" in done.stderr
+    assert "is a directory" in done.stderr
     assert "name another file with -o" in done.stderr
+
+
+def test_what_is_no_file_stays_what_it_is(greeting, monkeypatch):
+    monkeypatch.chdir(greeting.folder)
+    greeting.run()
+    recipe = bigpipe.load_manifest(greeting.manifest)
+    writing = {
+        "pipe.svg": lambda out: write_graph(recipe, out),
+        "pipe.dot": lambda out: write_graph(recipe, out, "dot"),
+        "pipe.md": lambda out: write_report(["last"], out),
+        "pipe": lambda out: cli.main(["export", "github", "recipe.yaml", "-o", str(out)], standalone_mode=False),
+    }
+    for name, write in writing.items():
+        os.mkfifo(name)
+        reader = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        write(Path(name))
+        assert os.read(reader, 10), name
+        os.close(reader)
+        assert Path(name).is_fifo(), name
+        Path(name).unlink()
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(name)
+            with pytest.raises(UsageError, match="is no file"):
+                write(Path(name))
+            assert Path(name).is_socket(), name
 
 
 TWICE = """\

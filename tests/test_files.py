@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -32,7 +33,17 @@ from bigpipe.files import (
     partial_name,
     require_space,
     write_file,
+    write_named,
 )
+
+
+def test_a_file_that_somebody_names_is_written_where_its_link_leads_with_its_mode(tmp_path: Path) -> None:
+    site, name = tmp_path / "site" / "page.html", tmp_path / "page.html"
+    name.symlink_to(site)
+    assert write_named(name, "first") == 5
+    site.chmod(0o640)
+    assert write_named(name, "again") == 5
+    assert (name.is_symlink(), site.read_text(), stat.S_IMODE(site.stat().st_mode)) == (True, "again", 0o640)
 
 
 def names(folder: Path) -> list[str]:

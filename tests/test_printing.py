@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import given, strategies as st
 from support.workshop import Workshop, environment
 
+from bigpipe.cli import cli
 from bigpipe.commandline.printing import Others, others_apart, own_stdout, say
+from bigpipe.commandline.streams import listen
 from bigpipe.redaction import conceal
 from bigpipe.tables import Screen as Terminal, columns
 
@@ -39,6 +42,49 @@ def test_others_print_to_stderr_cleaned_and_whole_lines(monkeypatch) -> None:
     assert (sys.stdout, sys.stderr) == (out, err)
     assert out.getvalue() == "an answer\n"
     assert err.getvalue() == "from a kind ***\nnot ended\n"
+
+
+def test_where_nobody_can_be_asked_there_is_an_input_that_says_nothing(monkeypatch) -> None:
+    for name, stream in (("stdin", None), ("stdout", Screen()), ("stderr", Screen())):
+        monkeypatch.setattr(sys, name, stream)  # as Python leaves it where descriptor 0 is closed
+    listen()
+    assert sys.stdin is not None
+    assert sys.stdin.fileno() == 0
+
+
+FILES = {
+    "export github recipe-é.yaml": "name: é",
+    "graph recipe-é.yaml --format dot": '"a@text=é"',
+    "plan recipe-é.yaml --markdown": "a@text=é",
+    "shard ./é --print-recipe": "é",
+}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_and_what_is_to_be_a_file_can_be_read_whatever_the_locale(
+    workshop: Workshop, monkeypatch, encoding: str
+) -> None:
+    monkeypatch.chdir(workshop.folder)
+    manifest = workshop.folder / "recipe-é.yaml"
+    stage = "{uses: write, matrix: {text: [é, b]}, with: {text: '${matrix.text}'}}"
+    manifest.write_text(f"version: 1\nname: é\nstages:\n  a: {stage}\n", encoding="utf-8")
+    assert json.loads(printed("graph recipe-é.yaml --json", encoding, monkeypatch))["manifest"] == str(manifest)
+    for command, text in FILES.items():
+        assert text in printed(command, encoding, monkeypatch).decode("utf-8"), command
+
+
+def printed(command: str, encoding: str, monkeypatch) -> bytes:
+    """What a command prints in this process, where a locale has this encoding."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding, "backslashreplace", write_through=True))
+    cli.main(command.split(), standalone_mode=False)
+    return out.getvalue()
+
+
+def test_a_home_that_a_shell_left_standing_is_one_for_results_too(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for command in ("evaluate ./model --data ./text", "quantize ./model --scheme int8"):
+        assert f"{tmp_path}/z" in printed(f"{command} --out=~/z --print-recipe", "utf-8", monkeypatch).decode(), command
 
 
 def test_a_bar_that_never_ends_its_line_takes_no_memory() -> None:

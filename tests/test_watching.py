@@ -121,6 +121,22 @@ def test_a_log_is_followed_to_its_end(workshop: Workshop) -> None:
     assert workshop.command("log", "last", "-f").stdout == workshop.command("log", "last").stdout
 
 
+def test_what_is_followed_ends_when_nobody_reads_it(workshop: Workshop) -> None:
+    with running(workshop) as process:
+        until(workshop, "ps", has="first")
+        with start(workshop, "log", "last", "-f") as log, start(workshop, "show", "last", "--watch") as shown:
+            say(workshop, "one")
+            for follower in (log, shown):
+                assert follower.stdout is not None
+                follower.stdout.readline()
+                follower.stdout.close()
+            say(workshop, "hello")
+            try:
+                assert (log.wait(60), shown.wait(60), process.poll()) == (0, 0, None)
+            finally:
+                process.kill()  # then they end in any case
+
+
 def test_a_followed_log_ends_with_a_run_that_was_killed(workshop: Workshop) -> None:
     with running(workshop) as process:
         say(workshop, "one", "hello")

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bigpipe.errors import Stale, UsageError
-from bigpipe.files import explained
+from bigpipe.files import explained, flows_on, without_detours
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Session
@@ -70,7 +70,7 @@ class Exported:
         return {
             "schema": "bigpipe.export/1",
             "target": self.target,
-            "manifest": str(manifest.absolute()),
+            "manifest": str(without_detours(manifest)),
             "path": str(out.absolute()) if out else None,
             "text": self.text,
             "unknown": list(self.unknown),
@@ -115,7 +115,7 @@ def _refuse_others(out: Path) -> None:
     """Raise UsageError for a file of somebody else's, such as the recipe."""
     there = Path(os.path.realpath(out))  # `x/../recipe.yaml` is the recipe as soon as x is made
     with explained(out, other="name another file with -o"):
-        if not there.is_file():
+        if flows_on(out) or not there.exists():
             return
         with there.open("rb") as file:
             ours = MARK in file.read(HEAD)

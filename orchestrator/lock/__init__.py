@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .answers import read_answers
+    from .answers import read_answers, refuse
     from .lockfile import (
         LockFile,
         check_lock,

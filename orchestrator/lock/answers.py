@@ -10,7 +10,7 @@ import gzip
 import json
 import shlex
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bigpipe.errors import UsageError
@@ -21,6 +21,16 @@ from bigpipe.redaction import redact
 LIMIT = 256 * 2**20
 """Bytes of answers, unpacked: those of a model with 400,000 tensors take a tenth."""
 Answers = Mapping[str, Mapping[str, Json]]
+Illegible = Callable[[UsageError], None]
+"""What is done about a file that cannot be read as what it is called."""
+
+
+def refuse(error: UsageError) -> None:
+    raise error
+
+
+def unmind(error: UsageError) -> None:
+    """It is written anew."""
 
 
 def answers_path(lock: Path) -> Path:
@@ -28,8 +38,9 @@ def answers_path(lock: Path) -> Path:
     return lock.with_name(f"{lock.name}.answers.gz")
 
 
-def read_answers(lock: Path) -> Answers:
-    """Return node → question → answer; none where there is no such file. Raise UsageError where it is not one."""
+def read_answers(lock: Path, illegible: Illegible = refuse) -> Answers:
+    """Return node → question → answer; none where there is no such file. Raise UsageError where it is not one.
+    illegible: what is done about that instead, by who writes it anew."""
     path = answers_path(lock)
     try:
         text = _unpacked(read_file(path, LIMIT))
@@ -37,9 +48,11 @@ def read_answers(lock: Path) -> Answers:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, zlib.error) as error:
-        raise _wrong(lock, str(error)) from error
+        illegible(_wrong(lock, str(error)))
+        return {}
     if not isinstance(answers, dict) or not all(isinstance(found, dict) for found in answers.values()):
-        raise _wrong(lock, f"more than {LIMIT} bytes" if answers is None else "no answers by node")
+        illegible(_wrong(lock, f"more than {LIMIT} bytes" if answers is None else "no answers by node"))
+        return {}
     return answers
 
 
@@ -57,6 +70,12 @@ def writing(lock: Path) -> str:
     return f"bigpipe lock {shlex.quote(str(lock).removesuffix('.lock'))}"
 
 
+def again_by(lock: Path) -> str:
+    """Return what to do about a lock file that cannot be read: beside no manifest, git perhaps gave it."""
+    beside = lock.suffix == ".lock" and lock.with_suffix("").exists()
+    return f"write it again: {writing(lock)}" if beside else "name one that `bigpipe lock` wrote"
+
+
 def _wrong(lock: Path, cause: str) -> UsageError:
     again = f"remove it, or write it again: {writing(lock)}"
     return UsageError(f"{answers_path(lock)} is not what `bigpipe lock` wrote: {cause}", again)
@@ -68,7 +87,7 @@ def write_answers(lock: Path, answers: Answers) -> None:
     try:
         if not answers:
             path.unlink(missing_ok=True)
-        elif not path.exists() or _text(read_answers(lock)) != _text(answers):
+        elif not path.exists() or _text(read_answers(lock, unmind)) != _text(answers):
             write_file(path, gzip.compress(_text(answers), mtime=0))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}", "make room, or writable") from error

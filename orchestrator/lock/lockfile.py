@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bigpipe import plainyaml
-from bigpipe.errors import StageFailed, Stale, UsageError
+from bigpipe.errors import Place, StageFailed, Stale, UsageError
 from bigpipe.files import parse_json, read_file, write_file
 from bigpipe.fit import as_parameters
 from bigpipe.orchestrator.contract import Json, PinnedFile
@@ -31,7 +31,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.redaction import redact_json
 
-from .answers import read_answers, write_answers, writing
+from .answers import Illegible, again_by, read_answers, refuse, unmind, write_answers, writing
 
 HEADER = """\
 # Written by `bigpipe lock` and by successful runs; commit it beside the manifest.
@@ -39,6 +39,8 @@ HEADER = """\
 """
 LARGEST = 256 * 2**20
 """Bytes of a lock file: that of 10,000 nodes with 100 files each takes half."""
+CONFLICT = "<<<<<<< "
+"""Begins a line of what git could not merge."""
 REVIEWED_LIMIT = 256 * 2**10
 """Bytes of a file that are still worth reviewing."""
 
@@ -85,13 +87,16 @@ class LockFile(_Locked):
     """Where it was read from."""
 
 
-def read_lock(path: Path) -> LockFile | None:
-    """Return the lock file, None where there is none. Raise UsageError where it is not one (a merge conflict, say)."""
+def read_lock(path: Path, illegible: Illegible = refuse) -> LockFile | None:
+    """Return the lock file, None where there is none. Raise UsageError where it is not one. illegible: what is done
+    about a text that cannot be read as one (a merge conflict, say) and may be written anew."""
     if not os.path.exists(path):
         return None
-    again = f"write it again: {writing(path)}"
+    again = again_by(path)
+    text = b""
     try:
-        data = plainyaml.load(read_file(path, LARGEST))
+        text = read_file(path, LARGEST)
+        data = plainyaml.load(text)
         if isinstance(data, dict) and "stages" in data:
             raise UsageError(
                 f"{path} is a recipe, not a lock file", f"name {path}.lock, which `{writing(path)}` writes"
@@ -100,11 +105,22 @@ def read_lock(path: Path) -> LockFile | None:
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
     except plainyaml.NotPlain as error:
-        raise UsageError(f"the lock file {path} is not YAML as it is written: {error}", again) from error
+        place = _conflict(path, text)
+        wrong = "has a merge conflict, as git left it" if place else f"is not YAML as it is written: {error}"
+        illegible(UsageError(f"the lock file {path} {wrong}", again, place=place))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"the lock file {path} is not one of ours: {where}: {first['msg']}", again) from error
+        wrong = f"{where}: {first['msg']}" if text.strip() else "it is empty"
+        illegible(UsageError(f"the lock file {path} is not one of ours: {wrong}", again))
+    return None
+
+
+def _conflict(path: Path, text: bytes) -> Place | None:
+    """Where git has left a conflict."""
+    lines = text.decode("utf-8", "replace").splitlines()
+    marks = (Place(str(path), number, 1, line, 7) for number, line in enumerate(lines, 1) if line.startswith(CONFLICT))
+    return next(marks, None)
 
 
 def write(path: Path, lock: LockFile) -> None:
@@ -131,12 +147,13 @@ def locked_digests(path: Path) -> set[str]:
 
 
 def write_lock(session: Session) -> Path:
-    """Write the lock beside the manifest, and beside that what the sources say. Return the lock's path."""
+    """Write the lock beside the manifest, and beside that what the sources say, in place of what cannot be read too.
+    Return the lock's path."""
     path, inputs = lock_path(session.recipe.path), _inputs_now(session)
     answers = {node.name: session.pinned(node).known() for node in session.nodes}
     with session.store.writing(path):
-        before = read_lock(path)
-        said, unmoved = read_answers(path), _unmoved(session, before.inputs if before else {}, inputs)
+        before = read_lock(path, unmind)
+        said, unmoved = read_answers(path, unmind), _unmoved(session, before.inputs if before else {}, inputs)
         kept = {name: said[name] for name in unmoved if name in said}
         write_answers(path, {**kept, **{name: found for name, found in answers.items() if found}})
         write(path, _current(session, before, inputs))

@@ -6,7 +6,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from . import fallback, schedule
-    from .beside import problems_beside, untold
+    from .beside import examined
     from .content import content_paths, gathered_files
     from .decision import Action, Decision, GateVerdict, decide, difference_json, difference_text
     from .doctor import doctor_text, examine, unsound

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bigpipe.environment import Environment
 from bigpipe.errors import BigpipeError, Offline, UsageError
-from bigpipe.files import make_directory, write_file
+from bigpipe.files import make_directory, without_detours, write_file
 from bigpipe.git import Checkout
 from bigpipe.machine import detect
 from bigpipe.orchestrator.contract import (
@@ -377,7 +377,7 @@ def open_session(
     """
     path = Path(manifest)
     # Places are named as the path was given; the rest of the engine must not depend on the current directory.
-    recipe = replace(load_recipe(path, params, text=text, arguments=typed), path=path.absolute())
+    recipe = replace(load_recipe(path, params, text=text, arguments=typed), path=without_detours(path))
     found = Store(Path(store) if store else default_root())
     found.refuse_foreign()
     selected = recipe.select(nodes) if nodes else frozenset(recipe.nodes)

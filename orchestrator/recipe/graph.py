@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.environment import Environment
-from bigpipe.errors import Place, UsageError
+from bigpipe.errors import ManifestError, Place, UsageError
 from bigpipe.files import read_file
 from bigpipe.names import closest, did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Stage, Trust
@@ -46,8 +46,9 @@ from .manifest import ManifestSpec, Shared, Structure, named, read_manifest, spl
 from .node import Node
 from .problems import Fault, Keys, Problems
 from .registry import Offer, load_stage, locate
+from .spelling import plain
 from .validation import SWITCHES, Target, validate
-from .wiring import Wired, Wiring, read_picks
+from .wiring import Wired, Wiring, is_meant
 from .yamlsource import Document, Key, read_document
 
 if TYPE_CHECKING:
@@ -124,13 +125,8 @@ class Recipe:
 
 
 def _matches(node: Node, name: str) -> bool:
-    if name in (node.name, node.stage):
-        return True
-    stage, _, picks = name.partition("@")
-    if stage != node.stage or not picks:
-        return False
-    own = {axis: {as_text(value): value} for axis, value in node.variant.items()}
-    return isinstance(read_picks(picks, own), dict)
+    variant = {axis: as_text(value) for axis, value in node.variant.items()}
+    return name == node.name or is_meant(name, node.stage, variant)
 
 
 def _with_ancestors(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
@@ -169,6 +165,17 @@ def load_recipe(
         return _Loading(document, arguments, environment, stages, base, problems).recipe(path, resolve)
 
     return resolve(params)
+
+
+def declared_parameters(path: Path) -> frozenset[str]:
+    """Return the names of a manifest's parameters; none where it cannot be read that far. Raise UsageError where there
+    is no such file."""
+    try:
+        document = read_document(str(path), _read(path))
+    except ManifestError:
+        return frozenset()
+    manifest = read_manifest(document, Problems(document.place_at))
+    return frozenset(named(manifest.params)) if manifest else frozenset()
 
 
 def _fitting(name: str, text: str, default: Json) -> str:
@@ -251,7 +258,7 @@ class _Loading:
             text=self.document.text,
             nodes=ordered,
             trust=manifest.trust.value(),
-            params=dict(scope.params or {}),
+            params=plain(dict(scope.params or {})),
             unread=unread,
             remote=manifest.shared(),
             sinks={name: self.document.place_at(("sinks", index)) for index, name in enumerate(manifest.sinks)},
@@ -343,9 +350,10 @@ class _Loading:
                 key: value if key == "uses" else interpolate(value, scope, self.problems, (*path, key))
                 for key, value in shape.items()
             }
-            target = Target(self.document, path, name, lenient=len(self.problems) > known)
+            awaited = bool(scope.open_params) and contains_reference(shape)
+            target = Target(self.document, path, name, lenient=awaited or len(self.problems) > known)
             structure = validate(Structure, shape, target, self.problems, salvage=True) or Structure(uses="unknown")
-            broken = len(self.problems) > before
+            broken = awaited or len(self.problems) > before
             unread = "inputs" in shape and "inputs" not in structure.model_fields_set
             kind, location = kinds.get(name) or (None, "")
             condition = self._condition(settings, scope)

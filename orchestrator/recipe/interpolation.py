@@ -22,6 +22,7 @@ from bigpipe.redaction import has_password, holds_token, redact
 
 from .arguments import Argument
 from .problems import Fault, Problems
+from .spelling import Spelt, spelt
 from .yamlsource import Key, read_value
 
 WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -145,18 +146,22 @@ def _interpolate_text(text: str, scope: Scope) -> Json:
         value = _resolve(reference, scope)
         if len(reference) == len(text):
             return value
-        pieces.append(_as_text(reference, value))
+        pieces.append(_as_text(reference, value, scope))
         position = end + 1
     pieces.append(text[position:])
     return "".join(pieces)
 
 
 def as_text(value: str | bool | int | float) -> str:
-    """Return what a value is inside a text."""
+    """Return what a value is inside a text: a number as it is written, `2.10`."""
+    if isinstance(value, Spelt):
+        return value.spelling
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _as_text(reference: str, value: Json) -> str:
+def _as_text(reference: str, value: Json, scope: Scope) -> str:
+    if scope.stages and isinstance(value, Spelt):
+        return str(value)  # a condition compares numbers
     if isinstance(value, str | bool | int | float):
         return as_text(value)
     kind = "null" if value is None else "a map" if isinstance(value, Mapping) else "a list"
@@ -242,7 +247,7 @@ def read_argument(text: str, default: Json) -> Json:
     for kind, expected, phrase in _ARGUMENTS:
         if isinstance(default, kind):
             value = _expect(text, expected, phrase)
-            return float(value) if kind is float else value
+            return spelt(float(value), as_text(value)) if kind is float else value
     if text.lstrip().startswith(("[", "{")):
         with suppress(ManifestError):
             return read_value(text)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, WrapValidator
 
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Count, Json, Launch, Size, Text, Trust
@@ -15,6 +15,7 @@ from bigpipe.redaction import has_password, redact
 from bigpipe.trust import Limits
 
 from .problems import Fault, Problems
+from .spelling import Spelt
 from .validation import Target, fields_at, validate
 from .yamlsource import Document, Key, to_python
 
@@ -142,6 +143,11 @@ class ResourcesSpec(Spec):
     )
 
 
+def _as_spelt(value: Json, read: Callable[[Json], Json]) -> Json:
+    """A variant is called as its value is written."""
+    return value if isinstance(value, Spelt) and read(value) is not None else read(value)
+
+
 def _one_axis(value: Json) -> Json:
     if isinstance(value, list):
         raise ValueError(
@@ -191,7 +197,7 @@ class Structure(Spec):
         description="A stage for the port `model`, or a map of ports to stages; a list gathers every variant.",
     )
     needs: list[Text] = Field(default_factory=list, description="Stages that must have finished before.")
-    matrix: dict[str, list[str | bool | int | float]] = Field(
+    matrix: dict[str, list[Annotated[str | bool | int | float, WrapValidator(_as_spelt)]]] = Field(
         default_factory=dict, description="Axes: one node for each combination of their values."
     )
     first: FirstSpec | None = Field(

@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from bigpipe.names import SPELLINGS, closest, did_you_mean, listed
-from bigpipe.orchestrator.contract import BYTES, Json, Written
+from bigpipe.orchestrator.contract import BYTES, Json, Params, Written
 
 from .conditions import Measure
-from .interpolation import Unread, contains_reference
+from .interpolation import Unread, as_text, contains_reference
 from .problems import Fault, Problems
+from .spelling import Spelt, plain
 from .yamlsource import Document, Key, child_of
 
 _EXPECTED = {
@@ -37,6 +38,8 @@ _LIMITS = {
     "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
 }  # fmt: skip
 
+_OF_NAMES = ("extra_forbidden", "missing")
+"""They hold whatever the values are."""
 _STRICT = ("int_type", "float_type", "bool_type", "string_type")
 
 M = TypeVar("M", bound=BaseModel)
@@ -56,9 +59,10 @@ class Target:
 
 def validate(model: type[M], value: Json, target: Target, problems: Problems, *, salvage: bool = False) -> M | None:
     """Return the model, or None after every error was added to `problems`. salvage: after errors, the model without the
-    entries that have some, so that the rest can be checked too. An Unread number is one where the model takes anything:
-    pydantic reads it only where a type is said."""
-    value = _read(value, model) if _holds_unread(value) else value
+    entries that have some, so that the rest can be checked too. An Unread number is one where the model takes anything,
+    and for a kind a Spelt one no more than a number: pydantic reads them only where a type is said."""
+    kinds = (Unread, Spelt) if issubclass(model, Params) else (Unread,)
+    value = _read(value, model, kinds) if _holds(value, kinds) else value
     try:
         found = model.model_validate(value, context=Written(value))
     except ValidationError as error:
@@ -69,25 +73,28 @@ def validate(model: type[M], value: Json, target: Target, problems: Problems, *,
             _report(finding, model, target, problems)
         return None if mistyped and not salvage else found
     for finding in _causes(_merged([_finding(detail, target) for detail in details]), model):
-        if not (target.lenient and contains_reference(finding.input)):
+        if finding.kind in _OF_NAMES or not (target.lenient and contains_reference(finding.input)):
             _report(finding, model, target, problems)
     return _salvaged(model, value, {detail["loc"][:2] for detail in details}) if salvage else None
 
 
-def _holds_unread(value: Json) -> bool:
+def _holds(value: Json, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, dict | list):
-        return any(map(_holds_unread, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Unread)
+        return any(_holds(child, kinds) for child in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kinds)
 
 
-def _read(value: Json, annotation: Any) -> Json:
+def _read(value: Json, annotation: Any, kinds: tuple[type, ...]) -> Json:
     """The value with each Unread text that stands where anything may, and is how JSON writes a number or a switch, as
-    that: `1.10` and `12e4567`, which may be a version and a commit, stay what they are."""
+    that: `1.10` and `12e4567`, which may be a version and a commit, stay what they are. A Spelt number there is
+    the number alone."""
     if isinstance(value, dict):
-        return {key: _read(child, _below(annotation, str(key))) for key, child in value.items()}
+        return {key: _read(child, _below(annotation, str(key)), kinds) for key, child in value.items()}
     if isinstance(value, list):
-        return [_read(child, _item(annotation)) for child in value]
-    return _number_or_text(value) if isinstance(value, Unread) and Any in _branches(annotation) else value
+        return [_read(child, _item(annotation), kinds) for child in value]
+    if not isinstance(value, kinds) or Any not in _branches(annotation):
+        return value
+    return _number_or_text(value) if isinstance(value, Unread) else plain(value)
 
 
 def _number_or_text(text: str) -> str | int | float:
@@ -273,7 +280,7 @@ def _explain(finding: _Finding, document: Document, path: tuple[Key, ...]) -> tu
 def _retyped(value: Json, phrases: Sequence[str], source: str) -> str:
     if "a text" in phrases and (source or isinstance(value, bool | int | float)):  # a plain `1e10` or `true`
         where = "" if source else " where it is set"  # a reference brought it
-        return f"put it in quotes{where} if it is text: '{source or json.dumps(value)}'"
+        return f"put it in quotes{where} if it is text: '{source or as_text(value)}'"
     if value is None:
         return "fill it in, or remove it"
     if "true or false" in phrases and isinstance(value, str) and value.lower() in SWITCHES:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import ANY, Json, Port, Stage
 
-from .interpolation import contains_reference
-from .manifest import Structure, check_name
+from .interpolation import as_text, contains_reference
+from .manifest import NAME, Structure, check_name
 from .problems import Fault, Problems
 from .yamlsource import Document, Key
 
@@ -354,7 +354,7 @@ class Wiring:
             self.problems.add(Fault.BAD_MATRIX, path, f"the axis {axis!r} has no values", "list at least one")
         result: dict[str, Json] = {}
         for index, value in enumerate(values):
-            text = str(value).lower() if isinstance(value, bool) else str(value)
+            text = as_text(value)
             if not text.isprintable() or not 0 < len(text) <= MAX_AXIS_TEXT:
                 cure = f"use a short name of at most {MAX_AXIS_TEXT} printable characters"
                 self.problems.add(Fault.BAD_MATRIX, (*path, index), "this value cannot be part of a node's name", cure)
@@ -374,6 +374,24 @@ class Wiring:
             cause = f"{producer.name} has no variant {rest!r}"
             self.problems.add(Fault.NO_VARIANT, source.path, cause, found, part=source.text)
         return None
+
+
+def is_meant(text: str, stage: str, variant: Mapping[str, str]) -> bool:
+    """Return whether a node is one of those that `text` means: `x`, all variants of a stage, or `x@a=1`, those with
+    a=1. variant: axis → the text of its value."""
+    name, at, picks = text.partition("@")
+    if name != stage or not at:
+        return name == stage
+    return bool(picks) and isinstance(
+        read_picks(picks, {axis: {value: value} for axis, value in variant.items()}), dict
+    )
+
+
+def parts_of(node: str) -> tuple[str, dict[str, str]]:
+    """Return a node's stage and variant, from its name alone."""
+    stage, _, rest = node.partition("@")
+    picks = re.split(rf",(?={NAME.pattern}=)", rest) if rest else []
+    return stage, {axis: value for axis, _, value in (pick.partition("=") for pick in picks)}
 
 
 def read_picks(text: str, axes: Axes) -> dict[str, str] | str:

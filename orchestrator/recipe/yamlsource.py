@@ -21,6 +21,7 @@ from bigpipe.errors import Place
 from bigpipe.orchestrator.contract import Json
 
 from .problems import Fault, Keys, Problems
+from .spelling import spelt
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -291,12 +292,12 @@ class _Composer:
             return 0
         whole = _INTEGER.fullmatch(text)
         if whole and len(text) <= MAX_NUMBER_LENGTH:
-            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+            return spelt(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)), text)
         if whole or re.fullmatch(_NOT_FINITE, text) or (_FLOAT.fullmatch(text) and math.isinf(float(text))):
             cause = f"{text} has too many digits" if whole else f"{text} is not a finite number"
             self._report(Fault.AMBIGUOUS_SCALAR, event, cause, f"write '{text}' for text")
             return 0
-        return float(text) if _FLOAT.fullmatch(text) else text
+        return spelt(float(text), text) if _FLOAT.fullmatch(text) else text
 
     def _open(self, event: Any) -> None:
         self._refuse_tag(event)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     )
     from .reporters import choose_reporter, following
     from .reviewing import diff, plan_markdown, review
-    from .sections import write_page
     from .shown import clean, error_text, json_text
     from .watching import follow_log, follow_run, positions, run_ids, running
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import UsageError
+from bigpipe.files import flows_on, without_detours, write_named
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.running import NodeRun, records
 from bigpipe.sizes import counted, format_duration
@@ -17,7 +18,7 @@ from bigpipe.tables import PLAIN, Screen, columns
 
 from .drawing import STYLE, Drawn, graph
 from .inspection import open_store
-from .sections import Section, Table, form_of, html_page, write_page
+from .sections import Section, Table, form_of, html_page
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.recipe import Node, Recipe
@@ -36,8 +37,10 @@ def became_of(recipe: Recipe, run: str, *, store: str | Path | None = None) -> M
     is no such run, or it is one of another recipe: of another file and another name, or without any of the nodes."""
     record = records.load_run(open_store(store).runs, run)
     found = {name: node for name, node in record.nodes.items() if name in recipe.nodes}
-    if not found or (record.manifest != str(recipe.path) and record.recipe != recipe.own_name):
-        cause = f"run {record.run} is one of {record.manifest}, and knows none of the nodes of {recipe.path}"
+    same = without_detours(record.manifest) == without_detours(recipe.path) or record.recipe == recipe.own_name
+    if not (found and same):
+        why = f"not of {recipe.path}" if found else f"and knows none of the nodes of {recipe.path}"
+        cause = f"run {record.run} is one of {record.manifest}, {why}"
         raise UsageError(cause, "name a run of this recipe: the directory `runs` of the store holds them")
     return found
 
@@ -110,8 +113,10 @@ def write_graph(recipe: Recipe, out: Path, form: str | None = None, became: Mapp
         raise UsageError(cause, f"leave --format out, or name a file with -o that ends in {ending}")
     if os.path.realpath(out) == os.path.realpath(recipe.path):
         raise UsageError(f"{out} is the recipe itself", "name another file with -o, such as graph.svg")
-    text = graph_text(recipe, form or form_of(out, ENDINGS, "a graph"), became)
-    return write_page(out, text if text.endswith("\n") else text + "\n")
+    form = form or form_of(out, ENDINGS, "a graph")
+    flows_on(out)
+    text = graph_text(recipe, form, became)
+    return write_named(out, text if text.endswith("\n") else text + "\n")
 
 
 HEADS = ("node", "kind", "takes")

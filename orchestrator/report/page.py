@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from bigpipe.errors import UsageError
+from bigpipe.files import flows_on, write_named
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.running import NodeRun, RunRecord, node_rows, records
 from bigpipe.orchestrator.store import KeyRecord, Store
@@ -24,7 +25,7 @@ from .firstrows import first_results
 from .graphs import MARKS, drawn, mermaid_text
 from .inspection import Inspection, open_store
 from .rendering import GATE_HEADS, gate_rows
-from .sections import Section, Table, cell, form_of, html_page, markdown_page, short, shown, write_page
+from .sections import Section, Table, cell, form_of, html_page, markdown_page, short, shown
 
 FORMS = {"html": html_page, "markdown": markdown_page}
 ENDINGS = {".html": "html", ".md": "markdown"}
@@ -53,7 +54,8 @@ def report_runs(
 def write_report(runs: Sequence[str], out: Path, *, store: str | Path | None = None) -> Inspection:
     """Write a report to a file, HTML or Markdown by the ending of its name. Raise UsageError for another ending."""
     form = form_of(out, ENDINGS, "a report")
-    size = write_page(out, report_runs(runs or (records.LAST,), form=form, store=store))
+    flows_on(out)
+    size = write_named(out, report_runs(runs or (records.LAST,), form=form, store=store))
     data = {"schema": "bigpipe.report/1", "path": str(out.absolute()), "bytes": size}
     return Inspection(data, f"{out}: {format_transfer(size)}")
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bigpipe.errors import UsageError
-from bigpipe.files import explained, make_directory, write_file
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import printable
 
@@ -109,16 +108,8 @@ def cell(text: str) -> str:
 
 
 def form_of(out: Path, endings: Mapping[str, str], what: str) -> str:
-    """Return what the ending of a file's name stands for. Raise UsageError for another ending, and for what is no
-    file."""
-    if out.suffix not in endings or (out.exists() and not out.is_file()):
+    """Return what the ending of a file's name stands for. Raise UsageError for another ending."""
+    if out.suffix not in endings:
         one_of = " or ".join(filter(None, [", ".join([*endings][:-1]), [*endings][-1]]))
         raise UsageError(f"{out} is no file for {what}", f"name one with -o that ends in {one_of}")
     return endings[out.suffix]
-
-
-def write_page(out: Path, text: str) -> int:
-    """Write a page, or a drawing, to a file that somebody named with `-o`, and return its bytes."""
-    with explained(out, other="name another file with -o"):
-        make_directory(out.parent, durable=False)
-        return write_file(out, text)[1]

@@ -27,9 +27,10 @@ def clean(text: str) -> str:
     return COMMAND.sub(r"\g<0> ", text) if os.environ.get("GITHUB_ACTIONS") == "true" else text
 
 
-def json_text(value: Json, indent: int | None = None) -> str:
-    """Return JSON as it may be shown: no secret is in it, and nothing that moves a terminal."""
-    text = json.dumps(redact_json(value), indent=indent, ensure_ascii=False, default=str)
+def json_text(value: Json, indent: int | None = None, *, ascii_only: bool = False) -> str:
+    """Return JSON as it may be shown: no secret is in it, and nothing that moves a terminal. ascii_only: for what takes
+    no UTF-8, which all JSON is in."""
+    text = json.dumps(redact_json(value), indent=indent, ensure_ascii=ascii_only, default=str)
     return printable_json(text)
 
 

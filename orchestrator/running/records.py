@@ -35,7 +35,7 @@ from bigpipe.orchestrator.contract import (
     RunStarted,
 )
 from bigpipe.orchestrator.planning import Difference, changed, node_folder
-from bigpipe.orchestrator.recipe import Node, Recipe
+from bigpipe.orchestrator.recipe import Node, Recipe, is_meant, parts_of
 from bigpipe.orchestrator.store import explained, make_directory
 from bigpipe.redaction import redact_json
 from bigpipe.tables import html_table
@@ -93,9 +93,9 @@ class RunRecord(BaseModel):
 
 
 def meant(run: str, nodes: Collection[str], node: str, *, several: bool = False) -> list[str]:
-    """Return the node of a run that is called so, or the only variant of that stage; if `several`, all of them. Raise
-    UsageError."""
-    found = [node] if node in nodes else [name for name in nodes if name.partition("@")[0] == node]
+    """Return the node of a run that is called so, or the only one that is meant, as a recipe's nodes are (`x`,
+    `x@a=1`); if `several`, all of them. Raise UsageError."""
+    found = [node] if node in nodes else [name for name in nodes if is_meant(str(node), *parts_of(name))]
     if not found:
         raise UsageError(f"run {run} has no node {node!r}", did_you_mean(str(node), nodes, otherwise="it has"))
     if len(found) > 1 and not several:
@@ -214,7 +214,7 @@ def load_run(runs: Path, run: str = LAST) -> RunRecord:
         cause = f"no run is on record: the store {runs.parent} {'has none' if runs.parent.exists() else 'is not there'}"
         raise UsageError(cause, "`bigpipe run` makes one; another store is named with --store DIR or BIGPIPE_HOME")
     if not found:
-        is_node = any(run in (name, name.partition("@")[0]) for name in _nodes(runs / names[-1]))
+        is_node = any(is_meant(run, *parts_of(name)) for name in _nodes(runs / names[-1]))
         cure = f"{run} is a node of it: write `last {run}`" if is_node else "`bigpipe ls` lists them"
         raise UsageError(f"there is no run {run!r}; the latest is {names[-1]}", cure)
     if len(found) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError
+from bigpipe.files import without_detours
 from bigpipe.orchestrator.contract import Forecast, Json
 from bigpipe.orchestrator.planning import GateVerdict, NodeState, Plan, PlannedNode, Session
 from bigpipe.orchestrator.store import KeyRecord
@@ -135,7 +136,7 @@ def run_json(
         "run": None,
         "status": "refused",
         "exit_code": errors[0].status if errors else 0,
-        "manifest": str(manifest.absolute()),
+        "manifest": str(without_detours(manifest)),
         "params": json.loads(json.dumps(dict(params), default=str)),
         "git": None,
         "seconds": 0.0,

@@ -136,6 +136,13 @@ def lies_in(path: Path, folder: Path) -> bool:
     return any(place == real or _is_same(place, real) for place in (here, *here.parents))
 
 
+def without_detours(path: str | Path) -> Path:
+    """Return the path, made absolute, without `..`, so that it is one text wherever it is named from; as it is where
+    `..` leads elsewhere, behind a link to a directory."""
+    given, plain = Path(path), Path(os.path.abspath(path))
+    return plain if _is_same(given.parent, plain.parent) else given.absolute()
+
+
 def _is_same(place: Path, other: Path) -> bool:
     try:
         return os.path.samestat(place.stat(), other.stat())
@@ -397,6 +404,35 @@ def write_file(path: Path, content: bytes | str, *, durable: bool = True, mode: 
             beside.unlink()
         raise
     return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def flows_on(path: Path) -> bool:
+    """Return whether what is written to `path` goes on from there, as into a pipe or a device. Raise UsageError where
+    it is neither that nor a file, or a name for one."""
+    cure = "name another file with -o"
+    with explained(path, other=cure):
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        raise UsageError(f"{path} is {'a directory' if stat.S_ISDIR(mode) else 'no file'}", cure)
+    return not stat.S_ISREG(mode)
+
+
+def write_named(path: Path, text: str) -> int:
+    """Write to what somebody named with `-o`, and return its bytes: into a pipe or a device, else as `write_file` does,
+    where a link leads, and with the mode of the file that is replaced. Raise what `explain` gives, and UsageError as
+    `flows_on` does."""
+    with explained(path, other="name another file with -o"):
+        if flows_on(path):
+            with LogFile(path) as file:
+                file.append(text.encode())
+            return len(text.encode())
+        place = Path(os.path.realpath(path))
+        make_directory(place.parent, durable=False)
+        mode = place.stat().st_mode if place.exists() else None
+        size = write_file(place, text)[1]
+        if mode is not None:
+            os.chmod(place, stat.S_IMODE(mode))
+        return size
 
 
 class Damaged(Exception):

@@ -25,7 +25,15 @@ def load(text: bytes | str) -> Any:
         _look_through(yaml, text, loader)
         return yaml.load(text, Loader=loader)  # noqa: S506  (a safe one)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise NotPlain(" ".join(str(error).split())[:300]) from error
+        raise NotPlain(_said(error)[:300]) from error
+
+
+def _said(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    parts = (getattr(error, name, None) for name in ("context", "problem"))
+    return f"line {mark.line + 1}: {', '.join(filter(None, parts))}"
 
 
 def _look_through(yaml: Any, text: bytes | str, loader: Any) -> None:

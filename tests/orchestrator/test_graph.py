@@ -243,9 +243,9 @@ class TestMatrix:
         """
         loaded = recipe(tmp_path, text)
         assert list(loaded.nodes)[1:] == [
-            "q@threshold=6,double=true", "q@threshold=6.5,double=true", "q@threshold=1e-05,double=true",
+            "q@threshold=6,double=true", "q@threshold=6.5,double=true", "q@threshold=1e-5,double=true",
         ]  # fmt: skip
-        assert loaded.nodes["q@threshold=1e-05,double=true"].variant == {"threshold": 1e-5, "double": True}
+        assert loaded.nodes["q@threshold=1e-5,double=true"].variant == {"threshold": 1e-5, "double": True}
         assert [node.params.model_dump()["threshold"] for node in loaded.nodes.values() if node.stage == "q"] == [
             6.0, 6.5, 1e-5,
         ]  # fmt: skip

@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 from bigpipe.errors import Place
 from bigpipe.orchestrator.recipe.interpolation import Scope, Unread, escape, interpolate, read_argument
 from bigpipe.orchestrator.recipe.problems import Problems
+from bigpipe.orchestrator.recipe.spelling import plain
 
 SCOPE = Scope(
     params={"gpu": "22GiB", "n": 3, "x": 1.5, "on": True, "map": {"cpu": "4GiB"}, "list": [1, 2], "none-such": "a"},
@@ -123,7 +124,7 @@ def test_any_text_is_resolved_or_reported(text: str) -> None:
 def test_arguments_are_read_as_the_type_of_the_default(text: str, default: Any, value: Any) -> None:
     read = read_argument(text, default)
     assert read == value
-    assert type(read) is (Unread if default is None and isinstance(value, str) else type(value))
+    assert type(plain(read)) is (Unread if default is None and isinstance(value, str) else type(value))
 
 
 @pytest.mark.parametrize(

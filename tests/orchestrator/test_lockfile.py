@@ -1,6 +1,7 @@
 """A lock file says what a recipe was made of and what came out, and is held against what is there now."""
 
 import hashlib
+import re
 import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,20 +175,29 @@ class TestReading:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("<<<<<<< ours\nrecipe: x\n=======\n", "is not YAML"),
-            ("a: b: c", "is not YAML"),
+            ("recipe: x\n<<<<<<< ours\nversion: 1\n=======\n", "opt.yaml.lock:2:1: .* has a merge conflict"),
+            ("a: b: c", "is not YAML as it is written: line 1: mapping values"),
             ("[1, 2]", "is not one of ours"),
-            ("", "is not one of ours"),
+            ("", "is not one of ours: it is empty"),
             ("recipe: x\nversoin: 1\n", "not one of ours: versoin: Extra inputs"),
             ("recipe: x\ninputs: {a: {kind: k}}\n", r"inputs\.a\.version: Field required"),
             ("recipe: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ],
     )
     def test_what_is_no_lock_file_is_said_with_the_cure(self, session, content, message):
-        lock_path(session.recipe.path).write_text(content)
-        with pytest.raises(UsageError, match=message) as error:
+        session.recipe.path.touch()
+        path = lock_path(session.recipe.path)
+        path.write_text(content)
+        with pytest.raises(UsageError) as error:
             _ = session.lock
+        assert re.search(message, str(error.value))
         assert error.value.cure == f"write it again: bigpipe lock {session.recipe.path}"
+        assert lockfile.write_lock(session) == lockfile.check_lock(session) == path
+
+    def test_no_recipe_is_taken_for_one(self, session):
+        lock_path(session.recipe.path).write_text("stages: {}")
+        with pytest.raises(UsageError, match="is a recipe, not a lock file"):
+            lockfile.write_lock(session)
 
 
 class TestEnforcing:

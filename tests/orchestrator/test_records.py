@@ -22,6 +22,7 @@ from bigpipe.orchestrator.running.records import (
     list_runs,
     load_run,
     log_files,
+    meant,
     new_run_id,
     node_folder,
 )
@@ -204,6 +205,26 @@ class TestFinding:
         with pytest.raises(UsageError) as caught:
             list(log_files(runs, "last", "quik"))
         assert caught.value.cure == "did you mean 'quick'?"
+
+    @pytest.mark.parametrize(
+        ("text", "found"),
+        [
+            ("q@a=1", ["q@a=1,b=x", "q@a=1,b=y,z"]),
+            ("q@b=x,a=1", ["q@a=1,b=x"]),
+            ("q@b=y,z", ["q@a=1,b=y,z"]),
+            ("q@b=x", ["q@a=1,b=x", "q@a=2,b=x"]),
+            ("q", ["q@a=1,b=x", "q@a=2,b=x", "q@a=1,b=y,z"]),
+            ("r", ["r"]),
+        ],
+    )
+    def test_a_variant_is_named_as_in_the_recipe(self, text, found):
+        nodes = ["q@a=1,b=x", "q@a=2,b=x", "q@a=1,b=y,z", "r"]
+        assert meant("last", nodes, text, several=True) == found
+
+    @pytest.mark.parametrize("text", ["q@a=3", "q@", "q@c=1", "q@b=y", "r@a=1"])
+    def test_what_no_variant_has_means_none(self, text):
+        with pytest.raises(UsageError, match="has no node"):
+            meant("last", ["q@a=1,b=x", "q@a=1,b=y,z", "r"], text, several=True)
 
 
 def test_no_two_nodes_share_a_folder_and_each_has_a_name_that_files_can_have(tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import bigpipe
-from bigpipe.errors import UsageError
+from bigpipe.errors import ManifestError, UsageError
 from bigpipe.machine import Machine
 from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.report import became_of
@@ -72,8 +73,84 @@ def test_recipes_are_one_where_they_say_one_name_not_where_their_files_are_calle
     workshop.run(text % "a")
     assert bigpipe.plan(other).nodes["a"].decision.reason == says
     assert commands.why(other, "a")["a"]["reason"] == says
-    with nullcontext() if head else pytest.raises(UsageError, match=r"is one of .*knows none"):
+    with nullcontext() if head else pytest.raises(UsageError, match=r"is one of .*, not of "):
         assert set(became_of(bigpipe.load_manifest(other), "last")) == {"a"}
+
+
+def test_a_recipe_is_one_by_whatever_path_it_is_named(workshop, monkeypatch):
+    (workshop.folder / "sub").mkdir()
+    workshop.run("version: 1\nstages:\n  a: {uses: write, with: {text: a}}\n")
+    monkeypatch.chdir(workshop.folder / "sub")
+    detour = Path("..", "recipe.yaml")
+    assert set(became_of(bigpipe.load_manifest(detour), "last")) == {"a"}
+    bigpipe.run(detour)
+    assert set(became_of(bigpipe.load_manifest(workshop.manifest), "last")) == {"a"}
+    assert {record.manifest for record in bigpipe.runs()} == {str(workshop.manifest)}
+
+
+@pytest.mark.parametrize("spoilt", ["recipe.yaml.lock", "recipe.yaml.lock.answers.gz"])
+def test_a_lock_that_git_could_not_merge_is_written_anew(workshop, spoilt):
+    workshop.manifest.write_text("version: 1\nstages:\n  a: {uses: write, with: {text: a}}\n")
+    lock = commands.lock(workshop.manifest)
+    (workshop.folder / spoilt).write_text(f"<<<<<<< HEAD\n{lock.read_text()}=======\n>>>>>>> other\n")
+    for strict in (bigpipe.plan, partial(commands.lock, check=True)):
+        with pytest.raises(UsageError, match="bigpipe lock"):
+            strict(workshop.manifest)
+    told = []
+    commands.lock(workshop.manifest, note=told.append)
+    assert spoilt in told[0]
+    assert told[0].endswith(": it is written anew")
+    commands.lock(workshop.manifest, check=True)
+
+
+def test_a_manifest_that_waits_for_a_value_is_right_as_far_as_it_can_be_told(tmp_path):
+    stage = "{uses: write, retries: '${params.n}', matrix: {a: '${params.axis}'}, with: {text: '${matrix.a}'}}"
+    plain, open_, wrong = (tmp_path / name for name in ("plain.yaml", "open.yaml", "wrong.yaml"))
+    plain.write_text("version: 1\nstages:\n  a: {uses: write, with: {text: a}}\n")
+    open_.write_text(f"version: 1\nparams: {{n: null, axis: null}}\nstages:\n  a: {stage}\n")
+    wrong.write_text(open_.read_text().replace("text:", "txt:"))
+    told = []
+    assert commands.validate([plain, open_], note=told.append) == {}
+    assert [line.partition(": ")[2] for line in told] == [
+        f"the parameter '{name}' has no default: what depends on it is checked once it has one"
+        for name in ("n", "axis")
+    ]
+    assert commands.validate([plain, open_], {"n": "1", "axis": "[x, y]"}) == {}
+    assert "'m'" in commands.validate([plain, open_], {"m": "1", "n": "1", "axis": "[x]"})[plain].problems[0].cause
+    assert commands.validate([open_], {"n": "1", "axis": "[[]]"}).keys() == {open_}
+    (error,) = commands.validate([plain, wrong]).values()
+    assert [problem.cause for problem in error.problems] == ["unknown field 'txt' in write"]
+
+
+ALONE = "with: {text: 'v${params.v}'}, gates: ['characters < ${params.v}']"
+VARIED = "matrix: {m: '${params.v}'}, with: {text: 'v${matrix.m}'}"
+
+
+@pytest.mark.parametrize(
+    ("value", "stage", "arguments", "name", "text"),
+    [
+        ("2.10", ALONE, {}, "a", "v2.10"),
+        ("1.0", ALONE, {"v": "4.30"}, "a", "v4.30"),
+        ("1.0", ALONE, {"v": "3"}, "a", "v3"),
+        ("1e3", ALONE, {}, "a", "v1e3"),
+        ("0x10", ALONE, {}, "a", "v0x10"),
+        ("5", ALONE, {"v": "+5"}, "a", "v+5"),
+        ("[1.10]", VARIED, {}, "a@m=1.10", "v1.10"),
+        ("x", VARIED.replace("'${params.v}'", "[1.10]"), {}, "a@m=1.10", "v1.10"),
+    ],
+)
+def test_a_number_stands_in_a_text_as_it_is_written(tmp_path, value, stage, arguments, name, text):
+    manifest = tmp_path / "recipe.yaml"
+    manifest.write_text(f"version: 1\nparams: {{v: {value}}}\nstages:\n  a: {{uses: write, {stage}}}\n")
+    (node,) = bigpipe.load_manifest(manifest, params=arguments).nodes.values()
+    assert (node.name, node.params.text) == (name, text)
+
+
+def test_a_number_that_is_to_be_a_text_is_told_as_it_is_written(tmp_path):
+    manifest = tmp_path / "recipe.yaml"
+    manifest.write_text("version: 1\nparams: {v: 2.10}\nstages:\n  a: {uses: write, with: {text: '${params.v}'}}\n")
+    with pytest.raises(ManifestError, match=r"put it in quotes where it is set if it is text: '2\.10'"):
+        bigpipe.load_manifest(manifest)
 
 
 SECRETIVE = """\

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bigpipe.errors import ManifestError
+from bigpipe.orchestrator.recipe.spelling import plain
 from bigpipe.orchestrator.recipe.yamlsource import Document, read_document, read_value, to_python
 
 
@@ -43,7 +44,7 @@ def problem(text: str | bytes) -> str:
 def test_plain_scalars_follow_yaml_1_2(written: str, value: object) -> None:
     read = parse(f"a: {written}")["a"]
     assert read == value
-    assert type(read) is type(value)
+    assert type(plain(read)) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,6 @@ def test_pyyaml_without_libyaml_agrees(texts: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_LIBYAML], input=json.dumps(texts), capture_output=True, text=True, check=True
     )
-    for text, plain in zip(texts, json.loads(done.stdout), strict=True):
+    for text, without in zip(texts, json.loads(done.stdout), strict=True):
         with suppress(ManifestError):
-            assert plain in (None, repr(read_value(text)))
+            assert without in (None, repr(read_value(text)))
