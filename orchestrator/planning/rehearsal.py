@@ -89,6 +89,8 @@ class Rehearsal:
                     self._work(state)
                 case Do.FETCH:
                     self._fetch(state)
+                case Do.SAME:
+                    schedule.same(self.states, state, self.states[next_step.why])
                 case Do.CACHED:
                     self._end(state, Status.CACHED, next_step)
                 case Do.SKIP:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator.contract import Forecast, Json, Status
@@ -81,6 +82,8 @@ class NodeState:
     predecessors: list[NodeState] = field(default_factory=list)
     consumers: list[NodeState] = field(default_factory=list)
     """Those that take its artifact."""
+    alike: list[NodeState] = field(default_factory=list)
+    """Those that do the same work, itself among them: of one key, whatever the digests of their inputs turn out."""
     name: str = field(init=False)
 
     def __repr__(self) -> str:
@@ -88,6 +91,7 @@ class NodeState:
 
     def __post_init__(self) -> None:
         self.name = self.node.name
+        self.alike = [self]
 
     @property
     def key(self) -> str | None:
@@ -151,6 +155,8 @@ class States:
     """No new node starts: interrupted, or a node failed that does not let the others go on."""
     of_key: dict[str, list[NodeState]] = field(default_factory=dict)
     """Key → those that have had it; while they do they share their bytes."""
+    of_work: dict[tuple[Any, ...], list[NodeState]] = field(default_factory=dict)
+    """What a key depends on besides the inputs, and who makes these → those that do this work."""
 
     def __post_init__(self) -> None:
         for state in self.nodes.values():

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 from bigpipe.orchestrator.contract import (
     Forecast,
-    Lineage,
     LogLine,
     NodeFinished,
     NodeStarted,
@@ -56,6 +55,7 @@ from bigpipe.orchestrator.planning import (
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
+from .lineage import lineage
 from .records import RunRecorder, new_run_id
 from .result import RunResult
 from .signals import caught_once
@@ -197,10 +197,13 @@ def _take(run: Run, state: NodeState) -> bool:
             _end(run, state, Status.SKIPPED, next_step.why, next_step)
         case Do.CACHED:
             _take_cached(run, state, next_step)
+        case Do.SAME:
+            schedule.same(run.states, state, run.states[next_step.why])
         case Do.TAKE:
             schedule.take(run.states, state, next_step.why)
         case Do.DEMAND:
-            schedule.demand(run.states, state, next_step.producers)
+            if not _outwaits(run, state):
+                schedule.demand(run.states, state, next_step.producers)
         case Do.START:
             _start(run, state, next_step.why)
         case Do.FETCH:
@@ -275,18 +278,33 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
         inputs={
             port: tuple(digest for each in wired if (digest := each.digest)) for port, wired in state.inputs.items()
         },
-        lineage=_lineage(run, node),
+        lineage=lineage(session, run.states, node),
         refused=state.decision.record if state.decision else None,
         run=run.id,
         folder=run.folder(node),
         report=run.reporter.report,
         cancelled=followed.cancelled if followed else run.cancelled,
         stream=stream,
+        bytes_may_go=not schedule.wants_bytes(state),
         warm=run.warming.take(node) if run.warming else None,
         needs=session.needs(node, state.forecast),
         follows=followed,
     )
     run.working[_pool(run).submit(_timed, state, partial(_worked, attempt))] = state
+
+
+def _outwaits(run: Run, state: NodeState) -> bool:
+    """Where another run has the bytes that this node would send for, and makes of them what it is to make: wait."""
+    key = provisional_key(run.session, state.node) if state.node.kind.passing.follows else ""
+    if not key or not run.session.store.held(key):
+        return False
+
+    from .execution import outwait
+
+    schedule.start(run.states, state)
+    work = partial(outwait, run.session, state.name, key, report=run.reporter.report, cancelled=run.cancelled)
+    run.working[_pool(run).submit(_timed, state, work)] = state
+    return True
 
 
 def _pool(run: Run) -> ThreadPoolExecutor:
@@ -335,28 +353,7 @@ def _timed(state: NodeState, work: Callable[[], KeyRecord | None]) -> KeyRecord 
         state.seconds = time.monotonic() - started
 
 
-def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
-    states = map(run.states.__getitem__, run.session.recipe.ancestors(node.name))
-    known = ((state, fallback.leads_on(run.states, state)) for state in states)
-    return tuple(
-        Lineage(
-            node=state.node.name,
-            kind=state.node.kind.kind,
-            key=state.key or "",
-            digest=state.digest,
-            params=state.node.params.model_dump(mode="json", by_alias=True),
-            metrics=state.record.metrics if state.record else {},
-            left=left,
-            inputs=state.node.inputs,
-            pins=run.session.known_pins(state.node).values,
-        )
-        for state, left in known
-        if left is not None
-    )
-
-
 def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> None:
-    forgone = run.streams.forgone(state.name)
     try:
         record = future.result()
         if record is not None:
@@ -367,14 +364,15 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
             error.place = error.place or state.node.places.of(error.field)
         _end(run, state, Status.FAILED, error.cause)
         return
-    if record is None:  # it followed, or was fetched, in vain: as if nothing had been
+    if record is None:  # it followed, was fetched or waited in vain: as if nothing had been
         state.seconds = 0.0
-        state.decision = None if state.remote else state.decision
+        state.decision = None
         schedule.end(run.states, state, Status.PENDING, "")
         run.streams.ended(state)
         return
+    forgone = run.streams.forgone(state.name)
     schedule.done(run.states, state, record)
-    if forgone:
+    if forgone or (not schedule.keeps(state) and run.session.store.let_go(record.digest or "")):
         schedule.drop(run.states, state)
     _take(run, state)
 

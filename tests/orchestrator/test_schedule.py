@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Row:
     """Of nodes of which it is known."""
     same_key: Mapping[str, str] = field(default_factory=dict)
     """Node → the one whose key it has."""
+    alike: Sequence[str] = ()
+    """Nodes that do the same work."""
     interrupted: bool = False
     of: str = ""
     """Whose step it is; by default that of the last node."""
@@ -92,6 +94,7 @@ class Scene:
             for name, node in self.nodes.items()
         }
         self.states = States(nodes=states, room={**ROOM, **row.room}, stopped=row.interrupted, **row.facts)
+        self.alike = row.alike
         before = ""
         for name in self.nodes:
             self._tell(name, row.given.get(name, "new"), before, record(row.same_key.get(name, name)))
@@ -127,7 +130,8 @@ class Scene:
 
     def _look(self, state: NodeState, action: Action, known: KeyRecord | None, **more: Any) -> None:
         inputs = schedule.input_digests(state)
-        decision = Decision(action=action, reason="", inputs=inputs, record=known, **more)
+        partial = "the same" if state.name in self.alike else ""
+        decision = Decision(action=action, reason="", inputs=inputs, record=known, partial=partial, **more)
         schedule.decided(self.states, state, decision)
 
 
@@ -140,6 +144,12 @@ NEEDS = A + "  b: {uses: make, needs: [a]}\n"
 GATHER = PAIR + "  c: {uses: gather, inputs: {rest: [a, b]}}\n"
 SIP_OF_TWO = A + "  o: {uses: make}\n  b: {uses: sip, inputs: {first: a, second: o}}\n"
 SIP = A + "  b: {uses: sip, inputs: {first: a}}\n"
+
+
+SAME: dict[str, Any] = {"alike": ["a", "b"], "same_key": {"b": "a"}}
+SAME_SIPS: dict[str, Any] = {"alike": ["b", "c"], "same_key": {"c": "b"}}
+SIPS = SIP + "  c: {uses: sip, inputs: {first: a}}\n"
+TWO_PAIRS = AB.replace("b:", "c: {uses: make}\n  b:") + "  d: {uses: use, inputs: {first: c}}\n"
 
 
 def two(resources: str) -> str:
@@ -265,6 +275,17 @@ ROWS = [
         skip("c: no s passes: x: a gate; y: a gate; z: a gate")),
     Row("it is skipped where none could be judged", TRY,
         {f"{node}@s={value}": "skipped" for node in "aj" for value in "xyz"}, skip("j@s=z is skipped")),
+    # The same work
+    Row("what another is doing is waited for", PAIR, {"a": "running", "b": "must"}, wait("a"), **SAME),
+    Row("not where it is done for other inputs", TWO_PAIRS, {"a": "cached", "c": "cached", "b": "running", "d": "must"},
+        START, alike=["b", "d"]),
+    Row("what another has done is taken", PAIR, {"a": "succeeded", "b": "must"}, Step(Do.SAME, "a"), **SAME),
+    Row("not its failure", PAIR.replace("make", "make, on_fail: continue"), {"a": "failed", "b": "must"}, START,
+        **SAME),
+    Row("who does what a follower does waits for it", SIPS, {"a": "passing", "b": "follows", "c": "must"}, wait("a"),
+        **SAME_SIPS),
+    Row("and sends for no bytes meanwhile", SIPS.replace("make", "make, cache: false"),
+        {"a": "dropped", "b": "running", "c": "must"}, wait("b"), **SAME_SIPS),
     # Room
     Row("jobs", PAIR, {"a": "running", "b": "must"}, wait("jobs"), room={"jobs": 1}),
     Row("room for both", two("{ram: 50B, cpus: 2}"), {"a": "running", "b": "must"}, START),
@@ -341,6 +362,15 @@ def test_bytes_that_do_not_come_are_made_where_they_are_demanded(tmp_path: Path)
     schedule.demand(now.states, consumer, ["a"])
     now._look(producer, Action.REMOTE, record("a"), fetch=Fetch(10, None, False))
     assert step(now.states, producer) == START
+
+
+def test_in_a_plan_what_may_run_says_nothing_of_what_surely_does(tmp_path: Path) -> None:
+    now = scene(tmp_path, PAIR, {"a": "succeeded", "b": "must"}, facts={"foreseen": True}, **SAME)
+    first = now.states["a"]
+    assert first.decision is not None
+    assert next_of(now, "b") is Do.SAME
+    first.decision = replace(first.decision, action=Action.MAYBE)
+    assert next_of(now, "b") is Do.START
 
 
 def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> Scene:
