@@ -41,11 +41,13 @@ SHORTEST_IN_DATA = 8
 """Characters of a value that is looked for in data, and in what we state. Shorter ones are words that any text may
 have, such as the `EMPTY` that a server of one's own takes for a key: masked, they would take the name of a file, a node
 or a metric with them. What a program or server says of a failure is masked from `SHORTEST` on."""
-NAMES = frozenset(
-    ["action", "after", "became", "became_of", "code", "commit", "created", "device", "digest", "directory", "event", "field", "file", "inputs", "key", "kind", "lock", "manifest", "model", "name", "needs", "node", "nodes", "path", "place", "recipe", "run", "runs", "source", "started", "status", "store", "target", "time", "type", "unit", "uses"]
-)
+NAMES = frozenset({
+    "action", "after", "became", "commit", "created", "device", "digest", "directory", "event", "field", "file",
+    "inputs", "key", "kind", "lock", "manifest", "model", "name", "needs", "node", "nodes", "path", "place",
+    "recipe", "run", "runs", "source", "started", "status", "store", "target", "time", "type", "unit", "uses",
+})  # fmt: skip
 """Fields of JSON of ours that name something: who reads them looks for just that."""
-TEXTS = frozenset(["cause", "cure", "error", "line", "note", "reason", "task", "verdict", "what", "why"])
+TEXTS = frozenset({"cause", "cure", "error", "line", "note", "reason", "task", "verdict", "what", "why"})
 """Fields of JSON of ours that hold what somebody else may have said."""
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 # As text: `re` compiles a pattern when it is first searched for, and keeps it.
@@ -248,10 +250,11 @@ def _is_name(key: Any) -> bool:
 
 
 def redact_fields(value: Any, field: str = "") -> Any:
-    """Return the same JSON of ours: what is in a field of `NAMES` stays, and so does every key; what is in one of
+    """Return the same JSON of ours: what is known stays in a field of `NAMES`, and in every key; what is in one of
     `TEXTS` is redacted, `metrics` are data, every other string is a value. field: whose value it is."""
     if isinstance(value, str):
-        return value if field in NAMES else redact(value) if field in TEXTS else redact_value(value)
+        by = _without_given_away if field in NAMES else redact if field in TEXTS else redact_value
+        return by(value)
     if value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, Mapping):
