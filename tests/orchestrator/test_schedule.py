@@ -15,6 +15,7 @@ from bigpipe.orchestrator.planning import schedule
 from bigpipe.orchestrator.planning.decision import Action, Decision
 from bigpipe.orchestrator.planning.schedule import Do, NodeState, States, Step, step
 from bigpipe.orchestrator.planning.sharing import Fetch
+from bigpipe.orchestrator.planning.states import judge_gates
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Passing, Port, Stage
 from bigpipe.orchestrator.store.artifacts import KeyRecord
@@ -126,7 +127,7 @@ class Scene:
             if words in ("succeeded", "again", "left", "open"):
                 schedule.end(self.states, state, Status.SUCCEEDED, "", left="a gate" if words == "left" else "")
             if words == "open":
-                state.metrics = {}
+                state.metrics, state.record = {}, None
 
     def _look(self, state: NodeState, action: Action, known: KeyRecord | None, **more: Any) -> None:
         inputs = schedule.input_digests(state)
@@ -228,9 +229,11 @@ ROWS = [
         {"a": "skipped", "b": "cached"}, LOOK),
     Row("a `when` that does not hold", when("> 5"), {"a": "cached"}, skip("when ${stages.a.metrics.score} > 5: 1")),
     Row("a `when` that holds", when("> 0"), {"a": "cached"}, LOOK),
-    Row("a `when` that cannot be decided skips in a run", when("> 0"), {"a": "skipped"},
-        skip("when ${stages.a.metrics.score} > 0: not known")),
-    Row("and is left open in a plan", when("> 0"), {"a": "skipped"}, LOOK, facts={"foreseen": True}),
+    Row("a `when` of what was skipped", when("> 0"), {"a": "skipped"},
+        skip("when ${stages.a.metrics.score} > 0: no value")),
+    Row("also in a plan", when("> 0"), {"a": "skipped"}, skip("when ${stages.a.metrics.score} > 0: no value"),
+        facts={"foreseen": True}),
+    Row("one of what is only foreseen is left open", when("> 0"), {"a": "open"}, LOOK, facts={"foreseen": True}),
     # Dropped bytes
     Row("dropped bytes are no reason to run", A_DROPS, {"a": "dropped hit"}, Step(Do.CACHED)),
     Row("who must run demands them", AB, {"a": "dropped", "b": "must"}, DEMAND),
@@ -282,7 +285,7 @@ ROWS = [
     Row("what another has done is taken", PAIR, {"a": "succeeded", "b": "must"}, Step(Do.SAME, "a"), **SAME),
     Row("not its failure", PAIR.replace("make", "make, on_fail: continue"), {"a": "failed", "b": "must"}, START,
         **SAME),
-    Row("who does what a follower does waits for it", SIPS, {"a": "passing", "b": "follows", "c": "must"}, wait("a"),
+    Row("who does what a follower does waits for it", SIPS, {"a": "passing", "b": "follows", "c": "must"}, wait("b"),
         **SAME_SIPS),
     Row("and sends for no bytes meanwhile", SIPS.replace("make", "make, cache: false"),
         {"a": "dropped", "b": "running", "c": "must"}, wait("b"), **SAME_SIPS),
@@ -392,6 +395,19 @@ def test_a_gate_fails_the_run_and_is_left_to_it_by_a_plan(gate: str, words: str,
     assert failed.do is Do.FAIL
     assert "a: gate score > 5" in str(failed.gate.error(run.nodes["a"]))
     assert next_of(plan, "a") is good
+    assert [verdict.failed for verdict in judge_gates(plan.states, plan.states["a"])] == [True]  # it is over
+
+
+def test_a_gate_on_a_metric_that_was_not_measured_says_which_was(tmp_path: Path) -> None:
+    for foreseen in (False, True):
+        now = scene(tmp_path, gated("score > 0"), {"a": "hit"}, facts={"foreseen": foreseen})
+        now.states["a"].metrics = {"scores": 2}
+        verdict = judge_gates(now.states, now.states["a"])[0]
+        assert str(verdict.error(now.nodes["a"])).endswith(
+            "a: gate score > 0: no value\n  a measured no score; did you mean 'scores'?"
+        )
+    now.states["a"].record = None  # only foreseen
+    assert judge_gates(now.states, now.states["a"])[0].verdict is None
 
 
 @pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED)])
