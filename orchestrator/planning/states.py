@@ -222,8 +222,8 @@ def _is_over(state: NodeState) -> bool:
 
 
 def lookup(states: States, own: NodeState, metrics: Mapping[str, Json] | None = None) -> Lookup:
-    """Metrics of the nodes, UNKNOWN where a node has none yet, None where it will never have it. metrics: of its own, in
-    place of those it has."""
+    """Metrics of the nodes, UNKNOWN where a node has none yet, None where it will never have it. metrics: of its own,
+    in place of those it has."""
 
     def look(name: str | None, path: str) -> Json:
         state = states.nodes.get(name) if name else own
