@@ -141,11 +141,15 @@ def _same_work(states: States, state: NodeState) -> Step | None:
 
 
 def _foregone(states: States, state: NodeState) -> Step | None:
-    """A variant that cannot pass, by what is forecast, is left without being run."""
-    if not fallback.forgiven(state) or _minds_nothing(state) or state.demanded_by:
+    """What cannot pass, by what is forecast, is not run: a variant is left, else it fails at once."""
+    if _minds_nothing(state) or state.demanded_by:
         return None
     bad = [gate for gate in judge_gates(states, state, state.forecast.metrics) if gate.failed]
-    return Step(Do.SKIP, fallback.left_text(bad), gate=bad[0]) if bad else None
+    if not bad:
+        return None
+    if fallback.forgiven(state):
+        return Step(Do.SKIP, fallback.left_text(bad), gate=bad[0])
+    return None if states.foreseen else Step(Do.FAIL, gate=bad[0])
 
 
 def _unsettled(state: NodeState) -> NodeState | None:

@@ -149,7 +149,7 @@ SIP = A + "  b: {uses: sip, inputs: {first: a}}\n"
 
 SAME: dict[str, Any] = {"alike": ["a", "b"], "same_key": {"b": "a"}}
 SAME_SIPS: dict[str, Any] = {"alike": ["b", "c"], "same_key": {"c": "b"}}
-SIPS = SIP + "  c: {uses: sip, inputs: {first: a}}\n"
+SIPPING = SIP + "  c: {uses: sip, inputs: {first: a}}\n"
 TWO_PAIRS = AB.replace("b:", "c: {uses: make}\n  b:") + "  d: {uses: use, inputs: {first: c}}\n"
 
 
@@ -233,6 +233,8 @@ ROWS = [
         skip("when ${stages.a.metrics.score} > 0: no value")),
     Row("also in a plan", when("> 0"), {"a": "skipped"}, skip("when ${stages.a.metrics.score} > 0: no value"),
         facts={"foreseen": True}),
+    Row("one that is not known skips in a run", when("> 0"), {"a": "open"},
+        skip("when ${stages.a.metrics.score} > 0: not known")),
     Row("one of what is only foreseen is left open", when("> 0"), {"a": "open"}, LOOK, facts={"foreseen": True}),
     # Dropped bytes
     Row("dropped bytes are no reason to run", A_DROPS, {"a": "dropped hit"}, Step(Do.CACHED)),
@@ -285,9 +287,9 @@ ROWS = [
     Row("what another has done is taken", PAIR, {"a": "succeeded", "b": "must"}, Step(Do.SAME, "a"), **SAME),
     Row("not its failure", PAIR.replace("make", "make, on_fail: continue"), {"a": "failed", "b": "must"}, START,
         **SAME),
-    Row("who does what a follower does waits for it", SIPS, {"a": "passing", "b": "follows", "c": "must"}, wait("b"),
-        **SAME_SIPS),
-    Row("and sends for no bytes meanwhile", SIPS.replace("make", "make, cache: false"),
+    Row("who does what a follower does waits for it", SIPPING, {"a": "passing", "b": "follows", "c": "must"},
+        wait("b"), **SAME_SIPS),
+    Row("and sends for no bytes meanwhile", SIPPING.replace("make", "make, cache: false"),
         {"a": "dropped", "b": "running", "c": "must"}, wait("b"), **SAME_SIPS),
     # Room
     Row("jobs", PAIR, {"a": "running", "b": "must"}, wait("jobs"), room={"jobs": 1}),
@@ -461,6 +463,16 @@ def test_a_variant_that_cannot_pass_by_what_is_forecast_is_not_run(on_fail: str,
     assert next_of(now, "a@s=y") is Do.LOOK
 
 
+@pytest.mark.parametrize(("foreseen", "done"), [(True, Do.START), (False, Do.FAIL)], ids=["plan", "run"])
+def test_a_gate_that_fails_by_what_is_forecast_is_not_paid_for(foreseen: bool, done: Do, tmp_path: Path) -> None:
+    """`on_fail: continue` and `--keep-going` leave it to the run, which did all the work first."""
+    now = scene(tmp_path, gated("score > 5"), {"a": "must"}, facts={"foreseen": foreseen, "keep_going": True})
+    now.states["a"].forecast = Forecast(metrics={"score": 5})
+    assert next_of(now, "a") is done
+    now.states["a"].demanded_by = "b"  # its gates were judged
+    assert next_of(now, "a") is Do.START
+
+
 def test_what_is_taken_is_all_that_counts(tmp_path: Path) -> None:
     given = {**X_LEFT, "a@s=y": "cached", "j@s=y": "cached", "a@s=z": "skipped", "j@s=z": "skipped"}
     now = scene(tmp_path, TRY, given)
@@ -627,6 +639,9 @@ def test_files_are_let_go_where_all_who_take_them_follow(tmp_path: Path) -> None
     assert not passes_on({"c": "failed"})
     assert passes_on({"c": "failed"}, gone=True)
     assert passes_on({"c": "skipped"})
+    twins = scene(tmp_path, SIPS, {"a": "passing", "b": "must", "c": "refused"}, **SAME_SIPS)
+    schedule.start(twins.states, twins.states["b"], "a")
+    assert schedule.passes_on(twins.states, twins.states["a"])
     kept = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
     assert not schedule.passes_on(kept.states, kept.states["a"])
 
