@@ -416,8 +416,9 @@ def drop(states: States, state: NodeState) -> None:
 def passes_on(states: States, state: NodeState, *, gone: bool = False) -> bool:
     """Are its files let go while it runs, as they are taken? Where all who take them run beside it, or take what one
     of these gives.
-    gone: some of them are. Then whoever failed will not find them all, and they are not kept for it."""
-    if keeps(state) or len(_sharing(states, state)) > 1:
+    gone: some of them are. Then whoever failed will not find them all, and they are not kept for it. A `timeout` is
+    meant for the work: who has one waits for nobody to take them."""
+    if keeps(state) or state.node.timeout is not None or len(_sharing(states, state)) > 1:
         return False
     excused = {Status.SKIPPED, Status.FAILED} if gone else {Status.SKIPPED}
     return all(

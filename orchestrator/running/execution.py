@@ -90,6 +90,15 @@ def execute(attempt: Attempt) -> KeyRecord | None:
         return record
 
 
+def execute_once(attempt: Attempt) -> KeyRecord | None:
+    """`execute`, after which the worker that waited for it is gone."""
+    try:
+        return execute(attempt)
+    finally:
+        if attempt.warm is not None:
+            attempt.warm.end()  # unless it was taken
+
+
 @contextmanager
 def _work(attempt: Attempt) -> Iterator[Work]:
     """Hold what only one may do at a time: always the provisional key first, then the true one."""

@@ -45,6 +45,7 @@ from bigpipe.orchestrator.planning import (
     Session,
     States,
     Step,
+    clash_with,
     decide,
     fallback,
     judge_gates,
@@ -60,11 +61,11 @@ from .records import RunRecorder, new_run_id
 from .result import RunResult
 from .signals import caught_once
 from .streaming import Streams, provisional_key
+from .timing import timed
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from .execution import Attempt
     from .sharing import Offering
     from .warming import Warming
 
@@ -190,6 +191,10 @@ def _wait(run: Run) -> None:
 def _take(run: Run, state: NodeState) -> bool:
     """Do what comes next for a node. True where that changed anything."""
     next_step = step(run.states, state)
+    if next_step.do in (Do.CACHED, Do.START) and (error := _clash(run, state)) is not None:
+        state.error = error
+        _end(run, state, Status.FAILED, error.cause)
+        return True
     match next_step.do:
         case Do.LOOK:
             return _look(run, state)
@@ -221,6 +226,16 @@ def _take(run: Run, state: NodeState) -> bool:
         case _:
             return False
     return True
+
+
+def _clash(run: Run, state: NodeState) -> BigpipeError | None:
+    """Another node writes, in this run, to where this one would: of two that may be skipped neither was."""
+    if state.node.kind.planning.writes is None:
+        return None
+    others = [
+        each for each in run.states.nodes.values() if each.status in {Status.RUNNING, *GOOD} and each is not state
+    ]
+    return clash_with(run.session, state.node, [each.node for each in others])
 
 
 def _take_cached(run: Run, state: NodeState, told: Step) -> None:
@@ -258,7 +273,7 @@ def _look(run: Run, state: NodeState) -> bool:
 
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
-    from .execution import Attempt  # what launches workers is not imported where nothing runs
+    from .execution import Attempt, execute_once  # what launches workers is not imported where nothing runs
     from .warming import Warming
 
     session, node, jobs = run.session, state.node, run.states.room["jobs"]
@@ -290,7 +305,7 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
         needs=session.needs(node, state.forecast),
         follows=followed,
     )
-    run.working[_pool(run).submit(_timed, state, partial(_worked, attempt))] = state
+    run.working[_pool(run).submit(timed, state, partial(execute_once, attempt))] = state
 
 
 def _outwaits(run: Run, state: NodeState) -> bool:
@@ -303,7 +318,7 @@ def _outwaits(run: Run, state: NodeState) -> bool:
 
     schedule.start(run.states, state)
     work = partial(outwait, run.session, state.name, key, report=run.reporter.report, cancelled=run.cancelled)
-    run.working[_pool(run).submit(_timed, state, work)] = state
+    run.working[_pool(run).submit(timed, state, work)] = state
     return True
 
 
@@ -326,31 +341,7 @@ def _fetch(run: Run, state: NodeState) -> None:
     run.reporter.report(NodeStarted(state.name, state.reason))
     _remember(run, {state.name: state.key or ""})
     work = partial(fetch, run.session, state.node, decision, report=run.reporter.report, cancelled=run.cancelled)
-    run.working[_pool(run).submit(_timed, state, work)] = state
-
-
-def _worked(attempt: Attempt) -> KeyRecord | None:
-    from .execution import execute
-
-    try:
-        return execute(attempt)
-    finally:
-        if attempt.warm is not None:
-            attempt.warm.end()  # unless it was taken
-
-
-def _timed(state: NodeState, work: Callable[[], KeyRecord | None]) -> KeyRecord | None:
-    from bigpipe.orchestrator.launch import ran_out
-
-    started = time.monotonic()
-    try:
-        return work()
-    except Exception as error:
-        if (told := ran_out(error)) is None:
-            raise
-        raise told from error
-    finally:
-        state.seconds = time.monotonic() - started
+    run.working[_pool(run).submit(timed, state, work)] = state
 
 
 def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> None:
