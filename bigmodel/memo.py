@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from bigpipe.files import Damaged, make_directory, read_sealed, write_sealed
-from bigpipe.redaction import redact
+from bigpipe.redaction import redact_value
 
 LARGEST = 16 << 20
 """Characters of JSON that one process keeps; the oldest answers go first."""
@@ -24,7 +24,7 @@ def remember(path: Path, answer: Any) -> None:
     try:
         make_directory(path.parent, durable=False)
         text = json.dumps(answer)
-        clean = redact(text)  # one search of the text: an answer may have a hundred thousand names
+        clean = redact_value(text)  # one search of the text: an answer may have a hundred thousand names
         write_sealed(path, [path.name, answer if clean == text else json.loads(clean)], durable=False)
     except OSError:
         return

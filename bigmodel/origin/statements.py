@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bigpipe.bigmodel.publishing import Published, Stored
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redact_fields
 from bigpipe.versions import package_version
 
 from .listing import package_url, root_digest
@@ -72,7 +72,7 @@ def provenance_statement(subject: Subject, published: Published) -> dict[str, An
         "predicateType": PROVENANCE,
         "predicate": {"buildDefinition": definition, "runDetails": {"builder": builder}},
     }
-    redacted: dict[str, Any] = redact_json(stated)
+    redacted: dict[str, Any] = redact_fields(stated)
     return redacted
 
 

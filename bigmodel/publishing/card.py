@@ -18,7 +18,7 @@ from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
 from bigpipe.bigmodel.formats import named, packing_of
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.files import read_file
-from bigpipe.redaction import redact
+from bigpipe.redaction import redact_value
 from bigpipe.sizes import format_size
 
 from .provenance import Provenance, Step, version
@@ -116,7 +116,7 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         recipe=provenance.text.rstrip("\n"),
         fence="`" * max(3, longest + 1),
     )
-    return redact(text)
+    return redact_value(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from bigpipe.files import (
     sync_directory,
 )
 from bigpipe.filesystems import foreign_errors
-from bigpipe.redaction import redact
+from bigpipe.redaction import redact_value
 
 LONGEST_READ, LONGEST_MARK = 10_000_000, 500
 """Bytes of a small file, and characters of a mark."""
@@ -75,7 +75,7 @@ class Receipt:
 
     def text(self) -> str:
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
-        content = {"schema": RECEIPT_SCHEMA, "url": redact(self.url), "commit": self.commit, "files": files}
+        content = {"schema": RECEIPT_SCHEMA, "url": redact_value(self.url), "commit": self.commit, "files": files}
         return json.dumps(content, indent=2) + "\n"
 
     @classmethod

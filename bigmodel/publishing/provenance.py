@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bigpipe.bigmodel.checkpoint import invalid, read_json
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redact_fields
 from bigpipe.versions import package_version
 
 from .destinations import Stored
@@ -109,7 +109,7 @@ class Provenance:
         """Return the contents of `provenance.json`. files: everything that lies beside it."""
         listed = {name: {"sha256": file.sha256, "size": file.size} for name, file in files.items()}
         told = {"schema": SCHEMA, "bigpipe": version(), **asdict(self), "files": listed}
-        return json.dumps(redact_json(told), indent=2) + "\n"
+        return json.dumps(redact_fields(told), indent=2) + "\n"
 
 
 def _last(steps: Sequence[Step], kind: str) -> Step | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redact_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +20,9 @@ class Event:
         return {"event": self.name, **{item.name: getattr(self, item.name) for item in fields(self)}}
 
     def redacted(self) -> Self:
-        """Return the event, all that is concealed masked in its texts."""
+        """Return the event, all that is concealed masked in its texts and values."""
         told = {item.name: getattr(self, item.name) for item in fields(self)}
-        masked = {name: shown for name, value in told.items() if (shown := redact_json(value)) != value}
+        masked = {name: shown for name, shown in redact_fields(told).items() if shown != told[name]}
         return replace(self, **masked) if masked else self
 
 

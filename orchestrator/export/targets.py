@@ -14,7 +14,7 @@ from bigpipe.files import explained, flows_on, without_detours
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Session
-from bigpipe.redaction import redact
+from bigpipe.redaction import redact_value
 
 from .work import Work, work_of
 
@@ -100,7 +100,7 @@ def export(name: str, session: Session, out: Path | None = None) -> Exported:
         if target.evaluates and target.evaluates in text:
             cause = f"{text!r} holds {target.evaluates}, which {target.title} would evaluate"
             raise UsageError(cause, "give it another name or value")
-        if redact(text) != text:
+        if redact_value(text) != text:
             cause = f"{text!r} holds a secret, which would stand in the file"
             raise UsageError(cause, "leave it out, and list its variable under `secrets`")
     _refuse_secrets(work, target)

@@ -31,7 +31,7 @@ from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed, Usage
 from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.fit import out_of_memory
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import mask, redact_fields, redact_json
 from bigpipe.versions import lacks
 
 from .lifeline import host
@@ -259,14 +259,14 @@ class Outcome(BaseModel):
             raise StageFailed(f"kind {stage.kind} returned {result!r}", "a stage returns StageResult(metrics, files)")
         if result.type and not stage.may_give(result.type):
             raise StageFailed(f"kind {stage.kind} gave a {result.type!r}", "its `output` or `outputs` must name that")
-        metrics = redact_json(result.metrics.model_dump(mode="json"))
+        metrics = redact_json(result.metrics.model_dump(mode="json"), mask)
         if (wrong := _not_finite(metrics)) is not None:
             raise StageFailed(f"kind {stage.kind} measured {wrong}", "a metric is a finite number, or null")
         return cls(metrics=metrics, files=dict(result.files), type=result.type)
 
     def write(self, path: Path) -> None:
         """Write it, all that is concealed masked."""
-        write_file(path, json.dumps(redact_json(self.model_dump(mode="json"))), durable=False)
+        write_file(path, json.dumps(redact_fields(self.model_dump(mode="json"))), durable=False)
 
     @classmethod
     def read(cls, path: Path) -> Outcome | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.files import parse_json, read_file, write_file
 from bigpipe.orchestrator.contract import Json
-from bigpipe.redaction import redact
+from bigpipe.redaction import redact_value
 
 LIMIT = 256 * 2**20
 """Bytes of answers, unpacked: those of a model with 400,000 tensors take a tenth."""
@@ -94,4 +94,4 @@ def write_answers(lock: Path, answers: Answers) -> None:
 
 
 def _text(answers: Answers) -> bytes:
-    return redact(json.dumps(answers, sort_keys=True, separators=(",", ":"))).encode()
+    return redact_value(json.dumps(answers, sort_keys=True, separators=(",", ":"))).encode()

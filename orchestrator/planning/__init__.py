@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .content import content_paths, gathered_files
     from .decision import Action, Decision, GateVerdict, decide, difference_json, difference_text
     from .doctor import doctor_text, examine, unsound
+    from .effects import clash_with
     from .explaining import explain
     from .keys import ABSENT, Difference, changed, differences, shown
     from .misfits import takes_any_gpus

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -47,6 +47,8 @@ class Decision:
     reason: str
     inputs: Inputs | None = None
     """What it was decided on; None while an input's digest is not known."""
+    partial: str = ""
+    """What the key depends on besides the inputs; "" where that is not known."""
     key: str | None = None
     record: KeyRecord | None = None
     """Of this key. Where the node has to run all the same, this record was refused."""
@@ -95,7 +97,14 @@ class GateVerdict:
 
 def decide(session: Session, node: Node, inputs: Inputs | None, awaited: Sequence[str] = ()) -> Decision:
     """Whether the node has to run on these inputs. None: the digests of `awaited` producers are not known."""
-    identity, forced = session.identity(node), node.name in session.forced
+    identity = session.identity(node)
+    return replace(_decide(session, node, identity, inputs, awaited), partial=identity.partial)
+
+
+def _decide(
+    session: Session, node: Node, identity: Identity, inputs: Inputs | None, awaited: Sequence[str]
+) -> Decision:
+    forced = node.name in session.forced
     key = None if inputs is None else identity.key(inputs)
     known = None
     if key is not None and (record := session.store.find(key)) is not None:

@@ -47,6 +47,24 @@ def refuse_clash(session: Session, node: Node) -> None:
         _refuse(node, written, chain(_kept(session), _written_by(session.nodes, session, node)))
 
 
+def clash_with(session: Session, node: Node, others: Iterable[Node]) -> BigpipeError | None:
+    """Return an error where `node` would write to what one of those writes that have their turn in this run: of two
+    that may be skipped, both were not."""
+    try:
+        if written := _written(session, node):
+            _refuse(node, written, _written_now(session, node, others))
+    except BigpipeError as error:
+        error.place = error.place or node.places.of(error.field)
+        return error
+    return None
+
+
+def _written_now(session: Session, writer: Node, others: Iterable[Node]) -> Iterator[Kept]:
+    for node in others:
+        for name in chain.from_iterable(_written(session, node).values()):
+            yield Kept(f"what {node.name} writes in this run", name, cure=_apart(node, writer) or CURE)
+
+
 def written_twice(session: Session) -> Iterator[UsageError]:
     """Yield where a node writes to where one before it does: what is known without looking anywhere."""
     for index, node in enumerate(session.nodes):

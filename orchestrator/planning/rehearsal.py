@@ -89,6 +89,8 @@ class Rehearsal:
                     self._work(state)
                 case Do.FETCH:
                     self._fetch(state)
+                case Do.SAME:
+                    schedule.same(self.states, state, self.states[next_step.why])
                 case Do.CACHED:
                     self._end(state, Status.CACHED, next_step)
                 case Do.SKIP:
@@ -182,7 +184,7 @@ class Rehearsal:
                     waiting += [each, *missing]
                 else:
                     each.forecast = self._forecast(each)
-        state.metrics = state.forecast.metrics
+        state.metrics = state.record.metrics if state.record else state.forecast.metrics
 
     def _forecast(self, state: NodeState) -> Forecast:
         """What it costs; where it may take one of several variants, the most that one of them does."""

@@ -5,8 +5,8 @@ the store, the clock, the machine or another process; every rule has its row in 
 
 step(states, state)
     pending    let it wait until earlier variants are left (`fallback`), or take one; skip it; look it up; take it from
-               the cache; send for dropped bytes; bring it from the remote store, or start it, beside a producer whose
-               files it takes or when there is room; or let it wait
+               the cache, or from a node that did the same work (`alike`); send for dropped bytes; bring it from the
+               remote store, or start it, beside a producer whose files it takes or when there is room; or let it wait
     running    once its work is done: it succeeded, or a gate fails it
     ended      look it up again where an input came out different; drop bytes that nobody needs any more
 """
@@ -25,7 +25,7 @@ from bigpipe.orchestrator.launch import executor
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.passing import AHEAD
 
-from . import fallback
+from . import alike, fallback
 from .decision import Action, Decision, GateVerdict, Inputs
 from .fallback import Verdict
 from .misfits import takes_any_gpus
@@ -42,6 +42,8 @@ class Do(StrEnum):
     """Send producers whose bytes were dropped back to work."""
     FETCH = "fetch"
     """Bring what the remote store has of it."""
+    SAME = "same"
+    """Take what another node has given that did the same work in this run."""
     START = "start"
     SUCCEED = "succeed"
     TAKE = "take"
@@ -57,7 +59,8 @@ class Do(StrEnum):
 class Step(NamedTuple):
     do: Do
     why: str = ""
-    """Why it is skipped, what it waits for, the producer whose files it takes as they are made, or the variant."""
+    """Why it is skipped, what it waits for, the producer whose files it takes as they are made, the node that it is the
+    same as, or the variant."""
     producers: tuple[str, ...] = ()
     """Whose bytes it demands."""
     gate: GateVerdict | None = None
@@ -87,6 +90,8 @@ def _pending(states: States, state: NodeState) -> Step:
     if state.hit:
         return Step(Do.WAIT, follows) if follows else _judged(states, state, Do.CACHED)
     if not state.remote:
+        if (same := _same_work(states, state)) is not None:
+            return same
         if dropped := tuple(each.name for each in state.producers if each.status in GOOD and not each.bytes_here):
             return Step(Do.DEMAND, producers=dropped)
         if foregone := _foregone(states, state):
@@ -127,12 +132,24 @@ def _chooses(states: States, state: NodeState) -> Step | None:
     return None if state.choice is found[0][0] else Step(Do.TAKE, found[0][0].value)
 
 
+def _same_work(states: States, state: NodeState) -> Step | None:
+    """One of several nodes that do the same work does it; the others wait, and take what it gave."""
+    if (worker := alike.at_work(state)) is not None:
+        return Step(Do.WAIT, worker.name)
+    gave = alike.gave(states, state, wants_bytes=wants_bytes(state))
+    return Step(Do.SAME, gave.name) if gave else None
+
+
 def _foregone(states: States, state: NodeState) -> Step | None:
-    """A variant that cannot pass, by what is forecast, is left without being run."""
-    if not fallback.forgiven(state) or _minds_nothing(state) or state.demanded_by:
+    """What cannot pass, by what is forecast, is not run: a variant is left, else it fails at once."""
+    if _minds_nothing(state) or state.demanded_by:
         return None
     bad = [gate for gate in judge_gates(states, state, state.forecast.metrics) if gate.failed]
-    return Step(Do.SKIP, fallback.left_text(bad), gate=bad[0]) if bad else None
+    if not bad:
+        return None
+    if fallback.forgiven(state):
+        return Step(Do.SKIP, fallback.left_text(bad), gate=bad[0])
+    return None if states.foreseen else Step(Do.FAIL, gate=bad[0])
 
 
 def _unsettled(state: NodeState) -> NodeState | None:
@@ -162,6 +179,11 @@ def _good(states: States, state: NodeState) -> Step:
 def keeps(state: NodeState) -> bool:
     """Do its bytes stay? Those that nobody takes are what the run is for."""
     return state.node.cache or not state.consumers
+
+
+def wants_bytes(state: NodeState) -> bool:
+    """Does it need more than its record?"""
+    return keeps(state) or bool(state.demanded_by)
 
 
 def _sharing(states: States, state: NodeState) -> list[NodeState]:
@@ -305,6 +327,18 @@ def decided(states: States, state: NodeState, decision: Decision) -> None:
     state.record = decision.record if decision.action is Action.CACHED else None
     state.metrics = state.record.metrics if state.record else {}
     _has_key(states, state)
+    alike.note(states, state)
+
+
+def same(states: States, state: NodeState, other: NodeState) -> None:
+    """It takes what the other gave, which did the same work."""
+    assert state.decision is not None  # noqa: S101  no other node is told to
+    found = replace(
+        state.decision, action=Action.CACHED, reason=f"the same as {other.name}", record=other.record,
+        bytes_here=other.bytes_here, changes=(),
+    )  # fmt: skip
+    decided(states, state, found)
+    state.metrics = other.metrics
 
 
 def done(states: States, state: NodeState, record: KeyRecord) -> None:
@@ -380,12 +414,17 @@ def drop(states: States, state: NodeState) -> None:
 
 
 def passes_on(states: States, state: NodeState, *, gone: bool = False) -> bool:
-    """Are its files let go while it runs, as they are taken? Where all who take them run beside it.
-    gone: some of them are. Then whoever failed will not find them all, and they are not kept for it."""
-    if keeps(state) or len(_sharing(states, state)) > 1:
+    """Are its files let go while it runs, as they are taken? Where all who take them run beside it, or take what one
+    of these gives.
+    gone: some of them are. Then whoever failed will not find them all, and they are not kept for it. A `timeout` is
+    meant for the work: who has one waits for nobody to take them."""
+    if keeps(state) or state.node.timeout is not None or len(_sharing(states, state)) > 1:
         return False
     excused = {Status.SKIPPED, Status.FAILED} if gone else {Status.SKIPPED}
-    return all(each.following == state.name or each.status in excused for each in reversed(state.consumers))
+    return all(
+        each.status in excused or any(other.following == state.name for other in (each, *alike.others(each)))
+        for each in reversed(state.consumers)
+    )
 
 
 def _between(producer: NodeState) -> int:

@@ -81,6 +81,8 @@ class Session:
     _pins: dict[str, Pinned] = field(default_factory=dict)
     _identities: dict[str, Identity] = field(default_factory=dict)
     _surroundings: dict[str, Surroundings] = field(default_factory=dict)
+    provisional: dict[str, str] = field(default_factory=dict)
+    """Node → its provisional key, where that was asked for."""
     reporter: Reporter | None = None
     """Hears of what takes long before the run begins."""
     remote: Remote | None = None

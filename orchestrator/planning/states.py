@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from bigpipe.errors import BigpipeError
+from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Forecast, Json, Status
-from bigpipe.orchestrator.recipe import UNKNOWN, Choice, First, Lookup, Node, metric
+from bigpipe.orchestrator.recipe import UNKNOWN, Choice, Condition, First, Lookup, Node, metric
 from bigpipe.orchestrator.store import KeyRecord
 
 from .decision import Action, Decision, GateVerdict
@@ -81,6 +83,8 @@ class NodeState:
     predecessors: list[NodeState] = field(default_factory=list)
     consumers: list[NodeState] = field(default_factory=list)
     """Those that take its artifact."""
+    alike: list[NodeState] = field(default_factory=list)
+    """Those that do the same work, itself among them: of one key, whatever the digests of their inputs turn out."""
     name: str = field(init=False)
 
     def __repr__(self) -> str:
@@ -88,6 +92,7 @@ class NodeState:
 
     def __post_init__(self) -> None:
         self.name = self.node.name
+        self.alike = [self]
 
     @property
     def key(self) -> str | None:
@@ -151,6 +156,8 @@ class States:
     """No new node starts: interrupted, or a node failed that does not let the others go on."""
     of_key: dict[str, list[NodeState]] = field(default_factory=dict)
     """Key → those that have had it; while they do they share their bytes."""
+    of_work: dict[tuple[Any, ...], list[NodeState]] = field(default_factory=dict)
+    """What a key depends on besides the inputs, and who makes these → those that do this work."""
 
     def __post_init__(self) -> None:
         for state in self.nodes.values():
@@ -195,16 +202,36 @@ class States:
 def judge_gates(states: States, state: NodeState, metrics: Mapping[str, Json] | None = None) -> tuple[GateVerdict, ...]:
     """metrics: its own, where others are meant than those it has."""
     look = lookup(states, state, metrics)
-    return tuple(GateVerdict(gate=gate, verdict=gate.evaluate(look)) for gate in state.node.gates)
+    return tuple(
+        GateVerdict(gate=gate, verdict=gate.evaluate(look), cure=_misnamed(state, gate)) for gate in state.node.gates
+    )
+
+
+def _misnamed(state: NodeState, gate: Condition) -> str:
+    """What to do about a gate on a metric that its own node has not measured."""
+    paths = sorted(path for name, path in gate.references if name is None) if _is_over(state) else []
+    missing = next((path for path in paths if metric(state.metrics, path) is UNKNOWN), None)
+    if missing is None:
+        return ""
+    return f"{state.name} measured no {missing}; " + did_you_mean(missing, state.metrics, otherwise="it measured")
+
+
+def _is_over(state: NodeState) -> bool:
+    """Will it measure nothing more? Not so of what is but foreseen, which has no record."""
+    return state.status is Status.SKIPPED or state.record is not None
 
 
 def lookup(states: States, own: NodeState, metrics: Mapping[str, Json] | None = None) -> Lookup:
-    """Metrics of the nodes, UNKNOWN where a node has none yet. metrics: of its own, in place of those it has."""
+    """Metrics of the nodes, UNKNOWN where a node has none yet, None where it will never have it. metrics: of its own,
+    in place of those it has."""
 
     def look(name: str | None, path: str) -> Json:
         state = states.nodes.get(name) if name else own
         if state is None:
             return UNKNOWN
-        return metric(state.metrics if metrics is None or state is not own else metrics, path)
+        if metrics is not None and state is own:
+            return metric(metrics, path)
+        found = metric(state.metrics, path)
+        return None if found is UNKNOWN and _is_over(state) else found
 
     return look

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bigpipe.errors import BigpipeError, ManifestError, Place
-from bigpipe.redaction import printable, printable_json, redact, redact_json
+from bigpipe.redaction import printable, printable_json, redact, redact_fields, redact_value
 from bigpipe.tables import PLAIN, Screen
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ COMMAND = re.compile(r"^\s*:(?=:)|##(?=\[)", re.MULTILINE)
 def clean(text: str) -> str:
     """Return a text as it may be shown: no secret is in it, nothing of it moves the terminal, and no line is a command
     to GitHub's runner."""
-    text = printable(redact(text))
+    text = printable(redact_value(text))
     return COMMAND.sub(r"\g<0> ", text) if os.environ.get("GITHUB_ACTIONS") == "true" else text
 
 
 def json_text(value: Json, indent: int | None = None, *, ascii_only: bool = False) -> str:
     """Return JSON as it may be shown: no secret is in it, and nothing that moves a terminal. ascii_only: for what takes
     no UTF-8, which all JSON is in."""
-    text = json.dumps(redact_json(value), indent=indent, ensure_ascii=ascii_only, default=str)
+    text = json.dumps(redact_fields(value), indent=indent, ensure_ascii=ascii_only, default=str)
     return printable_json(text)
 
 

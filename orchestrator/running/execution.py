@@ -51,13 +51,27 @@ class Attempt:
     """Where its files go to, one by one, if somebody may follow."""
     needs: Needs
     """What it takes of a cluster's machines."""
+    bytes_may_go: bool = False
+    """Nobody asks for more than its record: it is `cache: false`, and who takes its bytes may have them already."""
     warm: WarmWorker | None = None
     """Waits for the first try."""
     follows: Stream | None = None
     """Where the files of one input come from, one by one, as they are made."""
 
     def waiting(self, holder: str) -> None:
-        self.report(LogLine(self.node.name, f"waiting for {holder}, which is making the same artifact"))
+        self.report(_waits(self.node.name, holder))
+
+
+def _waits(node: str, holder: str) -> LogLine:
+    return LogLine(node, f"waiting for {holder}, which is making the same artifact")
+
+
+def outwait(
+    session: Session, node: str, key: str, *, report: Callable[[Event], None], cancelled: threading.Event
+) -> None:
+    """Return once nobody holds the key."""
+    with session.store.hold(key, cancelled=cancelled, waiting=lambda holder: report(_waits(node, holder))):
+        pass
 
 
 def execute(attempt: Attempt) -> KeyRecord | None:
@@ -74,6 +88,15 @@ def execute(attempt: Attempt) -> KeyRecord | None:
         record = _publish(attempt, outcome, work)
         work.done()
         return record
+
+
+def execute_once(attempt: Attempt) -> KeyRecord | None:
+    """`execute`, after which the worker that waited for it is gone."""
+    try:
+        return execute(attempt)
+    finally:
+        if attempt.warm is not None:
+            attempt.warm.end()  # unless it was taken
 
 
 @contextmanager
@@ -94,12 +117,15 @@ def _work(attempt: Attempt) -> Iterator[Work]:
 
 
 def _made_meanwhile(attempt: Attempt) -> KeyRecord | None:
-    """What another process has recorded since it was decided that the node must run. That the pins of a record answer
-    one question more is noted in it by those who only found it."""
-    made, refused = attempt.session.store.find(attempt.key), attempt.refused
+    """What another process has recorded since it was decided that the node must run, with its bytes, unless these were
+    let go as they were made and may be. That the pins of a record answer one question more is noted in it by those who
+    only found it."""
+    store = attempt.session.store
+    made, refused = store.find(attempt.key), attempt.refused
     if made is None or (refused is not None and _unasked(made) == _unasked(refused)):
         return None
-    return made if attempt.session.store.intact(made) else None
+    gone = attempt.bytes_may_go and made.digest is not None and store.let_go(made.digest)
+    return made if gone or store.intact(made) else None
 
 
 def _unasked(record: KeyRecord) -> KeyRecord:
@@ -117,6 +143,7 @@ def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
                 work.done()
                 return made
             outcome = _with_retries(attempt, work)
+            stream.through.add(attempt.node.name)
             source = stream.confirmed()
             if source.digest is None or not stream.gave(source):
                 return None

@@ -37,7 +37,7 @@ from bigpipe.orchestrator.contract import (
 from bigpipe.orchestrator.planning import Difference, changed, node_folder
 from bigpipe.orchestrator.recipe import Node, Recipe, is_meant, parts_of
 from bigpipe.orchestrator.store import explained, make_directory
-from bigpipe.redaction import redact_json
+from bigpipe.redaction import redact_fields
 from bigpipe.tables import html_table
 
 from .nodes import HEADS, NodeRun, node_rows, run_line
@@ -202,7 +202,7 @@ class RunRecorder:
         if self._checkout is not None:
             self.record.git = self._checkout.state
         make_directory(self._folder, durable=durable)
-        write_sealed(self._folder / "run.json", redact_json(self.record.model_dump(mode="json")), durable=durable)
+        write_sealed(self._folder / "run.json", redact_fields(self.record.model_dump(mode="json")), durable=durable)
         self._behind = False
 
 

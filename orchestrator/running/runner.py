@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from bigpipe.errors import BigpipeError, GateFailed, Interrupted
 from bigpipe.orchestrator.contract import (
     Forecast,
-    Lineage,
     LogLine,
     NodeFinished,
     NodeStarted,
@@ -46,6 +45,7 @@ from bigpipe.orchestrator.planning import (
     Session,
     States,
     Step,
+    clash_with,
     decide,
     fallback,
     judge_gates,
@@ -56,15 +56,16 @@ from bigpipe.orchestrator.planning import (
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
+from .lineage import lineage
 from .records import RunRecorder, new_run_id
 from .result import RunResult
 from .signals import caught_once
 from .streaming import Streams, provisional_key
+from .timing import timed
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from .execution import Attempt
     from .sharing import Offering
     from .warming import Warming
 
@@ -190,6 +191,10 @@ def _wait(run: Run) -> None:
 def _take(run: Run, state: NodeState) -> bool:
     """Do what comes next for a node. True where that changed anything."""
     next_step = step(run.states, state)
+    if next_step.do in (Do.CACHED, Do.START) and (error := _clash(run, state)) is not None:
+        state.error = error
+        _end(run, state, Status.FAILED, error.cause)
+        return True
     match next_step.do:
         case Do.LOOK:
             return _look(run, state)
@@ -197,10 +202,13 @@ def _take(run: Run, state: NodeState) -> bool:
             _end(run, state, Status.SKIPPED, next_step.why, next_step)
         case Do.CACHED:
             _take_cached(run, state, next_step)
+        case Do.SAME:
+            schedule.same(run.states, state, run.states[next_step.why])
         case Do.TAKE:
             schedule.take(run.states, state, next_step.why)
         case Do.DEMAND:
-            schedule.demand(run.states, state, next_step.producers)
+            if not _outwaits(run, state):
+                schedule.demand(run.states, state, next_step.producers)
         case Do.START:
             _start(run, state, next_step.why)
         case Do.FETCH:
@@ -218,6 +226,16 @@ def _take(run: Run, state: NodeState) -> bool:
         case _:
             return False
     return True
+
+
+def _clash(run: Run, state: NodeState) -> BigpipeError | None:
+    """Another node writes, in this run, to where this one would: of two that may be skipped neither was."""
+    if state.node.kind.planning.writes is None:
+        return None
+    others = [
+        each for each in run.states.nodes.values() if each.status in {Status.RUNNING, *GOOD} and each is not state
+    ]
+    return clash_with(run.session, state.node, [each.node for each in others])
 
 
 def _take_cached(run: Run, state: NodeState, told: Step) -> None:
@@ -255,7 +273,7 @@ def _look(run: Run, state: NodeState) -> bool:
 
 
 def _start(run: Run, state: NodeState, follows: str) -> None:
-    from .execution import Attempt  # what launches workers is not imported where nothing runs
+    from .execution import Attempt, execute_once  # what launches workers is not imported where nothing runs
     from .warming import Warming
 
     session, node, jobs = run.session, state.node, run.states.room["jobs"]
@@ -275,18 +293,33 @@ def _start(run: Run, state: NodeState, follows: str) -> None:
         inputs={
             port: tuple(digest for each in wired if (digest := each.digest)) for port, wired in state.inputs.items()
         },
-        lineage=_lineage(run, node),
+        lineage=lineage(session, run.states, node),
         refused=state.decision.record if state.decision else None,
         run=run.id,
         folder=run.folder(node),
         report=run.reporter.report,
         cancelled=followed.cancelled if followed else run.cancelled,
         stream=stream,
+        bytes_may_go=not schedule.wants_bytes(state),
         warm=run.warming.take(node) if run.warming else None,
         needs=session.needs(node, state.forecast),
         follows=followed,
     )
-    run.working[_pool(run).submit(_timed, state, partial(_worked, attempt))] = state
+    run.working[_pool(run).submit(timed, state, partial(execute_once, attempt))] = state
+
+
+def _outwaits(run: Run, state: NodeState) -> bool:
+    """Where another run has the bytes that this node would send for, and makes of them what it is to make: wait."""
+    key = provisional_key(run.session, state.node) if state.node.kind.passing.follows else ""
+    if not key or not run.session.store.held(key):
+        return False
+
+    from .execution import outwait
+
+    schedule.start(run.states, state)
+    work = partial(outwait, run.session, state.name, key, report=run.reporter.report, cancelled=run.cancelled)
+    run.working[_pool(run).submit(timed, state, work)] = state
+    return True
 
 
 def _pool(run: Run) -> ThreadPoolExecutor:
@@ -308,55 +341,10 @@ def _fetch(run: Run, state: NodeState) -> None:
     run.reporter.report(NodeStarted(state.name, state.reason))
     _remember(run, {state.name: state.key or ""})
     work = partial(fetch, run.session, state.node, decision, report=run.reporter.report, cancelled=run.cancelled)
-    run.working[_pool(run).submit(_timed, state, work)] = state
-
-
-def _worked(attempt: Attempt) -> KeyRecord | None:
-    from .execution import execute
-
-    try:
-        return execute(attempt)
-    finally:
-        if attempt.warm is not None:
-            attempt.warm.end()  # unless it was taken
-
-
-def _timed(state: NodeState, work: Callable[[], KeyRecord | None]) -> KeyRecord | None:
-    from bigpipe.orchestrator.launch import ran_out
-
-    started = time.monotonic()
-    try:
-        return work()
-    except Exception as error:
-        if (told := ran_out(error)) is None:
-            raise
-        raise told from error
-    finally:
-        state.seconds = time.monotonic() - started
-
-
-def _lineage(run: Run, node: Node) -> tuple[Lineage, ...]:
-    states = map(run.states.__getitem__, run.session.recipe.ancestors(node.name))
-    known = ((state, fallback.leads_on(run.states, state)) for state in states)
-    return tuple(
-        Lineage(
-            node=state.node.name,
-            kind=state.node.kind.kind,
-            key=state.key or "",
-            digest=state.digest,
-            params=state.node.params.model_dump(mode="json", by_alias=True),
-            metrics=state.record.metrics if state.record else {},
-            left=left,
-            inputs=state.node.inputs,
-            pins=run.session.known_pins(state.node).values,
-        )
-        for state, left in known
-        if left is not None
-    )
+    run.working[_pool(run).submit(timed, state, work)] = state
 
 
 def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> None:
-    forgone = run.streams.forgone(state.name)
     try:
         record = future.result()
         if record is not None:
@@ -367,14 +355,15 @@ def _finish(run: Run, state: NodeState, future: Future[KeyRecord | None]) -> Non
             error.place = error.place or state.node.places.of(error.field)
         _end(run, state, Status.FAILED, error.cause)
         return
-    if record is None:  # it followed, or was fetched, in vain: as if nothing had been
+    if record is None:  # it followed, was fetched or waited in vain: as if nothing had been
         state.seconds = 0.0
-        state.decision = None if state.remote else state.decision
+        state.decision = None
         schedule.end(run.states, state, Status.PENDING, "")
         run.streams.ended(state)
         return
+    forgone = run.streams.forgone(state.name)
     schedule.done(run.states, state, record)
-    if forgone:
+    if forgone or (not schedule.keeps(state) and run.session.store.let_go(record.digest or "")):
         schedule.drop(run.states, state)
     _take(run, state)
 

@@ -41,6 +41,8 @@ class Stream:
     forgone: bool = False
     """Files were let go before the producer was recorded (`cache: false`)."""
     answered: tuple[list[str], bool] | None = None
+    through: set[str] = field(default_factory=set)
+    """Followers whose work is done: they need no file again, whether they have said so or not."""
 
     def confirmed(self) -> KeyRecord:
         """Waits for the producer's record. Raises Interrupted where there will be none."""
@@ -84,7 +86,7 @@ class Streams:
         for name, stream in self._open.items():
             if not self._states[name].passing:
                 continue
-            following = self._followers(name)
+            following = [each for each in self._followers(name) if each not in stream.through]
             forgo = passes_on(self._states, self._states[name], gone=bool(stream.handover.gone()))
             if (following, forgo) != stream.answered:
                 stream.answered = following, forgo
@@ -121,11 +123,16 @@ class Streams:
                 remove_tree(stream.handover.folder)
 
 
-def provisional_key(session: Session, node: Node, known: dict[str, str] | None = None) -> str:
+def provisional_key(session: Session, node: Node) -> str:
     """Names the work of a follower: what its key depends on, with what makes its inputs in place of their digests."""
-    known = {} if known is None else known
-    for name in node.producers:
-        if name not in known:
-            known[name] = provisional_key(session, session.recipe.nodes[name], known)
-    inputs = {port: [known[name] for name in names] for port, names in node.inputs.items()}
-    return digest_of("provisional", [session.identity(node).partial, inputs])
+    known, waiting = session.provisional, [node]
+    while waiting:
+        each = waiting[-1]
+        missing = [session.recipe.nodes[name] for name in each.producers if name not in known]
+        if missing:
+            waiting += missing
+            continue
+        waiting.pop()
+        inputs = {port: [known[name] for name in names] for port, names in each.inputs.items()}
+        known[each.name] = digest_of("provisional", [session.identity(each).partial, inputs])
+    return known[node.name]

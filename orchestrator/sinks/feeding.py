@@ -16,7 +16,7 @@ from queue import SimpleQueue
 
 from bigpipe.environment import inherited, python_path
 from bigpipe.orchestrator.contract import Json
-from bigpipe.redaction import redact, redact_json
+from bigpipe.redaction import redact, redact_fields
 
 from .table import SINKS, install
 
@@ -100,7 +100,7 @@ class Feeds:
 
     def tell(self, what: Mapping[str, Json]) -> None:
         """Hand it on to all of them, with the time, without a secret."""
-        line = json.dumps({"time": time.time(), **redact_json(what)}, default=str).encode() + b"\n"
+        line = json.dumps({"time": time.time(), **redact_fields(what)}, default=str).encode() + b"\n"
         for feed in self.feeds:
             feed.waiting.put(line)
 

@@ -245,7 +245,7 @@ def _released_by(layout: Layout, digest: str) -> set[str]:
 def sweep(layout: Layout, presence: Presence) -> int:
     """Free what was released and nobody needs. Return the bytes freed."""
     with explained(layout.released):
-        digests = sealed_digests(layout.released)
+        digests = [digest for digest in sealed_digests(layout.released) if _is_there(layout, digest)]
     if not digests:
         return 0
     presence.enter()
@@ -266,6 +266,12 @@ def sweep(layout: Layout, presence: Presence) -> int:
 def _kept_keys(layout: Layout) -> set[str]:
     """The keys whose bytes a recipe wants kept: a key does not say `cache: false`, so another may have let them go."""
     return {key for root in wanting(all_roots(layout)) for key in wanted_keys(root) - {*root.lets_go}}
+
+
+def _is_there(layout: Layout, digest: str) -> bool:
+    """Has it bytes to free? What was released stays noted after these are gone."""
+    artifact = load_artifact(layout, digest)
+    return artifact is not None and not artifact.dropped
 
 
 def _drop(layout: Layout, digest: str) -> int:

@@ -40,7 +40,7 @@ from bigpipe.files import (
 )
 from bigpipe.filesystems import is_local, is_web, open_address, protocols, require_scheme
 from bigpipe.names import begins_address
-from bigpipe.redaction import conceal_environment, redact
+from bigpipe.redaction import conceal_environment, redact, redact_value
 
 from .claims import LARGEST, Claim, Wrong, read_claim
 from .layout import hex_of
@@ -226,7 +226,7 @@ class Remote:
         store would take."""
         sealed = claim.sealed()
         read_claim(sealed, claim.key)
-        if redact(text := sealed.decode()) != text:
+        if redact_value(text := sealed.decode()) != text:
             raise Wrong("what it gave holds a secret")
         objects = [(self._path("objects", sha256), path, sha256) for sha256, path in files.items()]
         sent = [self._put(path, source, sha256, moved, size=source.stat().st_size) for path, source, sha256 in objects]

@@ -289,6 +289,12 @@ class Store:
         with lock:
             yield
 
+    def held(self, key: str) -> bool:
+        """Return whether somebody keeps others from a key."""
+        self.enter()
+        with if_free(self.layout.working_lock(key)) as free:
+            return not free
+
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:
         """Keep others that use this store from a file that lies elsewhere, while it is read and written anew. Nobody is

@@ -2,6 +2,8 @@
 
     conceal(values)     from now on these are masked in all that this process says or records
     redact(text)        the text with them, and passwords in addresses, masked
+    redact_value(text)  the same of what we state ourselves, where a short secret is but a word like any other
+    redact_fields(…)    JSON of ours: names stay, texts of others are redacted, the rest are values
     mask(text)          data with them masked, where they are words of their own; what only looks like a secret stays
     printable(text)     the text with signs that move a terminal spelled out
 
@@ -17,6 +19,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
@@ -35,8 +38,17 @@ SHORTEST = 4
 SHORTEST_ENCODED = 8
 """Bytes of a value that is looked for in base64 too."""
 SHORTEST_IN_DATA = 8
-"""Characters of a value that is looked for in data. Shorter ones are words that any text may have, such as the `EMPTY`
-that a server of one's own takes for a key."""
+"""Characters of a value that is looked for in data, and in what we state. Shorter ones are words that any text may
+have, such as the `EMPTY` that a server of one's own takes for a key: masked, they would take the name of a file, a node
+or a metric with them. What a program or server says of a failure is masked from `SHORTEST` on."""
+NAMES = frozenset({
+    "action", "after", "became", "commit", "created", "device", "digest", "directory", "event", "field", "file",
+    "inputs", "key", "kind", "lock", "manifest", "model", "name", "needs", "node", "nodes", "path", "place",
+    "recipe", "run", "runs", "source", "started", "status", "store", "target", "time", "type", "unit", "uses",
+})  # fmt: skip
+"""Fields of JSON of ours that name something: who reads them looks for just that."""
+TEXTS = frozenset({"cause", "cure", "error", "line", "note", "reason", "task", "verdict", "what", "why"})
+"""Fields of JSON of ours that hold what somebody else may have said."""
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 # As text: `re` compiles a pattern when it is first searched for, and keeps it.
 _ADDRESS = (
@@ -70,14 +82,27 @@ class Redactor:
     def __init__(self, values: Iterable[str]) -> None:
         self.values = frozenset(values)
         words = {form for value in self.values for form in _spelled(value) if len(form) >= SHORTEST}
-        codes = {form for value in self.values for form in _coded(value)}
-        self._forms = sorted(words | codes, key=len, reverse=True)
-        self._anywhere = _any_of(self._forms)
-        words = {form for form in words if len(form) >= SHORTEST_IN_DATA}
-        self._in_data = _any_of(sorted(codes, key=len, reverse=True), sorted(words, key=len, reverse=True))
+        self._long = {form for form in words if len(form) >= SHORTEST_IN_DATA}
+        self._codes = {form for value in self.values for form in _coded(value)}
+        self._forms = _longest_first(words | self._codes)
+
+    @cached_property
+    def _anywhere(self) -> re.Pattern[str] | None:
+        return _any_of(self._forms)
+
+    @cached_property
+    def _in_values(self) -> re.Pattern[str] | None:
+        return _any_of(_longest_first(self._long | self._codes))
+
+    @cached_property
+    def _in_data(self) -> re.Pattern[str] | None:
+        return _any_of(_longest_first(self._codes), _longest_first(self._long))
 
     def text(self, text: str) -> str:
         return self._anywhere.sub(MASK, text) if self._anywhere else text
+
+    def value(self, text: str) -> str:
+        return self._in_values.sub(MASK, text) if self._in_values else text
 
     def data(self, text: str) -> str:
         return self._in_data.sub(MASK, text) if self._in_data else text
@@ -87,6 +112,10 @@ class Redactor:
         longest = min(len(self._forms[0]) - 1 if self._forms else 0, len(text))
         ends = (text[-length:] for length in range(longest, 0, -1))
         return next((len(end) for end in ends if any(form.startswith(end) for form in self._forms)), 0)
+
+
+def _longest_first(forms: Iterable[str]) -> list[str]:
+    return sorted(forms, key=len, reverse=True)
 
 
 def _any_of(forms: Sequence[str], words: Sequence[str] = ()) -> re.Pattern[str] | None:
@@ -174,7 +203,16 @@ def without_passwords(address: str) -> str:
 
 def redact(text: str) -> str:
     """Return the text with all that is concealed masked, and with it passwords and signatures in addresses."""
-    text = _known.text(text)
+    return _without_given_away(_known.text(text))
+
+
+def redact_value(text: str) -> str:
+    """Return what we state ourselves, as `redact` does a text; a secret that is short is taken for a word in it."""
+    return _without_given_away(_known.value(text))
+
+
+def _without_given_away(text: str) -> str:
+    """What has the form of a secret is masked whatever is known."""
     if holds_token(text):
         text = re.sub(_GIVEN_AWAY, MASK, text)
     if "://" in text:
@@ -193,15 +231,38 @@ def mask(text: str) -> str:
 
 
 def redact_json(value: Any, by: Callable[[str], str] = redact) -> Any:
-    """Return the same JSON value, every string in it redacted, keys included. by: `mask` for data."""
+    """Return the same JSON value, every string in it redacted, also keys, but for those of letters alone: such a one
+    names something. by: `mask` for data."""
     if isinstance(value, str):
         return by(value)
     if value is None or isinstance(value, (int, float)):  # before Mapping, to which a look is dear
         return value
     if isinstance(value, Mapping):
-        return {by(key) if isinstance(key, str) else key: redact_json(item, by) for key, item in value.items()}
+        return {key if _is_name(key) else by(key): redact_json(item, by) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         found = [redact_json(item, by) for item in value]
+        return tuple(found) if isinstance(value, tuple) else found
+    return value
+
+
+def _is_name(key: Any) -> bool:
+    return not isinstance(key, str) or key.replace("_", "").isalpha()
+
+
+def redact_fields(value: Any, field: str = "") -> Any:
+    """Return the same JSON of ours: what is known stays in a field of `NAMES`, and in every key; what is in one of
+    `TEXTS` is redacted, `metrics` are data, every other string is a value. field: whose value it is."""
+    if isinstance(value, str):
+        by = _without_given_away if field in NAMES else redact if field in TEXTS else redact_value
+        return by(value)
+    if value is None or isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Mapping):
+        if field == "metrics":
+            return redact_json(value, mask)
+        return {key: redact_fields(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        found = [redact_fields(item, field) for item in value]
         return tuple(found) if isinstance(value, tuple) else found
     return value
 

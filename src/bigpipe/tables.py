@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shutil import get_terminal_size
 from typing import TextIO
 
-from .redaction import printable, redact
+from .redaction import printable, redact_value
 
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "dim": "2", "bold": "1"}
 WORDS = {
@@ -76,7 +76,7 @@ def columns(rows: Sequence[Sequence[str]], screen: Screen = PLAIN) -> str:
 
 def _one_line(cell: str) -> str:
     """As it will be shown: what is spelled out then is wider."""
-    return printable(redact(cell)).replace("\n", " ")
+    return printable(redact_value(cell)).replace("\n", " ")
 
 
 def _head(row: Sequence[str], widths: Sequence[int], screen: Screen) -> str:
@@ -123,4 +123,4 @@ def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]],
 def _text(text: str) -> str:
     import html  # of notebooks
 
-    return html.escape(printable(redact(text)))
+    return html.escape(printable(redact_value(text)))

@@ -408,3 +408,37 @@ def test_nothing_in_a_config_or_an_argument_moves_the_terminal(leaky: Leaky) -> 
         json.loads(leaky.command("estimate", "model", "--json").stdout)
     leaky.command("run", HOSTILE.replace("\x00", ""), "--json")
     leaky.command("run", "recipe.yaml", "--" + HOSTILE.replace("\x00", ""))
+
+
+@pytest.mark.parametrize("words", [("characters", "succeeded"), ("findings", "test")], ids=" ".join)
+def test_a_secret_that_is_a_word_like_any_other_breaks_nothing(words: tuple[str, str], tmp_path: Path) -> None:
+    """A placeholder, where a mirror or a server of one's own asks for a key: it is also the name of a stage, a folder,
+    a metric, a status, and in the environment of a stage."""
+    folder = tmp_path / "findings" / "test"
+    folder.mkdir(parents=True)
+    shop = Workshop(folder)
+    shop.manifest.write_text(
+        "version: 1\nname: test\nsecrets: [OPENAI_API_KEY, HF_TOKEN]\nparams: {word: findings}\nstages:\n"
+        "  test: {uses: write, secrets: [OPENAI_API_KEY, HF_TOKEN], env: {SAYS: test-findings}, "
+        'with: {text: "${params.word}"}, gates: ["characters >= 5"]}\n'
+        "  findings-test: {uses: join, inputs: {first: test}}\n"
+    )
+    given = dict(zip(("OPENAI_API_KEY", "HF_TOKEN"), words, strict=True))
+
+    def command(*arguments: str) -> str:
+        done = shop.command(*arguments, **given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = json.loads(command("run", "recipe.yaml", "--json"))
+    assert {name: node["status"] for name, node in told["nodes"].items()} == {
+        "test": "succeeded", "findings-test": "succeeded",
+    }  # fmt: skip
+    assert Path(told["nodes"]["test"]["path"], "text").read_text() == "findings"
+    assert told["nodes"]["test"]["metrics"]["characters"] == 8
+    for arguments in (("lock",), ("lock", "--check"), ("run", "--locked")):
+        command(arguments[0], "recipe.yaml", *arguments[1:])
+    shown = json.loads(shop.command("show", "--json").stdout)
+    assert (shown["manifest"], shown["status"]) == (str(shop.manifest), "succeeded")
+    assert set(shown["nodes"]) == {"test", "findings-test"}
+    command("get", "test", "out")

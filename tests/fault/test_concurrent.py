@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.forking import forked, together
 from support.stores import contents, fill, record
-from support.workshop import Workshop
+from support.workshop import Workshop, statuses
 
 import bigpipe
 from bigpipe.orchestrator.store.store import Store
@@ -134,6 +134,21 @@ def test_the_true_key_waits_for_the_provisional_one(workshop):
     assert bigpipe.run(workshop.manifest).status == "succeeded"
     assert os.waitpid(follower, 0)[1] == 0
     assert workshop.ran == ["pour", "sip"]
+
+
+def test_a_run_that_waited_makes_no_bytes_again_that_went_as_they_were_made(workshop):
+    """Its record is all that the second run asks of pour; and sip's last files are still at work when pour is done."""
+    workshop.manifest.write_text(
+        SLOW_SIP.replace("1.0", "0.4").replace(
+            "uses: pour, with: {count: 4", "uses: pour, cache: false, with: {count: 6"
+        )
+    )
+    first = begin(workshop)
+    wait_for(workshop, 2)
+    result = bigpipe.run(workshop.manifest)
+    assert os.waitpid(first, 0)[1] == 0
+    assert workshop.ran == ["pour", "sip"]
+    assert (statuses(result)["sip"], result.path("pour")) == ("cached", None)
 
 
 @pytest.mark.fault

@@ -10,6 +10,7 @@ from support.workshop import Workshop, statuses
 
 import bigpipe
 from bigpipe.orchestrator import commands
+from bigpipe.orchestrator.store import keeping
 from bigpipe.orchestrator.store.store import Store
 
 KEEPS = """\
@@ -111,3 +112,21 @@ def test_what_was_pulled_of_a_node_that_nobody_takes_stays(workshop: Workshop) -
     planned = bigpipe.plan(workshop.manifest, store=store).nodes
     assert planned["u"].decision.bytes_here
     assert not planned["s"].decision.bytes_here
+
+
+def test_nobody_looks_through_the_records_for_bytes_that_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All records of the store were read at every start and end of a run, and others kept out meanwhile."""
+    with Store(tmp_path / "store") as store:
+        made = publish(store, "a", {"a": b"much"})
+        store.drop(made.digest, made.key)
+        assert store.let_go(made.digest)
+    monkeypatch.setattr(keeping, "all_records", lambda layout: pytest.fail("it read all records"))
+    with Store(tmp_path / "store") as store:
+        store.enter()
+    monkeypatch.undo()
+    with Store(tmp_path / "store") as store:  # what is made again goes again
+        publish(store, "a", {"a": b"much"})
+        assert not store.let_go(made.digest)
+        assert store.drop(made.digest, made.key) == 4

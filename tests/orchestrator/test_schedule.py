@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bigpipe.orchestrator.planning import schedule
 from bigpipe.orchestrator.planning.decision import Action, Decision
 from bigpipe.orchestrator.planning.schedule import Do, NodeState, States, Step, step
 from bigpipe.orchestrator.planning.sharing import Fetch
+from bigpipe.orchestrator.planning.states import judge_gates
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.stage import Forecast, Metrics, Params, Passing, Port, Stage
 from bigpipe.orchestrator.store.artifacts import KeyRecord
@@ -60,6 +61,8 @@ class Row:
     """Of nodes of which it is known."""
     same_key: Mapping[str, str] = field(default_factory=dict)
     """Node → the one whose key it has."""
+    alike: Sequence[str] = ()
+    """Nodes that do the same work."""
     interrupted: bool = False
     of: str = ""
     """Whose step it is; by default that of the last node."""
@@ -92,6 +95,7 @@ class Scene:
             for name, node in self.nodes.items()
         }
         self.states = States(nodes=states, room={**ROOM, **row.room}, stopped=row.interrupted, **row.facts)
+        self.alike = row.alike
         before = ""
         for name in self.nodes:
             self._tell(name, row.given.get(name, "new"), before, record(row.same_key.get(name, name)))
@@ -123,11 +127,12 @@ class Scene:
             if words in ("succeeded", "again", "left", "open"):
                 schedule.end(self.states, state, Status.SUCCEEDED, "", left="a gate" if words == "left" else "")
             if words == "open":
-                state.metrics = {}
+                state.metrics, state.record = {}, None
 
     def _look(self, state: NodeState, action: Action, known: KeyRecord | None, **more: Any) -> None:
         inputs = schedule.input_digests(state)
-        decision = Decision(action=action, reason="", inputs=inputs, record=known, **more)
+        partial = "the same" if state.name in self.alike else ""
+        decision = Decision(action=action, reason="", inputs=inputs, record=known, partial=partial, **more)
         schedule.decided(self.states, state, decision)
 
 
@@ -140,6 +145,12 @@ NEEDS = A + "  b: {uses: make, needs: [a]}\n"
 GATHER = PAIR + "  c: {uses: gather, inputs: {rest: [a, b]}}\n"
 SIP_OF_TWO = A + "  o: {uses: make}\n  b: {uses: sip, inputs: {first: a, second: o}}\n"
 SIP = A + "  b: {uses: sip, inputs: {first: a}}\n"
+
+
+SAME: dict[str, Any] = {"alike": ["a", "b"], "same_key": {"b": "a"}}
+SAME_SIPS: dict[str, Any] = {"alike": ["b", "c"], "same_key": {"c": "b"}}
+SIPPING = SIP + "  c: {uses: sip, inputs: {first: a}}\n"
+TWO_PAIRS = AB.replace("b:", "c: {uses: make}\n  b:") + "  d: {uses: use, inputs: {first: c}}\n"
 
 
 def two(resources: str) -> str:
@@ -218,9 +229,13 @@ ROWS = [
         {"a": "skipped", "b": "cached"}, LOOK),
     Row("a `when` that does not hold", when("> 5"), {"a": "cached"}, skip("when ${stages.a.metrics.score} > 5: 1")),
     Row("a `when` that holds", when("> 0"), {"a": "cached"}, LOOK),
-    Row("a `when` that cannot be decided skips in a run", when("> 0"), {"a": "skipped"},
+    Row("a `when` of what was skipped", when("> 0"), {"a": "skipped"},
+        skip("when ${stages.a.metrics.score} > 0: no value")),
+    Row("also in a plan", when("> 0"), {"a": "skipped"}, skip("when ${stages.a.metrics.score} > 0: no value"),
+        facts={"foreseen": True}),
+    Row("one that is not known skips in a run", when("> 0"), {"a": "open"},
         skip("when ${stages.a.metrics.score} > 0: not known")),
-    Row("and is left open in a plan", when("> 0"), {"a": "skipped"}, LOOK, facts={"foreseen": True}),
+    Row("one of what is only foreseen is left open", when("> 0"), {"a": "open"}, LOOK, facts={"foreseen": True}),
     # Dropped bytes
     Row("dropped bytes are no reason to run", A_DROPS, {"a": "dropped hit"}, Step(Do.CACHED)),
     Row("who must run demands them", AB, {"a": "dropped", "b": "must"}, DEMAND),
@@ -265,6 +280,17 @@ ROWS = [
         skip("c: no s passes: x: a gate; y: a gate; z: a gate")),
     Row("it is skipped where none could be judged", TRY,
         {f"{node}@s={value}": "skipped" for node in "aj" for value in "xyz"}, skip("j@s=z is skipped")),
+    # The same work
+    Row("what another is doing is waited for", PAIR, {"a": "running", "b": "must"}, wait("a"), **SAME),
+    Row("not where it is done for other inputs", TWO_PAIRS, {"a": "cached", "c": "cached", "b": "running", "d": "must"},
+        START, alike=["b", "d"]),
+    Row("what another has done is taken", PAIR, {"a": "succeeded", "b": "must"}, Step(Do.SAME, "a"), **SAME),
+    Row("not its failure", PAIR.replace("make", "make, on_fail: continue"), {"a": "failed", "b": "must"}, START,
+        **SAME),
+    Row("who does what a follower does waits for it", SIPPING, {"a": "passing", "b": "follows", "c": "must"},
+        wait("b"), **SAME_SIPS),
+    Row("and sends for no bytes meanwhile", SIPPING.replace("make", "make, cache: false"),
+        {"a": "dropped", "b": "running", "c": "must"}, wait("b"), **SAME_SIPS),
     # Room
     Row("jobs", PAIR, {"a": "running", "b": "must"}, wait("jobs"), room={"jobs": 1}),
     Row("room for both", two("{ram: 50B, cpus: 2}"), {"a": "running", "b": "must"}, START),
@@ -343,6 +369,15 @@ def test_bytes_that_do_not_come_are_made_where_they_are_demanded(tmp_path: Path)
     assert step(now.states, producer) == START
 
 
+def test_in_a_plan_what_may_run_says_nothing_of_what_surely_does(tmp_path: Path) -> None:
+    now = scene(tmp_path, PAIR, {"a": "succeeded", "b": "must"}, facts={"foreseen": True}, **SAME)
+    first = now.states["a"]
+    assert first.decision is not None
+    assert next_of(now, "b") is Do.SAME
+    first.decision = replace(first.decision, action=Action.MAYBE)
+    assert next_of(now, "b") is Do.START
+
+
 def scene(folder: Path, stages: str, given: Mapping[str, str], **more: Any) -> Scene:
     return Scene(Row("", stages, given, WAIT, **more), folder)
 
@@ -362,6 +397,19 @@ def test_a_gate_fails_the_run_and_is_left_to_it_by_a_plan(gate: str, words: str,
     assert failed.do is Do.FAIL
     assert "a: gate score > 5" in str(failed.gate.error(run.nodes["a"]))
     assert next_of(plan, "a") is good
+    assert [verdict.failed for verdict in judge_gates(plan.states, plan.states["a"])] == [True]  # it is over
+
+
+def test_a_gate_on_a_metric_that_was_not_measured_says_which_was(tmp_path: Path) -> None:
+    for foreseen in (False, True):
+        now = scene(tmp_path, gated("score > 0"), {"a": "hit"}, facts={"foreseen": foreseen})
+        now.states["a"].metrics = {"scores": 2}
+        verdict = judge_gates(now.states, now.states["a"])[0]
+        assert str(verdict.error(now.nodes["a"])).endswith(
+            "a: gate score > 0: no value\n  a measured no score; did you mean 'scores'?"
+        )
+    now.states["a"].record = None  # only foreseen
+    assert judge_gates(now.states, now.states["a"])[0].verdict is None
 
 
 @pytest.mark.parametrize(("words", "good"), [("done", Do.SUCCEED), ("hit", Do.CACHED)])
@@ -413,6 +461,16 @@ def test_a_variant_that_cannot_pass_by_what_is_forecast_is_not_run(on_fail: str,
     assert told.gate is not None
     schedule.end(now.states, now.states["j@s=x"], Status.SKIPPED, "", left=told.why)
     assert next_of(now, "a@s=y") is Do.LOOK
+
+
+@pytest.mark.parametrize(("foreseen", "done"), [(True, Do.START), (False, Do.FAIL)], ids=["plan", "run"])
+def test_a_gate_that_fails_by_what_is_forecast_is_not_paid_for(foreseen: bool, done: Do, tmp_path: Path) -> None:
+    """`on_fail: continue` and `--keep-going` leave it to the run, which did all the work first."""
+    now = scene(tmp_path, gated("score > 5"), {"a": "must"}, facts={"foreseen": foreseen, "keep_going": True})
+    now.states["a"].forecast = Forecast(metrics={"score": 5})
+    assert next_of(now, "a") is done
+    now.states["a"].demanded_by = "b"  # its gates were judged
+    assert next_of(now, "a") is Do.START
 
 
 def test_what_is_taken_is_all_that_counts(tmp_path: Path) -> None:
@@ -581,8 +639,12 @@ def test_files_are_let_go_where_all_who_take_them_follow(tmp_path: Path) -> None
     assert not passes_on({"c": "failed"})
     assert passes_on({"c": "failed"}, gone=True)
     assert passes_on({"c": "skipped"})
-    kept = scene(tmp_path, SIP, {"a": "passing", "b": "follows"})
-    assert not schedule.passes_on(kept.states, kept.states["a"])
+    twins = scene(tmp_path, SIPS, {"a": "passing", "b": "must", "c": "refused"}, **SAME_SIPS)
+    schedule.start(twins.states, twins.states["b"], "a")
+    assert schedule.passes_on(twins.states, twins.states["a"])
+    for stages in (SIP, SIPS.replace("make", "make, timeout: 1h").partition("  c:")[0]):
+        kept = scene(tmp_path, stages, {"a": "passing", "b": "follows"})
+        assert not schedule.passes_on(kept.states, kept.states["a"])
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])

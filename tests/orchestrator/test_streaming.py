@@ -12,6 +12,8 @@ import time
 import pytest
 from support.workshop import environment, statuses
 
+import bigpipe
+
 RECIPE = """\
 version: 1
 name: pouring
@@ -136,6 +138,40 @@ def test_a_file_goes_once_all_who_follow_have_taken_it(workshop):
             assert state.record.metrics["most"] <= 2
             assert (result.path(name) / "file-9").read_text() == "A" * 1000
     assert result.path("pour") is None
+    assert leftovers(workshop) == []
+
+
+TWINS = DROPPING.replace("  sip: {", "  sip: {matrix: {tag: [a, b, c]}, ") + (
+    '  after: {uses: write, inputs: {after: sip}, with: {text: "${matrix.tag}"}}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "jobs"),
+    [(TWINS, None), (TWINS.replace("    cache: false\n", ""), 1)],
+    ids=["let go, side by side", "kept, in turn"],
+)
+def test_of_nodes_that_do_the_same_work_one_does_it(workshop, text, jobs):
+    """An axis that is declared above what it changes. They were waited for, each for the other, for ever."""
+    workshop.manifest.write_text(text)
+    plan = bigpipe.plan(workshop.manifest)
+    assert [str(plan.nodes[f"sip@tag={tag}"].action) for tag in "abc"] == ["run", "cached", "cached"]
+    result = workshop.run(jobs=jobs, force=["sip"])
+    assert set(workshop.ran) == {"pour", "sip@tag=a", "after@tag=a", "after@tag=b", "after@tag=c"}
+    assert statuses(result)["sip@tag=a"] == "succeeded"
+    others = [result.nodes[f"sip@tag={tag}"] for tag in "bc"]
+    assert [(str(state.status), state.reason) for state in others] == [("cached", "the same as sip@tag=a")] * 2
+    assert {state.digest for state in others} == {result.nodes["sip@tag=a"].digest}
+    assert set(statuses(workshop.run()).values()) == {"cached"}
+    assert leftovers(workshop) == []
+
+
+def test_who_has_ended_needs_no_file_any_more(workshop):
+    """A follower that reads one file and takes none: the producer waited for it, and it for the producer."""
+    text = DROPPING.replace('pace: "${params.sip}"', "skim: true")
+    result = workshop.run(text, params={"count": "8"})
+    assert statuses(result) == {"pour": "succeeded", "sip": "succeeded"}
+    assert workshop.ran == ["pour", "sip"]
     assert leftovers(workshop) == []
 
 

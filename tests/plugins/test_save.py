@@ -1179,3 +1179,25 @@ def test_a_branch_is_made_when_all_files_are_sent(
     check(tmp_path, given, environment)
     save(tmp_path, given, environment)
     assert "stale.txt" not in repository.commits[repository.branches["int8"]]
+
+
+MEASURE = """{uses: command, with: {argv: [sh, -c, "echo '{\\"n\\": 1}' > $0/m.json; echo $1 > $0/x", "${out}", %s],
+       produces: report, metrics: m.json}}"""
+TWO_MAY = f"""\
+version: 1
+stages:
+  a: {MEASURE % "a"}
+  b: {MEASURE % "b"}
+  s: {{uses: save, when: "${{stages.a.metrics.n}} >= 1", inputs: {{reports: [a]}}, with: {{to: dist, overwrite: true}}}}
+  t: {{uses: save, when: "${{stages.a.metrics.n}} <= 1", inputs: {{reports: [b]}}, with: {{to: dist, overwrite: true}}}}
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, None])
+def test_of_two_that_may_save_to_one_place_one_does(workshop: Workshop, jobs: int | None) -> None:
+    """Both conditions hold: each run left what the other one had replaced, and said that all was well."""
+    for _ in range(2):
+        result = workshop.run(TWO_MAY, jobs=jobs)
+        assert (result.exit_code, statuses(result)["t"]) == (2, "failed")
+        assert "dist, which is, holds or lies in what s writes in this run" in str(result.errors[0])
+    assert next((workshop.folder / "dist").rglob("x")).read_text() == "a\n"

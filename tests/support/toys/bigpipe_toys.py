@@ -204,6 +204,8 @@ class SipParams(Params):
     pace: float = 0.0
     choke_at: str = ""
     """Fail at this file."""
+    skim: bool = False
+    """Read the first file alone, and take none."""
 
 
 class SipMetrics(Metrics):
@@ -221,6 +223,8 @@ def sip(params: SipParams, context: StageContext) -> StageResult:
     Path(context.base / f"pid-{context.node}").write_text(str(os.getpid()))
     for name in sorted(inlet.heads or (path.name for path in folder.glob("file-*"))):
         inlet.wait(name)
+        if params.skim:
+            break
         most = max(most, len(list(folder.glob("file-*"))))
         if name == params.choke_at:
             raise StageFailed("it went down the wrong way", "sit up")
