@@ -57,7 +57,10 @@ class Attempt:
     """Where the files of one input come from, one by one, as they are made."""
 
     def waiting(self, holder: str) -> None:
-        self.report(LogLine(self.node.name, f"waiting for {holder}, which is making the same artifact"))
+        self.say(f"waiting for {holder}, which is making the same artifact")
+
+    def say(self, text: str) -> None:
+        self.report(LogLine(self.node.name, text))
 
 
 def execute(attempt: Attempt) -> KeyRecord | None:
@@ -118,7 +121,11 @@ def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
                 return made
             outcome = _with_retries(attempt, work)
             source = stream.confirmed()
-            if source.digest is None or not stream.gave(source):
+            if source.digest is None:
+                return None
+            if misled := stream.misled(source):
+                attempt.say(f"starts anew: {stream.producer.name} gave other files than it passed on ({misled})")
+                work.done()
                 return None
             return _settle(_true(attempt, source), outcome, work)
     except Interrupted:
