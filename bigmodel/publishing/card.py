@@ -37,9 +37,7 @@ LICENCE = ("license", "license_name", "license_link")
 """Metadata of a card. Where the first is `other`, the Hub asks for the rest."""
 
 TEMPLATE = """\
----
-{{ metadata }}---
-
+{{ metadata }}
 # {{ title }}
 
 Made from {% if base %}[{{ base }}](https://huggingface.co/{{ base }})
@@ -97,9 +95,8 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
     longest = max((len(run) for run in re.findall("`+", provenance.text)), default=0)
     base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
     download, metadata = provenance.last("download"), {**_metadata(model, provenance, base, scheme, extra), **extra}
-    known = {key: value for key, value in metadata.items() if value is not None}
     text = template.render(
-        metadata=yaml.safe_dump(known, sort_keys=False, allow_unicode=True),
+        metadata=_front_matter(metadata),
         title=name.rstrip("/").rpartition("/")[2],
         base=base,
         synthetic=provenance.param("download", "synthetic"),
@@ -117,6 +114,18 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         fence="`" * max(3, longest + 1),
     )
     return redact(text)
+
+
+def foreseen_card(model: Path | None, extra: Mapping[str, Any]) -> str:
+    """Return what is known of a card before there is a model: `extra`, and the licence that a README.md in `model`
+    says; "" where that is nothing."""
+    told = {**(_license(model / "README.md", extra) if model else {}), **extra}
+    return _front_matter(told) if any(value is not None for value in told.values()) else ""
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    known = {key: value for key, value in metadata.items() if value is not None}
+    return redact(f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n")
 
 
 @dataclass(frozen=True, slots=True)

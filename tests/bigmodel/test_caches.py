@@ -197,7 +197,8 @@ def test_a_file_of_the_cache_that_may_not_be_read(
             lambda: HubSource("org/model", "main", Choice(), hub).bring(place / "out", Watch()),
         ):
             ending = forked(act, user=65534)
-            assert ending.code == TOLD and "the Hub cache may not be used" in ending.said, ending
+            assert ending.code == TOLD, ending
+            assert "the Hub cache may not be used" in ending.said
             assert "HF_HOME" in ending.said
 
 

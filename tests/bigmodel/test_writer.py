@@ -253,7 +253,7 @@ def test_side_files_of_another_attempt_do_not_stay(tmp_path):
     for name in ("speech/config.json", "README.md"):
         (out / name).write_text("{}")
     again, second = attempt()
-    assert second == first and again.files == saved.files
+    assert (second, again.files) == (first, saved.files)
 
 
 def test_several_files_side_by_side_stop_together(tmp_path):

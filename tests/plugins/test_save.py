@@ -29,7 +29,7 @@ from support.sharing import BUCKET, S3, s3_server
 from support.workshop import Workshop, statuses
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, open_checkpoint
 from bigpipe.bigmodel.origin import check_directory
 from bigpipe.bigmodel.publishing import (
     Contents,
@@ -802,6 +802,28 @@ def test_the_plan_knows_what_the_token_is_for(
     server.roles["secret-token"] = role
     with pytest.raises(NotAuthorised, match=refused) if refused else nullcontext():
         check(tmp_path, params("hf://ada/new"), environment)
+
+
+def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_made(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As far as it is known at plan time; when all is known, before anything is sent."""
+    readme = {"README.md": b"---\nlicense: acme\n---\n"}
+    model = artifact(tmp_path / "store", {**MODEL, **readme})
+    wired = {"model": (Forecast(output=ModelDescription(config={}, path=model)),)}
+    refused = 'does not take the model card: "license" must be one of'
+    assert STAGE.planning.check is not None
+    for card, told in (({}, wired), ({"license": "acme"}, {"model": (Forecast(),)})):
+        with pytest.raises(UsageError, match=refused) as found:
+            STAGE.planning.check(
+                params("hf://ada/new", card=card), check_context(tmp_path, environment=environment, inputs=told)
+            )
+        assert found.value.field == "card"
+    with pytest.raises(UsageError, match=refused):
+        save(tmp_path, params("hf://ada/new"), environment, inputs=inputs(model=model))
+    assert "ada/new" not in server.repositories
+    server.fail("status", "/validate-yaml", status=404)  # a mirror that does not know the question
+    check(tmp_path, params("hf://ada/new", card={"license": "acme"}), environment)
 
 
 @pytest.mark.parametrize("given", [{}, {"revision": "int8"}])
