@@ -221,6 +221,59 @@ def test_the_card_allows_code_that_came_with_a_tokenizer(tmp_path: Path, told: d
     assert 'T5ForConditionalGeneration.from_pretrained("org/name", device_map="auto")' in card
 
 
+TUNED = tuple(
+    Step(node=node, kind=kind, key="", digest=None, params=given, metrics={})
+    for node, kind, given in (
+        ("download", "download", {"repo": "org/model"}),
+        ("quantize", "quantize", {"scheme": "nf4"}),
+        ("tune", "finetune", {"task": "causal-lm"}),
+    )
+)
+
+
+@pytest.mark.parametrize(("told", "steps", "base", "loaded_as"), [
+    ({"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}, TUNED[:1], "org/base", "AutoModelForCausalLM"),
+    ({"base_model_name_or_path": "org/base", "auto_mapping": {"base_model_class": "OPTForCausalLM"}}, (), "org/base",
+     "OPTForCausalLM"),
+    ({"base_model_name_or_path": "/home/ada/base"}, TUNED[:1], None, None),
+    ({"base_model_name_or_path": None}, TUNED, "org/model", None),
+])  # fmt: skip
+def test_the_card_of_an_adapter_names_its_model(
+    tmp_path: Path, told: dict[str, Any], steps: tuple[Step, ...], base: str | None, loaded_as: str | None
+) -> None:
+    """And not how that was quantized when it was trained."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    card = card_of(tmp_path, Provenance(steps=steps), "me/tuned", {})
+    expected = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    assert front_matter(card) == {**expected, "library_name": "peft", "tags": ["bigpipe"]}
+    assert "quantized" not in card
+    assert ('PeftModel.from_pretrained(model, "me/tuned")' in card) == (loaded_as is not None)
+    assert loaded_as is None or f'model = {loaded_as}.from_pretrained("{base}"' in card
+
+
+def test_adapters_are_saved_from_where_they_are_trained(workshop: Workshop) -> None:
+    workshop.manifest.write_text("""\
+version: 1
+name: tuned
+stages:
+  model: {uses: download, with: {repo: org/model}}
+  tune: {uses: finetune, inputs: model, with: {data: [a, b], max_steps: 1}}
+  save: {uses: save, inputs: tune, with: {to: dist}}
+""")
+    assert bigpipe.load_manifest(workshop.manifest).nodes["save"].inputs == {"model": ("tune",)}
+
+
+def test_the_card_loads_a_variant_as_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make_checkpoint(tmp_path / "model", "llama")
+    (model / "model.safetensors").rename(model / "model.fp16.safetensors")
+    assert 'LlamaForCausalLM.from_pretrained("me/half", variant="fp16", device_map' in card_of(
+        model, Provenance(), "me/half", {}
+    )
+    AutoModelForCausalLM.from_pretrained(model, variant="fp16")
+
+
 def card_with(root: Path, provenance: Provenance, **extra: Any) -> dict[str, Any]:
     return front_matter(card_of(root, provenance, "name", extra))
 
