@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import UsageError
+from bigpipe.errors import NoWeights, UsageError
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext
 
 from .library import about, sources_of
@@ -26,11 +26,13 @@ class Pipeline:
 
 
 def single_model(context: CheckContext | ForecastContext, port: str = "model") -> ModelDescription | None:
-    """What is known of the model on a port. Raise UsageError for a pipeline of several."""
+    """What is known of the model on a port. Raise UsageError for a pipeline of several, NoWeights for parts of one."""
     from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
 
     wired = context.input(port)
     described = wired.output if wired else None
+    if isinstance(described, NoWeights):
+        raise described
     if isinstance(described, AdapterDescription):
         cause = f"{described.where} holds an adapter, which is not a model by itself"
         raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field=f"inputs.{port}")

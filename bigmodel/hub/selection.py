@@ -21,6 +21,7 @@ from bigpipe.bigmodel.checkpoint import (
     is_index,
     is_module,
     is_part,
+    no_weights,
     refuse_adapter,
     variants,
 )
@@ -63,6 +64,8 @@ class Choice:
             left = [name for name in left if any(_takes(glob, name) for glob in self.include)]
         else:
             left = adapter_files(left) or self._model_files(left, hint)
+        if not left and not (self.include or self.exclude):
+            raise no_weights("this model", names)
         if not left:
             raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
         refuse_adapter([name for name in left if "/" not in name], "the model's folder")
