@@ -71,7 +71,7 @@ def facts(params: QuantizeParams, machine: Machine) -> Mapping[str, Any]:
 
 STAGE = Stage(
     kind="quantize",
-    version=5,
+    version=6,
     params=QuantizeParams,
     metrics=QuantizeMetrics,
     inputs={"model": Port("checkpoint")},

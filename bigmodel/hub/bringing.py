@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import (
+    ADAPTER_CONFIG,
     AdapterDescription,
     ModelDescription,
     adapter_weights,
@@ -134,8 +135,8 @@ class HubSource:
         listing knows of it. Where its weights are not there, all that is missing is told."""
         names = [file.path for file in files]
         here = [file for file in files if file.may_be(repository.cached(file))]
-        adapter = adapter_files(names)
-        weights = adapter or weight_files(self.choice.weights(names, repository.library))
+        adapter = adapter_weights(names)
+        weights = [ADAPTER_CONFIG, adapter] if adapter else weight_files(self.choice.weights(names, repository.library))
         needed = {*weights, "config.json"}.intersection(names)
         return here if weights and needed <= {file.path for file in here} else files
 

@@ -116,6 +116,7 @@ class Destination(Protocol):
 
     def check_card(self, text: str) -> None:
         """Raise UsageError now where `finish` would fail for a model card with such metadata."""
+        return
 
     def listing(self) -> Mapping[str, Stored] | None:
         """Return what is there by relative name; None where nothing is."""

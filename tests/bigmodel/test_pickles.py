@@ -168,9 +168,10 @@ def test_what_trainers_leave_beside_a_model_is_not_the_model(tmp_path):
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "weights.pt")
     torch.save({"lr": 1}, tmp_path / "training_args.bin")
     torch.save({"step": 1}, tmp_path / "optimizer.pt")
+    torch.save({"Ethan": {"ref_mel": torch.zeros(2)}}, tmp_path / "spk_dict.pt")  # voices: those are read beside it
     checkpoint = open_checkpoint(tmp_path)
     assert [file.name for file in checkpoint.files] == ["weights.pt"]
-    assert {"config.json", "tokenizer.json"} <= {file.name for file in checkpoint.extras}
+    assert {"config.json", "tokenizer.json", "spk_dict.pt"} <= {file.name for file in checkpoint.extras}
     assert not {"weights.pt", "training_args.bin", "optimizer.pt"} & {file.name for file in checkpoint.extras}
 
 

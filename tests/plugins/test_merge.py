@@ -12,8 +12,11 @@ import torch
 from support.adapters import loaded, merged_by_peft, tuned, with_adapter
 from support.hub import LoopbackHub
 from support.hub_state import files_of
-from support.models import make_checkpoint
+from support.models import make_checkpoint, tiny_tokenizer
 from support.workshop import Workshop, statuses
+from transformers import AutoTokenizer
+
+import bigpipe
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -69,6 +72,29 @@ def test_a_merge_is_planned_to_the_byte_and_equals_peft(shop: Workshop) -> None:
     assert set(statuses(shop.run()).values()) == {"cached"}
     tuned(shop.folder / "base", shop.folder / "lora", seed=9, r=4, target_modules=["q_proj", "down_proj"])
     assert statuses(shop.run()) == {"base": "cached", "lora": "succeeded", "merge": "succeeded"}
+
+
+@pytest.mark.parametrize("whose", ["adapter", "model"])
+def test_a_merged_model_speaks_as_its_adapter_was_trained(shop: Workshop, whose: str) -> None:
+    """With all that belongs to the one tokenizer, and nothing of the other's."""
+    for folder in ("base", "lora"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = f"{folder}: {{{{ messages }}}}"
+        tokenizer.save_pretrained(shop.folder / folder)
+    (shop.folder / "base" / "added_tokens.json").write_text("{}")
+    shop.manifest.write_text(shop.manifest.read_text().replace("60KB}", f"60KB, tokenizer: {whose}}}"))
+    plan = bigpipe.plan(shop.manifest)
+    assert ("tokenizer and chat template are the adapter's" in plan.nodes["merge"].forecast.details) == (
+        whose == "adapter"
+    )
+    merged = shop.run(check=True).path("merge")
+    told = AutoTokenizer.from_pretrained(merged)
+    assert told.chat_template.startswith("lora" if whose == "adapter" else "base")
+    assert (merged / "added_tokens.json").exists() == (whose == "model")
+    bigpipe.merge_adapter(shop.folder / "base", shop.folder / "lora", shop.folder / "by-hand", tokenizer=whose)  # type: ignore[arg-type]
+    assert {path.name for path in (shop.folder / "by-hand").glob("[!m]*")} == {
+        path.name for path in merged.glob("[!m]*")
+    }
 
 
 def test_an_adapter_comes_from_a_hub(shop: Workshop, server: LoopbackHub, tmp_path: Path) -> None:
