@@ -69,6 +69,15 @@ def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescr
     return found
 
 
+def untaken_tokenizer(context: ForecastContext) -> list[str]:
+    """Say so where an adapter brings a tokenizer, and the model's is used."""
+    try:
+        brought = any(adapter.brings_tokenizer for adapter in wired_adapters(context))
+    except UsageError:  # said where it is checked
+        return []
+    return ["tokenizer and chat template are the model's, not the adapter's: `merge` takes those"] if brought else []
+
+
 def attached(context: CheckContext | ForecastContext, model: ModelDescription | None) -> Attachment | None:
     """What becomes of the adapter on port `adapter` where the model is loaded; None where there is none, or one of both
     is not known yet. Raise UsageError and InvalidCheckpoint where they do not belong together."""

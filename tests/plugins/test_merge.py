@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,16 @@ def test_a_merged_model_speaks_as_its_adapter_was_trained(shop: Workshop, whose:
         tokenizer.chat_template = f"{folder}: {{{{ messages }}}}"
         tokenizer.save_pretrained(shop.folder / folder)
     (shop.folder / "base" / "added_tokens.json").write_text("{}")
-    shop.manifest.write_text(shop.manifest.read_text().replace("60KB}", f"60KB, tokenizer: {whose}}}"))
+    recipe = shop.manifest.read_text().replace("60KB}", f"60KB, tokenizer: {whose}}}")
+    shop.manifest.write_text(recipe)
     plan = bigpipe.plan(shop.manifest)
     assert ("tokenizer and chat template are the adapter's" in plan.nodes["merge"].forecast.details) == (
         whose == "adapter"
     )
+    shop.manifest.write_text(UNPLACED)
+    untaken = "tokenizer and chat template are the model's, not the adapter's: `merge` takes those"
+    assert untaken in bigpipe.plan(shop.manifest).nodes["generate"].forecast.details
+    shop.manifest.write_text(recipe)
     merged = shop.run(check=True).path("merge")
     told = AutoTokenizer.from_pretrained(merged)
     assert told.chat_template.startswith("lora" if whose == "adapter" else "base")
@@ -161,6 +167,9 @@ stages:
     inputs: {model: base, placement: place, adapter: lora}
     with: {task: text-generation, prompts: ["Hello", "a b c", "Once"], max_new_tokens: 6, dtype: float32}
 """
+
+
+UNPLACED = re.sub(r"  place:\n.*?  generate:", "  generate:", INFER, flags=re.DOTALL).replace("placement: place, ", "")
 
 
 def test_a_streamed_model_generates_with_its_adapter_what_peft_generates(shop: Workshop) -> None:
