@@ -201,7 +201,7 @@ def leads_to(params: DownloadParams, base: Path) -> Sequence[Path]:
 
 STAGE = Stage(
     kind="download",
-    version=5,
+    version=6,
     params=DownloadParams,
     metrics=DownloadMetrics,
     inputs={},

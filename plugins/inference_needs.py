@@ -44,7 +44,7 @@ from .ranked import (
     misfits_of_unplaced,
     on_its_gpu,
 )
-from .wired import agreed, attached, single_model
+from .wired import agreed, attached, single_model, untaken_tokenizer
 
 LONGEST = 2**16
 """Tokens of a task that makes as many as it needs: cut to the model's positions."""
@@ -81,7 +81,7 @@ def forecast(params: InferParams, ctx: ForecastContext) -> Forecast:
         unknown=(RESULTS, *((UNSIZED,) if ram is None else ())),
         metrics=told,
         summary=work_of(params, batching, ctx.launch.num_processes),
-        details=(said,) if together.count > 1 else (),
+        details=(*([said] if together.count > 1 else []), *untaken_tokenizer(ctx)),
     )
     if placed is not None and placed.misfits:  # said where it is placed
         return known

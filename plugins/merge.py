@@ -17,6 +17,8 @@ class MergeParams(Params):
     combination: Literal["cat", "linear"] = "cat"
     """How several are one, as peft's `add_weighted_adapter` names it: the sum of what each would add, or the product of
     the sums of their matrices."""
+    tokenizer: Literal["adapter", "model"] = "adapter"
+    """Whose tokenizer and chat template the result has: the adapter's, if a whole one came with it, or the model's."""
 
 
 class MergeMetrics(Metrics):
@@ -28,7 +30,7 @@ class MergeMetrics(Metrics):
 
 STAGE = Stage(
     kind="merge",
-    version=5,
+    version=6,
     params=MergeParams,
     metrics=MergeMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", many=True)},

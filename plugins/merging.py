@@ -6,7 +6,13 @@ from dataclasses import replace
 
 from bigpipe.bigmodel.adapters import Bound, Merge, is_packed, merge_opened, merging_memory
 from bigpipe.bigmodel.architecture import untied
-from bigpipe.bigmodel.checkpoint import ModelDescription, describe_checkpoint, open_adapter, open_checkpoint
+from bigpipe.bigmodel.checkpoint import (
+    AdapterDescription,
+    ModelDescription,
+    describe_checkpoint,
+    open_adapter,
+    open_checkpoint,
+)
 from bigpipe.bigmodel.writing import WORKERS, planned_bytes
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_transfer
@@ -63,8 +69,14 @@ def forecast(params: MergeParams, context: ForecastContext) -> Forecast:
         details=(
             *_merge(params).conversion.notes(described),
             *(f"the adapter was trained on {name}" for name in sorted(map(str, trained))),
+            *_whose_tokenizer(params, wired_adapters(context)),
         ),
     )
+
+
+def _whose_tokenizer(params: MergeParams, adapters: list[AdapterDescription]) -> list[str]:
+    brought = params.tokenizer == "adapter" and any(adapter.brings_tokenizer for adapter in adapters)
+    return ["tokenizer and chat template are the adapter's"] if brought else []
 
 
 def _sizes(

@@ -107,11 +107,11 @@ def settled(params: SaveParams) -> Stage[SaveParams]:
 
 STAGE = Stage(
     kind="save",
-    version=5,
+    version=6,
     params=SaveParams,
     metrics=SaveMetrics,
     inputs={
-        "model": Port("checkpoint", optional=True),
+        "model": Port("checkpoint", optional=True, others=("adapter",)),
         "results": Port("results", optional=True),
         "reports": Port("report", optional=True, many=True),
     },

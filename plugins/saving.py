@@ -36,9 +36,20 @@ def check(params: SaveParams, context: CheckContext) -> None:
     if params.card and not context.inputs.get("model"):
         cure = "wire inputs: model, or leave it out"
         raise UsageError("card is the metadata of a model card, and no model is saved", cure, field="card")
+    target = _destination(params, context)
     with about("to"):
         maker = (context.recipe_name, context.node) if context.node else None
-        check_destination(_destination(params, context), base=context.base, overwrite=params.overwrite, maker=maker)
+        check_destination(target, base=context.base, overwrite=params.overwrite, maker=maker)
+    if context.inputs.get("model") and (card := _foreseen_card(params, context)):
+        target.check_card(card)
+
+
+def _foreseen_card(params: SaveParams, context: CheckContext) -> str:
+    from bigpipe.bigmodel.checkpoint import ModelDescription  # not for `present`, which every run asks
+    from bigpipe.bigmodel.publishing import foreseen_card
+
+    described = context.described("model", ModelDescription)
+    return foreseen_card(described.path if described else None, params.card)
 
 
 def writes(params: SaveParams, context: ForecastContext) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ class ShardMetrics(Metrics):
 
 STAGE = Stage(
     kind="shard",
-    version=5,
+    version=6,
     params=ShardParams,
     metrics=ShardMetrics,
     inputs={"model": Port("checkpoint")},

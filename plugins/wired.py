@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.errors import UsageError
+from bigpipe.errors import NoWeights, UsageError
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext
 
 from .library import about, sources_of
@@ -26,11 +26,13 @@ class Pipeline:
 
 
 def single_model(context: CheckContext | ForecastContext, port: str = "model") -> ModelDescription | None:
-    """What is known of the model on a port. Raise UsageError for a pipeline of several."""
+    """What is known of the model on a port. Raise UsageError for a pipeline of several, NoWeights for parts of one."""
     from bigpipe.bigmodel.checkpoint import AdapterDescription, ModelDescription
 
     wired = context.input(port)
     described = wired.output if wired else None
+    if isinstance(described, NoWeights):
+        raise described
     if isinstance(described, AdapterDescription):
         cause = f"{described.where} holds an adapter, which is not a model by itself"
         raise UsageError(cause, "wire it to a port `adapter`, and the model it belongs to here", field=f"inputs.{port}")
@@ -65,6 +67,15 @@ def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescr
             cause = "what is wired to the port `adapter` holds a model, and no adapter_config.json"
             raise UsageError(cause, "wire a download of peft's own files, or a finetune", field="inputs.adapter")
     return found
+
+
+def untaken_tokenizer(context: ForecastContext) -> list[str]:
+    """Say so where an adapter brings a tokenizer, and the model's is used."""
+    try:
+        brought = any(adapter.brings_tokenizer for adapter in wired_adapters(context))
+    except UsageError:  # said where it is checked
+        return []
+    return ["tokenizer and chat template are the model's, not the adapter's: `merge` takes those"] if brought else []
 
 
 def attached(context: CheckContext | ForecastContext, model: ModelDescription | None) -> Attachment | None:

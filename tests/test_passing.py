@@ -17,7 +17,8 @@ HEADS = {"file": (b"x", 3), "other": (b"y", 3)}
 def outlet(tmp_path: Path) -> OpenOutlet:
     """Has announced two files."""
     (tmp_path / "out" / "inner").mkdir(parents=True)
-    (tmp_path / "out" / "inner" / "config.json").write_text("{}")
+    for name in ("config.json", "file"):  # that one is not the file to come
+        (tmp_path / "out" / "inner" / name).write_text("{}")
     Handover.make(tmp_path / "handover", lets_go=False)
     return again(tmp_path)
 
@@ -33,13 +34,16 @@ def test_what_is_announced_and_all_else_is_seen_by_the_other_end(outlet: OpenOut
     inlet = OpenInlet(tmp_path / "handover", "a/consumer@x=1/2")
     assert inlet.arriving
     assert inlet.heads == HEADS
-    assert (inlet.folder / "inner" / "config.json").read_text() == "{}"
+    assert {path.name: path.read_text() for path in (inlet.folder / "inner").iterdir()} == {
+        "config.json": "{}",
+        "file": "{}",
+    }
     (outlet.out / "file").write_text("abc")
     outlet.finished("file", *A)
     assert inlet.sha256("file") == A[0]
     assert (inlet.folder / "file").read_text() == "abc"
     inlet.taken("file")
-    assert outlet.handover.arrived().keys() == {"file", "inner/config.json"}
+    assert outlet.handover.arrived().keys() == {"file", "inner/config.json", "inner/file"}
 
 
 def test_a_second_attempt_announces_the_same(outlet: OpenOutlet, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ merge_adapter
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bigpipe.bigmodel.architecture import architecture_of, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import (
@@ -22,7 +23,9 @@ from bigpipe.bigmodel.checkpoint import (
     Made,
     ModelDescription,
     TensorInfo,
+    check_file,
     describe_opened,
+    is_of_tokenizer,
     open_adapter,
     open_checkpoint,
     tensor_nbytes,
@@ -40,7 +43,7 @@ from bigpipe.bigmodel.writing import (
     refuse_in_place,
 )
 from bigpipe.errors import UsageError
-from bigpipe.files import refuse_overlap
+from bigpipe.files import copy_file, link, make_folders, refuse_overlap
 from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import counted, format_transfer, size_of
 from bigpipe.trust import Trust
@@ -50,6 +53,10 @@ from .arithmetic import Changed, LowRank, one_thread_each
 from .changes import Bound, bind, combined
 from .method import Combination, require_weights
 from .unpacking import unpacked
+
+Whose = Literal["adapter", "model"]
+"""Whose tokenizer and chat template a merged model has. adapter: of the first that brings a whole one, else the
+model's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +70,7 @@ class Merge:
     weights: tuple[float, ...] | None = None
     """One for each of several adapters; None: 1 for each."""
     combination: Combination = "cat"
+    tokenizer: Whose = "adapter"
 
     @property
     def conversion(self) -> Conversion:
@@ -164,6 +172,7 @@ def merge_adapter(
     *,
     weights: Sequence[float] | None = None,
     combination: Combination = "cat",
+    tokenizer: Whose = "adapter",
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     trust: Trust | Sequence[str] = (),
@@ -177,6 +186,8 @@ def merge_adapter(
     source: the model that it was trained on. adapter: a folder with `adapter_config.json` and
       `adapter_model.safetensors` (or `.bin`); several with `weights`, one for each, and a `combination` as peft's
       `add_weighted_adapter` names it (`cat`: the sum of what each would add; `linear`: the product of sums).
+    tokenizer: whose the result has, with its chat template: the adapter's, if a whole one lies beside it, or the
+      model's.
     dtype: what the model is cast to before anything is added; None: as stored.
     trust, base: of modules with the model's own class. memo: a directory where answers about classes are kept.
 
@@ -193,7 +204,7 @@ def merge_adapter(
         source if isinstance(source, Checkpoint) else open_checkpoint(source),
         [open_adapter(each) for each in given],
         Path(out),
-        Merge(max_shard_size=size, dtype=dtype, weights=weighed, combination=combination),
+        Merge(max_shard_size=size, dtype=dtype, weights=weighed, combination=combination, tokenizer=tokenizer),
         sources=Sources(trust=Trust.of(trust), base=base, memo=memo),
         progress=progress,
     )
@@ -213,6 +224,42 @@ def merge_opened(
     """`merge_adapter` of what is open; linked and journal as `convert` takes them."""
     refuse_in_place(checkpoint, out)
     refuse_overlap(out, [path for adapter in adapters for path in (adapter.path, adapter.file)])
+    trained_with = next((each for each in adapters if each.tokenizer and merge.tokenizer == "adapter"), None)
+    if trained_with is None:
+        return _merge(checkpoint, adapters, out, merge, sources, linked, progress, journal)
+    merged = _merge(_without_tokenizer(checkpoint), adapters, out, merge, sources, linked, progress, journal)
+    return replace(merged, files={**merged.files, **_carry_tokenizer(trained_with, out, linked)})
+
+
+def _without_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+    def stays(extra: Path) -> bool:
+        return not is_of_tokenizer(extra.relative_to(checkpoint.folder).as_posix())
+
+    return replace(checkpoint, extras=tuple(filter(stays, checkpoint.extras)))
+
+
+def _carry_tokenizer(adapter: Adapter, out: Path, linked: bool) -> Files:
+    written = {}
+    for name in adapter.tokenizer:
+        check_file(adapter.path / name, adapter.path)
+        make_folders((out / name).parent)
+        if linked:
+            link(os.path.abspath(adapter.path / name), out / name)
+        else:
+            written[name] = copy_file(adapter.path / name, out / name)
+    return written
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    out: Path,
+    merge: Merge,
+    sources: Sources,
+    linked: bool,
+    progress: ReportProgress | None,
+    journal: Path | None,
+) -> MergedCheckpoint:
     checkpoint = untied_checkpoint(checkpoint)
     described = describe_opened(checkpoint)
     bounds = merge.changes(described, [adapter.described for adapter in adapters], sources)

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from .choosing import (
         ADAPTER_CONFIG,
         NO_PART,
+        NO_WEIGHTS,
         WeightSet,
         check_named,
         choose_weights,
         is_index,
         is_module,
+        is_of_tokenizer,
         is_part,
         no_weights,
         refuse_adapter,
+        tokenizer_files,
         variants,
     )
     from .contents import check_weight_map, join_contents, read_contents

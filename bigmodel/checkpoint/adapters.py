@@ -14,7 +14,7 @@ from typing import Any
 from bigpipe.errors import InvalidCheckpoint
 
 from .bytesource import FileSource
-from .choosing import ADAPTER_CONFIG, choose_weights
+from .choosing import ADAPTER_CONFIG, choose_weights, tokenizer_files
 from .contents import read_contents
 from .files import MAX_CONFIG, check_file, read_json
 from .tensors import TensorInfo, Tensors, invalid
@@ -33,6 +33,8 @@ class AdapterDescription:
     """As they are named in the file. None: not known."""
     where: str = "the adapter"
     """What to call it in errors: its folder, or repository."""
+    brings_tokenizer: bool = False
+    """Do a tokenizer and its chat template lie beside it, with which it was trained?"""
 
     @property
     def base_model(self) -> str | None:
@@ -53,7 +55,14 @@ class Adapter:
     @property
     def described(self) -> AdapterDescription:
         outline = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
-        return AdapterDescription(config=self.config, tensors=outline, where=str(self.path))
+        brings = bool(self.tokenizer)
+        return AdapterDescription(config=self.config, tensors=outline, where=str(self.path), brings_tokenizer=brings)
+
+    @property
+    def tokenizer(self) -> list[str]:
+        """The relative paths of a tokenizer beside it, and of its chat templates; none where it has none of its own."""
+        files = (path for path in (*self.path.glob("*"), *self.path.glob("*/*")) if path.is_file())
+        return tokenizer_files(path.relative_to(self.path).as_posix() for path in files)
 
 
 def adapter_weights(names: Collection[str]) -> str | None:

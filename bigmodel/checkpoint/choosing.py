@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bigpipe.errors import InvalidCheckpoint, NoWeights, first_few
@@ -18,6 +19,8 @@ BIN_SUFFIXES = (".bin", ".pt", ".pth")
 NOT_A_MODEL = re.compile(r"\.|training_args|optimizer|scheduler|scaler|rng_state|random_states|openvino_|ggml")
 """Trainers and other programs leave these beside a model: torch files, or called so, but no weights that are read here.
 Hidden ones are what systems leave beside every file."""
+NO_WEIGHTS = ("spk_dict.pt",)
+"""What loaders read beside the weights, and is called as if it were some: the voices of Qwen2.5-Omni."""
 ADAPTER = re.compile(r"adapter|pytorch_lora_weights")
 """What peft, mlx and diffusers call the weights that are added to those of a model."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,6 +31,15 @@ NO_PART = (".git", ".gitattributes", ".github", ".gitignore", ".cache")
 no part of the model."""
 OTHERS = (".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt", ".tflite", ".npz", ".pb", ".nemo", ".mlmodel", ".distcp")
 
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_VOCABULARY = (
+    "tokenizer.json", "tokenizer.model*", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model",
+    "sentencepiece*.model",
+)  # fmt: skip
+_TOKENIZER = (
+    *_VOCABULARY, _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*",
+)  # fmt: skip
 _USUAL = (
     ("model", ".safetensors"), ("pytorch_model", ".bin"),
     ("diffusion_pytorch_model", ".safetensors"), ("diffusion_pytorch_model", ".bin"),
@@ -132,7 +144,7 @@ def _ambiguous(where: object, names: Sequence[_Name]) -> InvalidCheckpoint:
 def _weight_name(name: str) -> _Name | None:
     if (match := _WEIGHTS.fullmatch(name)) is None or NOT_A_MODEL.match(name) or ADAPTER.match(name):
         return None
-    if name.startswith(CONSOLIDATED):
+    if name.startswith(CONSOLIDATED) or name in NO_WEIGHTS:
         return None
     return _name(match, int(match["number"] or 0), int(match["count"] or 0))
 
@@ -164,6 +176,19 @@ def refuse_adapter(names: Collection[str], where: object) -> None:
         "leave the adapter out if the model is meant (a download: `exclude: adapter*`), or merge it into the model;"
         " take it alone if the adapter is meant (`include: adapter*`)",
     )
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Return whether a file, by its relative path, belongs to a tokenizer, or is a chat template."""
+    return any(fnmatchcase(name, glob) for glob in _TOKENIZER)
+
+
+def tokenizer_files(names: Iterable[str]) -> list[str]:
+    """Return the files of a whole tokenizer among relative paths, with its chat templates, sorted; none where it lacks
+    its config or a vocabulary."""
+    found = sorted(filter(is_of_tokenizer, names))
+    whole = _TOKENIZER_CONFIG in found and any(fnmatchcase(name, glob) for name in found for glob in _VOCABULARY)
+    return found if whole else []
 
 
 def is_part(name: str) -> bool:

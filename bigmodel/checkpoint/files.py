@@ -18,7 +18,16 @@ from typing import Any, Literal
 
 from bigpipe.errors import InvalidCheckpoint
 
-from .choosing import BIN_SUFFIXES, check_named, choose_weights, is_index, is_module, no_weights, refuse_adapter
+from .choosing import (
+    BIN_SUFFIXES,
+    NO_WEIGHTS,
+    check_named,
+    choose_weights,
+    is_index,
+    is_module,
+    no_weights,
+    refuse_adapter,
+)
 from .tensors import FETCH_AGAIN, OUR_LIMIT, invalid
 
 FileFormat = Literal["safetensors", "bin"]
@@ -231,7 +240,7 @@ def side_files(directory: Path) -> tuple[Path, ...]:
     found: list[Path] = []
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        weights = {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES}
+        weights = {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and name not in NO_WEIGHTS}
         if Path(folder).parent == directory and is_module(Path(folder).name, os.listdir(directory)):
             weights = set()  # those of a part of this model
         if weights and Path(folder) != directory:

@@ -117,6 +117,21 @@ _CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
 _NAMES = frozenset({*_CALLS, "torch.storage.UntypedStorage", *(f"torch.{name}" for name in (*STORAGE_DTYPES, *DTYPES))})
 
 
+_PLAIN = "save tensors only, without what else the training program knows"
+_NUMBERS = "it is an array of numpy's: save torch.from_numpy(array) in its place"
+HARMLESS = {
+    "torch._utils._rebuild_sparse_tensor": "it is a sparse tensor: save it after .to_dense()",
+    "torch._utils._rebuild_qtensor": "it is a quantized tensor of torch's own: save it after .dequantize()",
+    **dict.fromkeys(("torch.Size", "torch.device", "argparse.Namespace", "collections.defaultdict"), _PLAIN),
+    **{
+        f"{core}.multiarray.{name}": _NUMBERS
+        for core in ("numpy.core", "numpy._core")
+        for name in ("_reconstruct", "scalar")
+    },
+}
+"""What training programs write without meaning any harm → what to do. Neither is run."""
+
+
 class PickleMachine:
     """Runs one pickle to its end. `run` gives dicts, lists, tuples, strings, numbers, `Tensor`s and `Storage`s."""
 
@@ -226,7 +241,7 @@ class PickleMachine:
         if full not in _NAMES:
             cause = f"refers to {full[:200]!r}; a state dict of tensors does not, and bigpipe never runs it"
             cure = "do not load this file elsewhere either unless you trust whoever made it; ask for safetensors"
-            raise _Refused(cause, cure)
+            raise _Refused(cause, HARMLESS.get(full, cure))
         self.push(Global(full))
 
     def stack_global(self) -> None:

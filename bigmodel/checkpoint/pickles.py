@@ -74,15 +74,44 @@ def _check_byte_order(source: ByteSource, order: ZipEntry | None) -> None:
 def _state_dict(source: ByteSource, state: Any) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise invalid(source.name, "holds no state dict", "save model.state_dict(), not the model")
-    for name, value in state.items():
-        if isinstance(value, Tensor) and isinstance(name, str):
-            continue
-        cure = "save tensors only"
-        if isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values()):
-            inside = f"torch.load(path, weights_only=True)[{str(name)[:40]!r}]"
-            cure = f"save what is inside alone: torch.save({inside}, path)"
-        raise invalid(source.name, f"its entry {str(name)[:200]!r} is not a tensor", cure)
+    wrong = [name for name, value in state.items() if not (isinstance(value, Tensor) and isinstance(name, str))]
+    if wrong:
+        raise invalid(source.name, f"its entry {str(wrong[0])[:200]!r} is not a tensor", _tensors_alone(state))
     return state
+
+
+def _tensors_alone(state: dict[Any, Any]) -> str:
+    """How to save what a training program left as a state dict: its tensors, or, where it has more of them, a part."""
+    loaded = "torch.load(path, weights_only=True)"
+    parts = _parts(state)
+    if parts and max(map(_count, parts.values())) > _count(state):
+        first, *others = parts
+        return f"save what is inside alone: torch.save({loaded}{first}, path)" + "".join(
+            f", or {o}" for o in others[:5]
+        )
+    if _count(state):
+        return f"save its tensors alone: torch.save({{k: v for k, v in {loaded}.items() if torch.is_tensor(v)}}, path)"
+    return "save tensors only"
+
+
+def _count(state: dict[Any, Any]) -> int:
+    return sum(isinstance(value, Tensor) for value in state.values())
+
+
+def _parts(state: dict[Any, Any]) -> dict[str, dict[Any, Any]]:
+    """The dicts with tensors that lie least deep in another, by what is written behind it to reach them."""
+    level, seen = {"": state}, {id(state)}
+    while level:
+        below = {}
+        for path, holder in level.items():
+            for name, value in holder.items():
+                if isinstance(value, dict) and id(value) not in seen:  # a dict may hold itself
+                    seen.add(id(value))
+                    below[f"{path}[{name if isinstance(name, int) else name[:40]!r}]"] = value
+        if found := {path: inner for path, inner in below.items() if _count(inner)}:
+            return found
+        level = below
+    return {}
 
 
 def _check_tensor(source: ByteSource, name: str, tensor: Tensor, entry: ZipEntry | None) -> None:

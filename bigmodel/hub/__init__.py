@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .access import Login, check_access, whoami
+    from .access import Login, check_access, faults_of_card, whoami
     from .bringing import Brought, DirectorySource, Expected, HubSource, Source, Watch
     from .connection import OFFICIAL, guard_answers, http_client, uploading
     from .errors import LOGIN, hub_errors

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from bigpipe.errors import NotAuthorised, StageFailed, Transient, UsageError
+from bigpipe.errors import BigpipeError, NotAuthorised, StageFailed, Transient, UsageError
 
-from .errors import LOGIN
+from .connection import asking, guard_answers
+from .errors import LOGIN, hub_errors
+from .exchange import exchanging
 from .repository import Hub, describe, get_json, unknown_here, why
-from .responses import NOT_A_HUB
+from .responses import NOT_A_HUB, shown
 
 WRITING = "repo.write"
 """The permission of a fine-grained token, https://huggingface.co/docs/hub/security-tokens."""
@@ -65,6 +68,23 @@ def whoami(hub: Hub) -> Login:
         raise Transient(f"{hub.endpoint} does not tell who this login is ({why(error)})", NOT_A_HUB) from error
     token = _inside(data, "auth", "accessToken")
     return Login(tuple(names), token.get("role") == "read", _written(_inside(token, "fineGrained").get("scoped")))
+
+
+def faults_of_card(text: str, *, hub: Hub) -> list[str]:
+    """Return what the Hub has against the metadata of a model card, with which it would refuse whatever comes beside
+    it. Nothing where it does not say: a mirror may not know this question."""
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    guard_answers(hub.endpoint)
+    found, asked = None, {"content": text, "repoType": "model"}
+    headers = build_hf_headers(token=hub.token, library_name="bigpipe")
+    with suppress(BigpipeError), hub_errors(hub.endpoint, "validate-yaml"), exchanging(asking(hub.timeout)):
+        address = f"{hub.endpoint}/api/validate-yaml"
+        answer = get_session().post(address, json=asked, headers=headers, timeout=hub.timeout)
+        found = answer.json() if answer.status_code == 400 else None
+    told = found.get("errors") if isinstance(found, Mapping) else None
+    faults = (each.get("message") for each in told if isinstance(each, Mapping)) if isinstance(told, list) else ()
+    return [shown(fault) for fault in faults if isinstance(fault, str)]
 
 
 def _inside(found: Any, *names: str) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bigpipe.bigmodel.checkpoint import (
+    ADAPTER_CONFIG,
     AdapterDescription,
     ModelDescription,
     adapter_weights,
@@ -23,7 +24,16 @@ from bigpipe.bigmodel.checkpoint import (
     no_weights,
     parse_object,
 )
-from bigpipe.errors import BigpipeError, InvalidCheckpoint, NotAuthorised, Offline, Transient, UsageError, first_few
+from bigpipe.errors import (
+    BigpipeError,
+    InvalidCheckpoint,
+    NotAuthorised,
+    NoWeights,
+    Offline,
+    Transient,
+    UsageError,
+    first_few,
+)
 from bigpipe.files import copy_file, free_space, link, make_folders
 from bigpipe.fit import Misfit
 from bigpipe.names import is_text
@@ -44,8 +54,9 @@ class Expected:
 
     sizes: Mapping[str, int]
     """Of all files, by relative path."""
-    description: ModelDescription | AdapterDescription | None
-    """None for what has no single checkpoint to describe, or cannot be known yet."""
+    description: ModelDescription | AdapterDescription | NoWeights | None
+    """NoWeights: what is wrong where a model is needed, as only parts of one lie in folders of their own. None for what
+    has no single checkpoint to describe, or cannot be known yet."""
     commit: str | None = None
     missing: int = 0
     """To be downloaded."""
@@ -124,8 +135,8 @@ class HubSource:
         listing knows of it. Where its weights are not there, all that is missing is told."""
         names = [file.path for file in files]
         here = [file for file in files if file.may_be(repository.cached(file))]
-        adapter = adapter_files(names)
-        weights = adapter or weight_files(self.choice.weights(names, repository.library))
+        adapter = adapter_weights(names)
+        weights = [ADAPTER_CONFIG, adapter] if adapter else weight_files(self.choice.weights(names, repository.library))
         needed = {*weights, "config.json"}.intersection(names)
         return here if weights and needed <= {file.path for file in here} else files
 
@@ -161,7 +172,11 @@ class HubSource:
             lacking=self._lacking(repository, files),
         )
 
-    def _description(self, repository: Repository, names: list[str]) -> ModelDescription | AdapterDescription | None:
+    def _description(
+        self, repository: Repository, names: list[str]
+    ) -> ModelDescription | AdapterDescription | NoWeights | None:
+        if self._holds_only_parts(repository, names):
+            return no_weights(repository.repo, [file.path for file in repository.files])
         try:
             if adapter_weights(names):
                 return describe_remote_adapter(repository, names)
@@ -170,6 +185,13 @@ class HubSource:
             return replace(found.description, names=frozenset(names))
         except (Transient, NotAuthorised, UsageError):
             return None
+
+    def _holds_only_parts(self, repository: Repository, names: list[str]) -> bool:
+        """Is there neither a config nor weights where a model has them?"""
+        parts = (
+            detect(names, hint=repository.library) == "diffusers" or "config.json" in names or adapter_weights(names)
+        )
+        return not parts and Choice().weights([name for name in names if "/" not in name]).get("") is None
 
     def bring(self, out: Path, watch: Watch, skip: Collection[str] = ()) -> Brought:
         """Fetch files into the Hub cache and link them in `out`, but those that `skip` names.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from json import JSONDecodeError
+from pathlib import Path
 from traceback import walk_tb
 
 from bigpipe.errors import (
@@ -33,6 +34,7 @@ from bigpipe.errors import (
     UsageError,
     first_few,
 )
+from bigpipe.files import explained
 from bigpipe.sizes import format_duration
 
 from .responses import asked_pause, is_address, shown
@@ -81,6 +83,13 @@ def hub_errors(
         if translated is None:
             raise
         raise translated from error
+
+
+@contextmanager
+def of_cache(path: Path) -> Iterator[None]:
+    """Raise every OSError within as what is wrong with a file of the Hub cache, which others may share."""
+    with explained(path, owner="the Hub cache", other="use one of your own (HF_HOME)"):
+        yield
 
 
 def _translate(error: BaseException, asked: _Asked) -> BigpipeError | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bigpipe.bigmodel.checkpoint import (
     FETCH_AGAIN,
@@ -19,6 +20,7 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.errors import InvalidCheckpoint, Transient
 
+from .errors import of_cache
 from .repository import READERS, HubFile, Repository, read_range
 
 GUESS = 64 * 2**10
@@ -73,16 +75,29 @@ def reading(repository: Repository, file: HubFile, guess: int = 0) -> Iterator[t
     guess: how many bytes to fetch at once where the file's header may be short; of safetensors files only."""
     cached = repository.cached(file)
     if file.may_be(cached):
-        with FileSource(cached) as source:
+        with of_cache(cached):
+            source = FileSource(cached)
+        with source:
             yield source, cached
     else:
         yield RangeSource(repository, file, guess if file.path.endswith(".safetensors") else 0), Path(file.path)
 
 
+def is_promised(file: HubFile, digests: Mapping[str, Any]) -> bool:
+    """Return whether a content is what the listing says, by its `size` and its `sha256`, or `blob_id` (git's sha1), or
+    the `sha1` of the content alone. Without any (a mirror may name blobs otherwise) by its size."""
+    proofs = ["sha256"] if file.sha256 else ["blob_id"] if file.blob_id else ["blob_id", "sha1"]
+    proven = file.etag in (digests.get(proof) for proof in proofs)
+    unproven = not file.sha256 and len(file.etag) != 40
+    return (proven or unproven) and digests["size"] == file.size
+
+
 def check_content(repository: Repository, file: HubFile, content: bytes) -> None:
     """Raise Transient where a whole file that came is not what the listing promises: what is learnt of it is kept."""
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    if file.etag and file.etag not in (hashlib.sha256(content).hexdigest(), git):
+    sha256, sha1 = hashlib.sha256(content), hashlib.sha1(content, usedforsecurity=False)
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    digests = {"sha256": sha256.hexdigest(), "sha1": sha1.hexdigest(), "blob_id": git.hexdigest(), "size": len(content)}
+    if not is_promised(file, digests):
         cause = f"{file.path} of {repository.repo} came with other bytes than its digest {file.etag} promises"
         raise Transient(cause, "something in between changes them; run again, or over another network")
 

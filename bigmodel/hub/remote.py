@@ -39,6 +39,7 @@ from bigpipe.bigmodel.checkpoint import (
     parse_object,
     read_contents,
     tensor_nbytes,
+    tokenizer_files,
 )
 from bigpipe.errors import Offline, UsageError
 
@@ -123,7 +124,8 @@ def describe_remote_adapter(repository: Repository, names: Collection[str]) -> A
         answer = {"config": _json(repository, ADAPTER_CONFIG) or {}, "tensors": tensors}
         repository.hub.remember(answer, *facts)
     outlined = {name: (dtype, tuple(shape)) for name, dtype, shape in answer["tensors"]}
-    return AdapterDescription(config=answer["config"], tensors=outlined, where=repository.repo)
+    brings = bool(tokenizer_files(names))
+    return AdapterDescription(config=answer["config"], tensors=outlined, where=repository.repo, brings_tokenizer=brings)
 
 
 def answers(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from bigpipe.bigmodel.checkpoint import (
     ADAPTER_CONFIG,
+    NO_WEIGHTS,
     WeightSet,
     adapter_weights,
     check_named,
@@ -21,7 +22,9 @@ from bigpipe.bigmodel.checkpoint import (
     is_index,
     is_module,
     is_part,
+    no_weights,
     refuse_adapter,
+    tokenizer_files,
     variants,
 )
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
@@ -31,9 +34,11 @@ Library = Literal["transformers", "diffusers", "timm"]
 SIDE_SUFFIXES = (
     ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab", ".bpe", ".codes", ".tokenizer",
 )  # fmt: skip
-SIDE_NAMES = ("README.md", "LICENSE*", "NOTICE*", "COPYING*", "USE_POLICY*", "tokenizer.model.*")
-TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps chat templates besides the first."""
+LEGAL = ("README.md", "LICENSE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+SIDE_NAMES = (*LEGAL, "tokenizer.model.*", "*.ttf")
+"""A processor of videos may bring the font in which it writes their seconds (Ernie 4.5 VL)."""
+SIDE_FOLDERS = ("additional_chat_templates/*", "custom_generate/*", "speaker_embeddings/*")
+"""Where transformers keeps chat templates besides the first, `generate` of the model's own, and Bark's voices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,8 @@ class Choice:
             left = [name for name in left if any(_takes(glob, name) for glob in self.include)]
         else:
             left = adapter_files(left) or self._model_files(left, hint)
+        if not left and not (self.include or self.exclude):
+            raise no_weights("this model", names)
         if not left:
             raise UsageError("no file is left to take", f"there are {first_few(names)}; see include and exclude")
         refuse_adapter([name for name in left if "/" not in name], "the model's folder")
@@ -101,12 +108,13 @@ def weight_files(sets: Mapping[str, WeightSet | None], *, indexes: bool = True) 
 
 
 def adapter_files(names: Iterable[str]) -> list[str]:
-    """Return the files of an adapter at the root, sorted; none where what is there is no adapter of peft's, or a model
-    too."""
+    """Return the files of an adapter at the root, sorted, and of the tokenizer with which it was trained; none where
+    what is there is no adapter of peft's, or a model too."""
+    names = list(names)
     root = [name for name in names if "/" not in name]
     weights = adapter_weights(root)
-    beside = [name for name in root if _matches(name, SIDE_NAMES)]
-    return sorted([ADAPTER_CONFIG, weights, *beside]) if weights is not None else []
+    beside = [name for name in root if _matches(name, LEGAL)]
+    return sorted([ADAPTER_CONFIG, weights, *beside, *tokenizer_files(names)]) if weights is not None else []
 
 
 def _join(folder: str, name: str) -> str:
@@ -181,11 +189,17 @@ def _folders(names: list[str], library: Library) -> dict[str, list[str]]:
 
 
 def _side_files(names: list[str], folders: Collection[str]) -> list[str]:
-    """Configs, tokenizer, licence and code in the folders whose weights are read, the root, and chat templates."""
-    found = [Name(name) for name in names if not is_index(name)]
-    wanted = {*folders, "", TEMPLATES}
-    return [str(name) for name in found if str(name.parent).removeprefix(".") in wanted and _is_side_file(name)]
+    """Configs, tokenizer, licence and code in the folders whose weights are read, and the root; and what loaders keep
+    in folders of its own."""
+    found = [Name(name) for name in names if not is_index(name) and not Name(name).name.startswith(".")]
+    wanted = {*folders, ""}
+    return [
+        str(name)
+        for name in found
+        if _matches(str(name), SIDE_FOLDERS)
+        or (str(name.parent).removeprefix(".") in wanted and _is_side_file(name.name))
+    ]
 
 
-def _is_side_file(name: Name) -> bool:
-    return not name.name.startswith(".") and (name.name.endswith(SIDE_SUFFIXES) or _matches(name.name, SIDE_NAMES))
+def _is_side_file(name: str) -> bool:
+    return name.endswith(SIDE_SUFFIXES) or _matches(name, SIDE_NAMES) or name in NO_WEIGHTS

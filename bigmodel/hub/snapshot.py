@@ -24,8 +24,9 @@ from bigpipe.files import sync_file
 from bigpipe.sizes import format_duration
 
 from .connection import downloading, guard_answers, longest_silence
-from .errors import hub_errors
+from .errors import hub_errors, of_cache
 from .exchange import exchanging
+from .heads import is_promised
 from .repository import HubFile, Repository
 
 LOOK = 2.0
@@ -185,15 +186,11 @@ class _Errands:
         raise self.wrong(file)
 
     def verified(self, path: Path, file: HubFile) -> Fetched | None:
-        """The file, if that is what lies there. Without a sha1 (a mirror may name blobs otherwise) by its size."""
+        """The file, if that is what lies there."""
         if not path.is_file():
             return None
         digests = self._digests(path, file)
-        proofs = ["sha256"] if file.sha256 else ["blob_id"] if file.blob_id else ["blob_id", "sha1"]
-        proven = file.etag in (digests.get(proof) for proof in proofs)
-        unproven = not file.sha256 and len(file.etag) != 40
-        right = (proven or unproven) and digests["size"] == file.size
-        return Fetched(path, digests["sha256"], digests["size"]) if right else None
+        return Fetched(path, digests["sha256"], digests["size"]) if is_promised(file, digests) else None
 
     def wrong(self, file: HubFile) -> Transient:
         named = f"{file.path} of {self.repository.repo}"
@@ -238,7 +235,7 @@ class _Errands:
 
     def _digests(self, path: Path, file: HubFile) -> dict[str, Any]:
         """sha256 and size of a cached file, and both sha1 where the Hub tells no other; read once, then remembered."""
-        with path.open("rb", buffering=0) as content:
+        with of_cache(path), path.open("rb", buffering=0) as content:
             stat = os.fstat(content.fileno())
             known = _recalled(self.hashed.get(path), stat) or _recalled(self.hub.recall("blob", str(path)), stat)
             if known is not None:

@@ -14,7 +14,7 @@ from bigpipe.faces import face
 
 if TYPE_CHECKING:
     from .addresses import open_destination
-    from .card import Card, read_card
+    from .card import Card, foreseen_card, read_card
     from .destinations import RECEIPT, Destination, Directory, Receipt, Stored, is_present
     from .provenance import PROVENANCE, Provenance, Published, Step, led_to, read_provenance
     from .publication import Contents, check_destination, publish

@@ -14,7 +14,14 @@ import yaml
 
 from bigpipe import plainyaml
 from bigpipe.bigmodel.architecture import library_of
-from bigpipe.bigmodel.checkpoint import ARCHITECTURE_FILE, MAX_CONFIG, read_json
+from bigpipe.bigmodel.checkpoint import (
+    ADAPTER_CONFIG,
+    ARCHITECTURE_FILE,
+    MAX_CONFIG,
+    choose_weights,
+    read_json,
+    variants,
+)
 from bigpipe.bigmodel.formats import named, packing_of
 from bigpipe.errors import InvalidCheckpoint
 from bigpipe.files import read_file
@@ -33,13 +40,19 @@ UNTOLD = frozenset({"files", "fetched_bytes"})
 TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
 """Names of pipeline tasks on the Hub; a `module:function` is none."""
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}  # fmt: skip
+"""Task of an adapter, as peft names it → the class of transformers' models for it."""
+
 LICENCE = ("license", "license_name", "license_link")
 """Metadata of a card. Where the first is `other`, the Hub asks for the rest."""
 
 TEMPLATE = """\
----
-{{ metadata }}---
-
+{{ metadata }}
 # {{ title }}
 
 Made from {% if base %}[{{ base }}](https://huggingface.co/{{ base }})
@@ -96,10 +109,11 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(TEMPLATE)  # noqa: S701
     longest = max((len(run) for run in re.findall("`+", provenance.text)), default=0)
     base, scheme = provenance.param("download", "repo"), provenance.param("quantize", "scheme")
+    if (model / ADAPTER_CONFIG).exists():  # what it was trained on may be quantized, it is not
+        scheme = None
     download, metadata = provenance.last("download"), {**_metadata(model, provenance, base, scheme, extra), **extra}
-    known = {key: value for key, value in metadata.items() if value is not None}
     text = template.render(
-        metadata=yaml.safe_dump(known, sort_keys=False, allow_unicode=True),
+        metadata=_front_matter(metadata),
         title=name.rstrip("/").rpartition("/")[2],
         base=base,
         synthetic=provenance.param("download", "synthetic"),
@@ -117,6 +131,18 @@ def card_of(model: Path, provenance: Provenance, name: str, extra: Mapping[str, 
         fence="`" * max(3, longest + 1),
     )
     return redact_value(text)
+
+
+def foreseen_card(model: Path | None, extra: Mapping[str, Any]) -> str:
+    """Return what is known of a card before there is a model: `extra`, and the licence that a README.md in `model`
+    says; "" where that is nothing."""
+    told = {**(_license(model / "README.md", extra) if model else {}), **extra}
+    return _front_matter(told) if any(value is not None for value in told.values()) else ""
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    known = {key: value for key, value in metadata.items() if value is not None}
+    return redact(f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +175,12 @@ def _metadata(model: Path, provenance: Provenance, base: Any, scheme: Any, extra
     """In the Hub's terms, https://huggingface.co/docs/hub/model-cards#model-card-metadata; None: not known."""
     measured = provenance.measured("distributed-infer")
     task = measured and measured.params.get("task")
+    relation = "quantized" if scheme else None
+    if (model / ADAPTER_CONFIG).exists():
+        relation, base = "adapter", _adapted(model) or (base if provenance.last("finetune") else None)
     return {
         "base_model": base,
-        "base_model_relation": "quantized" if base and scheme else None,
+        "base_model_relation": relation if base else None,
         **_license(model / "README.md", extra),
         "library_name": _library(model),
         "pipeline_tag": task if TASKS.fullmatch(str(task)) else None,
@@ -171,7 +200,9 @@ def _config(model: Path) -> dict[str, Any]:
 
 
 def _library(model: Path) -> str | None:
-    """As the Hub calls it: transformers, diffusers or timm; None where the files do not tell."""
+    """As the Hub calls it: peft, transformers, diffusers or timm; None where the files do not tell."""
+    if (model / ADAPTER_CONFIG).exists():
+        return "peft"
     config = _config(model)
     library = library_of(config)
     return library if library != "transformers" or not {"model_type", "architectures"}.isdisjoint(config) else None
@@ -180,7 +211,9 @@ def _library(model: Path) -> str | None:
 def _loading(model: Path, where: str) -> str:
     """How transformers loads it: as the class that was saved, and by that of `auto_map` which means it where it came
     with its own code, which must be allowed then; with its tokenizer, if there is one. Empty for what another library
-    loads."""
+    loads, but for adapters, which peft adds to their model."""
+    if (model / ADAPTER_CONFIG).exists():
+        return _loading_adapter(model, where)
     config = _config(model)
     saved = config.get("architectures")
     name = str(saved[0]) if isinstance(saved, list) and len(saved) == 1 else "AutoModel"
@@ -191,22 +224,54 @@ def _loading(model: Path, where: str) -> str:
         return ""
     tokenizer = any((model / file).exists() for file in TOKENIZERS)
     lines = [f"from transformers import {', '.join(['AutoTokenizer'] * tokenizer + [name])}", ""]
-    allowed = ", trust_remote_code=True" if name in mapped else ""
-    lines += [f'model = {name}.from_pretrained("{where}", device_map="auto"{allowed})']
+    options = ', device_map="auto"' + (", trust_remote_code=True" if name in mapped else "")
+    if variant := _variant(model):
+        options = f', variant="{variant}"{options}'
+    lines += [f'model = {name}.from_pretrained("{where}"{options})']
     allowed = ", trust_remote_code=True" if _brings_tokenizer(model, mapped) else ""
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{where}"{allowed})'] * tokenizer
     return "\n".join(lines)
 
 
+def _variant(model: Path) -> str | None:
+    """As `fp16`, where transformers finds the weights by no other name."""
+    with suppress(InvalidCheckpoint):
+        found = choose_weights([path.name for path in model.iterdir()], model)
+        return next(iter(variants(found.files)), None) if found else None
+    return None
+
+
+def _loading_adapter(model: Path, where: str) -> str:
+    """Empty where it is not known of which model."""
+    base = _adapted(model)
+    if base is None:
+        return ""
+    told = _json(model, ADAPTER_CONFIG)
+    mapping = found if isinstance(found := told.get("auto_mapping"), Mapping) else {}
+    name = str(mapping.get("base_model_class") or CLASSES.get(str(told.get("task_type")), "AutoModel"))
+    if not name.isidentifier():
+        return ""
+    lines = [f"from transformers import {name}", "from peft import PeftModel", ""]
+    lines += [f'model = {name}.from_pretrained("{base}", device_map="auto")']
+    return "\n".join([*lines, f'model = PeftModel.from_pretrained(model, "{where}")'])
+
+
+def _adapted(model: Path) -> str | None:
+    """The repository of the model that an adapter belongs to, as it says itself; None: none, or a path."""
+    name = _json(model, ADAPTER_CONFIG).get("base_model_name_or_path")
+    return name if isinstance(name, str) and REPOSITORY.fullmatch(name) else None
+
+
 def _brings_tokenizer(model: Path, mapped: Mapping[str, Any]) -> bool:
     """Does AutoTokenizer run code of the model's: a tokenizer's, or where no class is named, that of its config?"""
-    told = _config_of_tokenizer(model)
+    told = _json(model, TOKENIZER_CONFIG)
     return bool(told.get("auto_map")) or ("AutoConfig" in mapped and not told.get("tokenizer_class"))
 
 
-def _config_of_tokenizer(model: Path) -> dict[str, Any]:
+def _json(model: Path, name: str) -> dict[str, Any]:
+    """Empty where there is no such file, or it cannot be read."""
     try:
-        return read_json(model / TOKENIZER_CONFIG, model, MAX_CONFIG)
+        return read_json(model / name, model, MAX_CONFIG)
     except (InvalidCheckpoint, OSError):
         return {}
 

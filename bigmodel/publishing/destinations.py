@@ -114,6 +114,10 @@ class Destination(Protocol):
         """Raise now what would keep `finish` from working: no rights, no token, a file in the way."""
         self.listing()
 
+    def check_card(self, text: str) -> None:
+        """Raise UsageError now where `finish` would fail for a model card with such metadata."""
+        return
+
     def listing(self) -> Mapping[str, Stored] | None:
         """Return what is there by relative name; None where nothing is."""
 

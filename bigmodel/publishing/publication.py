@@ -158,8 +158,10 @@ def publish(
         if contents.model is not None:
             from .card import card_of
 
+            text = card_of(contents.model, provenance, target.name, card or {})
+            target.check_card(text)
             files[CARD] = scratch / CARD
-            write_file(files[CARD], card_of(contents.model, provenance, target.name, card or {}), durable=False)
+            write_file(files[CARD], text, durable=False)
         return _transfer(files, contents.model, target, provenance, scratch, progress)
 
 

@@ -21,6 +21,7 @@ from bigpipe.bigmodel.hub import (
     check_access,
     describe,
     exchanging,
+    faults_of_card,
     guard_answers,
     hub_errors,
     read_range,
@@ -81,6 +82,12 @@ class HubRepository(Destination):
             self._require_rights(login)
         if self.revision != "main":
             self._require_branch()
+
+    def check_card(self, text: str) -> None:
+        if faults := faults_of_card(text, hub=self.hub):
+            cause = f"{self.hub.endpoint} does not take the model card: {'; '.join(faults)}"
+            cure = "say it otherwise in `card`; a licence of your own is {license: other, license_name: its-name}"
+            raise UsageError(cause, cure, field="card")
 
     @property
     def _is_request(self) -> bool:

@@ -68,7 +68,7 @@ def load_pipeline(path: Path, dtype: str, device: str, bounded: Bounded) -> Any:
     can be used. Only classes of diffusers and transformers are made, only safetensors are read, nothing is fetched."""
     import torch
 
-    index = read_index(path)
+    index, variant = read_index(path), _variant(path)
     with foreign("diffusers is installed, but importing it fails", "python -c 'import diffusers' says why"):
         import diffusers
     for name, part in index.items():
@@ -80,7 +80,7 @@ def load_pipeline(path: Path, dtype: str, device: str, bounded: Bounded) -> Any:
     broken = foreign(f"{path} has no pipeline that can be used", DOWNLOAD)
     with broken, bounded(f"loading the pipeline of {path}"):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), variant=_variant(path), use_safetensors=True,
+            str(path), dtype=getattr(torch, dtype), variant=variant, use_safetensors=True,
             local_files_only=True, trust_remote_code=False,
         )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -88,13 +88,20 @@ def load_pipeline(path: Path, dtype: str, device: str, bounded: Bounded) -> Any:
 
 
 def _variant(path: Path) -> str | None:
-    """As `fp16`, where weights are there in no other."""
+    """As `fp16`, where some part has no plain weights; diffusers takes the others plain if they lack it. Raise
+    UsageError where two such parts have none in common."""
     from bigpipe.bigmodel.checkpoint import variants
 
-    names = [file.name for file in path.glob("*/*.safetensors")]
-    told = variants(names)
-    plain = [name for name in names if not any(f".{variant}." in name for variant in told)]
-    return told[0] if len(told) == 1 and not plain else None
+    parts: dict[str, list[str]] = {}
+    for file in sorted(path.glob("*/*.safetensors")):
+        parts.setdefault(file.parent.name, []).append(file.name)
+    without_plain = {part: variants(names) for part, names in parts.items() if all(variants([name]) for name in names)}
+    if not without_plain:
+        return None
+    if common := set.intersection(*map(set, without_plain.values())):
+        return min(common)
+    told = "; ".join(f"{part}: {', '.join(found)}" for part, found in without_plain.items())
+    raise UsageError(f"{path}: no variant is one of all its parts ({told})", "take a `variant` that they have, or none")
 
 
 def longest_prompt(pipeline: Any) -> int | None:

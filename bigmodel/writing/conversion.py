@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,13 +34,13 @@ from bigpipe.bigmodel.checkpoint import (
 )
 from bigpipe.bigmodel.formats import castable, decode, decoded, format_of, left_out
 from bigpipe.errors import UsageError, first_few
-from bigpipe.files import copy_file, link, make_folders, refuse_overlap, write_file
+from bigpipe.files import copy_file, explained, link, make_folders, refuse_overlap, write_file
 from bigpipe.machine import cores
 from bigpipe.names import is_text
 from bigpipe.passing import NOBODY, Outlet
 
 from .containers import container
-from .plans import USUAL, PlannedTensor, ShardPlan, plan_shards
+from .plans import USUAL, PlannedTensor, ShardPlan, is_ours, plan_shards
 from .shards import PIECES_IN_FLIGHT
 from .writer import Files, ReportProgress, SavedCheckpoint, Traffic, write_checkpoint
 
@@ -189,7 +190,10 @@ def carry_side_files(
 ) -> Files:
     """Bring the side files of a checkpoint into `out`; return those that were written, links not among them.
     config: written as config.json in place of the checkpoint's. linked: as absolute links, not copies; but a checkpoint
-    that is still being made is copied, as its folder does not last."""
+    that is still being made is copied, as its folder does not last. `out` is then one attempt's own: what another one,
+    perhaps of other side files, carried there goes first."""
+    if linked:
+        _drop_carried(out)
     written = {}
     for extra in checkpoint.extras:
         name = extra.relative_to(checkpoint.folder)
@@ -203,6 +207,15 @@ def carry_side_files(
     if config is not None:
         written["config.json"] = write_file(out / "config.json", encode_config(config))
     return written
+
+
+def _drop_carried(out: Path) -> None:
+    with explained(out):
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif not is_ours(path.name):
+                path.unlink()
 
 
 def encode_config(config: Mapping[str, Any]) -> bytes:

@@ -154,6 +154,17 @@ class Port:
     """Of the artifact; ANY: of any type."""
     optional: bool = False
     many: bool = False
+    others: tuple[str, ...] = ()
+    """Types that it takes as well."""
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return self.type, *self.others
+
+    @property
+    def told(self) -> str:
+        """Its types in words: `checkpoint or adapter`."""
+        return " or ".join(self.types)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +378,10 @@ class Stage(Generic[P]):
     def may_give(self, artifact: str) -> bool:
         """Return whether its artifact may be of this type."""
         return artifact == self.output or artifact in self.outputs
+
+    def may_fill(self, port: Port) -> bool:
+        """Return whether its artifact may be of a type that this port takes."""
+        return any(map(self.may_give, port.types))
 
     def __repr__(self) -> str:
         return f"<Stage {self.kind}, version {self.version}: {', '.join(self.inputs) or 'nothing'} → {self.output}>"

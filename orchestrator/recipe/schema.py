@@ -165,10 +165,10 @@ def _named(description: str) -> Schema:
 
 def _port_schema(port: Port) -> Schema:
     if not port.many:
-        return _named(f"A stage whose artifact is: {port.type}.")
+        return _named(f"A stage whose artifact is: {port.told}.")
     return {
         "anyOf": [_NODE, {"type": "array", "items": _NODE}],
-        "description": f"A stage whose artifact is: {port.type}; a list gathers every variant.",
+        "description": f"A stage whose artifact is: {port.told}; a list gathers every variant.",
     }
 
 

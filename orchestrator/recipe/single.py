@@ -44,7 +44,7 @@ class Single:
     def saved_as(self) -> str | None:
         """The port of `save` that takes what comes out; None: it can only be taken out of the store."""
         output = load_stage(self.kind).output
-        return next((name for name, port in load_stage(DESTINATION).inputs.items() if port.type == output), None)
+        return next((name for name, port in load_stage(DESTINATION).inputs.items() if output in port.types), None)
 
     def manifest(self) -> str:
         """Return the manifest."""
@@ -120,7 +120,7 @@ def _spoken(words: str, found: re.Match[str]) -> str:
 def fed_ports(stage: Stage[Any]) -> dict[str, bool]:
     """Return the ports that a model from somewhere may be wired to, and whether each must be."""
     source = load_stage(SOURCE)
-    return {name: not port.optional for name, port in stage.inputs.items() if source.may_give(port.type)}
+    return {name: not port.optional for name, port in stage.inputs.items() if source.may_fill(port)}
 
 
 def _block(value: Mapping[str, Json], indent: str = "") -> list[str]:

@@ -99,12 +99,12 @@ def check_wired(stage: Wired, kind: Stage[Any], stages: Collection[Wired], probl
     for name, port in ports.items() if kind.open_ports is None else ():  # such a kind says itself what it lacks
         if not port.optional and name not in stage.inputs and not stage.unread and stage.inputs.keys() <= ports.keys():
             short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
-            cause = f"{kind.kind} needs a {port.type} on its port {name!r}"
+            cause = f"{kind.kind} needs a {port.told} on its port {name!r}"
             problems.add(Fault.MISSING_PORT, path, cause, f"add `{short}`{_candidates(stage, port, stages)}", key=True)
 
 
 def _candidates(stage: Wired, port: Port, stages: Collection[Wired]) -> str:
-    fitting = [other.name for other in stages if other.kind and other.kind.may_give(port.type)]
+    fitting = [other.name for other in stages if other.kind and other.kind.may_fill(port)]
     fitting = [name for name in fitting if name != stage.name]
     return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
 
@@ -200,20 +200,20 @@ class Wiring:
 
     def _check_type(self, stage: Wired, name: str, port: Port, source: StageReference) -> None:
         if source.gathers and not port.many:
-            cause = f"the port {name!r} of {stage.name} takes one {port.type}, not a list"
+            cause = f"the port {name!r} of {stage.name} takes one {port.told}, not a list"
             cure = f"write `{name}: {source.text}`, or pick a variant: `{source.stage}@axis=value`"
             self.problems.add(Fault.NOT_MANY, source.path[:-1], cause, cure)
         producer, written = self.stages[source.stage].kind, self._written_output(self.stages[source.stage])
         if producer is None or (producer.output and port.type == ANY):
             return
-        if written == port.type if written else producer.may_give(port.type):
+        if written in port.types if written else producer.may_fill(port):
             return
         gives = f"a {written or producer.output}" if producer.output else "no artifact"
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
-        cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.type}"
+        cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.told}"
         cure = (
             _candidates(stage, port, self.stages.values()).removeprefix("; ")
-            or f"wire a stage that gives a {port.type}"
+            or f"wire a stage that gives a {port.told}"
         )
         self.problems.add(Fault.WRONG_ARTIFACT, source.path, cause, cure)
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bigpipe.orchestrator.contract import Choices, ContentField, Json, OneOf, Stage, read_size
+from bigpipe.orchestrator.contract import Choices, ContentField, Json, OneOf, Port, Stage, read_size
 from bigpipe.orchestrator.recipe import (
     described_schema,
     field_descriptions,
@@ -64,7 +64,7 @@ def summary(stage: Stage[Any]) -> str:
 def ports_text(stage: Stage[Any]) -> str:
     others = {"any other name": stage.open_ports} if stage.open_ports else {}
     return ", ".join(
-        f"{name}: {port.type}{'[]' if port.many else ''}{'?' if port.optional else ''}"
+        f"{name}: {'|'.join(port.types)}{'[]' if port.many else ''}{'?' if port.optional else ''}"
         for name, port in {**stage.inputs, **others}.items()
     )
 
@@ -134,12 +134,16 @@ def _metric_rows(model: type[BaseModel], prefix: str) -> list[str]:
     return rows
 
 
+def _port_json(port: Port) -> dict[str, Json]:
+    return {"type": port.type, "others": list(port.others), "optional": port.optional, "many": port.many}
+
+
 def _kind_json(stage: Stage[Any]) -> dict[str, Json]:
     return {
         "kind": stage.kind,
         "version": stage.version,
         "title": summary(stage),
-        "inputs": {n: {"type": p.type, "optional": p.optional, "many": p.many} for n, p in stage.inputs.items()},
+        "inputs": {name: _port_json(port) for name, port in stage.inputs.items()},
         "output": stage.output,
         "outputs": list(stage.outputs),
         "runs_in": stage.runs_in,

@@ -61,6 +61,9 @@ class Attempt:
     def waiting(self, holder: str) -> None:
         self.report(_waits(self.node.name, holder))
 
+    def say(self, text: str) -> None:
+        self.report(LogLine(self.node.name, text))
+
 
 def _waits(node: str, holder: str) -> LogLine:
     return LogLine(node, f"waiting for {holder}, which is making the same artifact")
@@ -145,7 +148,11 @@ def _follow(attempt: Attempt, stream: Stream) -> KeyRecord | None:
             outcome = _with_retries(attempt, work)
             stream.through.add(attempt.node.name)
             source = stream.confirmed()
-            if source.digest is None or not stream.gave(source):
+            if source.digest is None:
+                return None
+            if misled := stream.misled(source):
+                attempt.say(f"starts anew: {stream.producer.name} gave other files than it passed on ({misled})")
+                work.done()
                 return None
             return _settle(_true(attempt, source), outcome, work)
     except Interrupted:

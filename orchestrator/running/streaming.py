@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from bigpipe.errors import Interrupted
+from bigpipe.errors import Interrupted, first_few
 from bigpipe.orchestrator.planning import GOOD, SETTLED, NodeState, Session, States, may_follow, passes_on
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord, digest_of, remove_tree
@@ -52,9 +52,10 @@ class Stream:
             raise Interrupted(f"{self.producer.name} did not end well")
         return self.record
 
-    def gave(self, record: KeyRecord) -> bool:
-        """Is what has passed exactly what was recorded?"""
-        return self.handover.arrived() == {n: (file["sha256"], file["size"]) for n, file in record.files.items()}
+    def misled(self, record: KeyRecord) -> str:
+        """The first names of the files that did not pass as they were recorded; "" where all did."""
+        recorded = {name: (file["sha256"], file["size"]) for name, file in record.files.items()}
+        return first_few(sorted({name for name, _ in recorded.items() ^ self.handover.arrived().items()}))
 
 
 class Streams:

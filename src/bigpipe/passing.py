@@ -151,8 +151,8 @@ class OpenOutlet(Outlet):
                 raise StageFailed("the stage announced other files than in its attempt before", "run again")
             return
         for path in self.out.rglob("*"):
-            if path.is_file() and path.name not in heads and not is_partial(path.name):
-                name = str(path.relative_to(self.out))
+            name = path.relative_to(self.out).as_posix()
+            if path.is_file() and name not in heads and not is_partial(path.name):
                 self._arrive(name, *copy_file(path, self.handover.files / name, durable=False))
         make_directory(self.handover.folder / "heads", durable=False)
         for name, (head, _) in heads.items():

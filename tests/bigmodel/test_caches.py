@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forking import TOLD, forked
 from support.hub import LoopbackHub
 from support.hub_answers import as_json
+from support.stores import in_memory
 
-from bigpipe.bigmodel.hub import Choice, HubSource, Watch
+from bigpipe.bigmodel.hub import Choice, HubSource, Watch, describe_repository
 from bigpipe.bigmodel.hub.access import check_access
 from bigpipe.bigmodel.hub.repository import Hub, describe, resolve_commit
 from bigpipe.errors import BigpipeError, GatedRepository, InvalidCheckpoint, Offline, Transient, UsageError
@@ -167,11 +170,36 @@ def test_a_mirror_may_name_files_by_the_sha1_of_their_content(
     named = property(lambda item: hashlib.sha1(item.content, usedforsecurity=False).hexdigest())
     monkeypatch.setattr(Blob, "etag", named)
     if garbled:
-        server.fail("garbage", "config.json", method="GET", times=2)
+        server.fail("garbage", "config.json", method="GET")
     source = HubSource("org/model", "main", Choice(), replace(hub, memo=tmp_path / "memo"))
+    with pytest.raises(Transient, match="came with other bytes") if garbled else nullcontext():
+        assert describe_repository("org/model", hub=source.hub).description.config == {"model_type": "opt"}
+    if garbled:
+        server.fail("garbage", "config.json", method="GET", times=2)
     with pytest.raises(Transient, match="came twice with other bytes") if garbled else nullcontext():
         assert set(source.bring(tmp_path / "out", Watch()).files) == {"config.json", "model.safetensors"}
     assert {(file.blob_id, file.sha256) for file in source.chosen()} == {("", None)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody whom permissions bind")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_the_cache_that_may_not_be_read(
+    filled: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A cache that several users share: the plan says whose fault it is, and so does the run."""
+    monkeypatch.setenv("HF_TOKEN", "hf_none")  # else the client looks for one where this user may not
+    with in_memory(tmp_path) as place:
+        place.chmod(0o777)
+        hub = replace(filled, cache=shutil.copytree(filled.cache, place / "cache", symlinks=True))
+        next(hub.cache.glob(f"*/snapshots/*/{name}")).resolve().chmod(0)
+        for act in (
+            lambda: describe_repository("org/model", hub=hub),
+            lambda: HubSource("org/model", "main", Choice(), hub).bring(place / "out", Watch()),
+        ):
+            ending = forked(act, user=65534)
+            assert ending.code == TOLD, ending
+            assert "the Hub cache may not be used" in ending.said
+            assert "HF_HOME" in ending.said
 
 
 def test_a_mirror_that_does_not_know_who_may_read(server: LoopbackHub, hub: Hub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from dataclasses import dataclass, field
@@ -167,9 +168,10 @@ def test_what_trainers_leave_beside_a_model_is_not_the_model(tmp_path):
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "weights.pt")
     torch.save({"lr": 1}, tmp_path / "training_args.bin")
     torch.save({"step": 1}, tmp_path / "optimizer.pt")
+    torch.save({"Ethan": {"ref_mel": torch.zeros(2)}}, tmp_path / "spk_dict.pt")  # voices: those are read beside it
     checkpoint = open_checkpoint(tmp_path)
     assert [file.name for file in checkpoint.files] == ["weights.pt"]
-    assert {"config.json", "tokenizer.json"} <= {file.name for file in checkpoint.extras}
+    assert {"config.json", "tokenizer.json", "spk_dict.pt"} <= {file.name for file in checkpoint.extras}
     assert not {"weights.pt", "training_args.bin", "optimizer.pt"} & {file.name for file in checkpoint.extras}
 
 
@@ -190,3 +192,34 @@ def test_reading_a_truncated_file_says_where_it_ends(tmp_path):
         file.truncate(2000)
     with pytest.raises(InvalidCheckpoint, match="ends at byte 2000"):
         checkpoint.read("w")
+
+
+WEIGHTS = {"a": torch.zeros(2), "b": torch.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    ("saved", "cure"),
+    [
+        ({"epoch": 1, "state_dict": WEIGHTS, "best": torch.ones(1)}, "['state_dict'], path)"),
+        ({"iteration": 5, "ema": WEIGHTS, "model": WEIGHTS | {}}, "['ema'], path), or ['model']"),
+        ({"run": 1, "saved": {"model": {"weights": WEIGHTS}}}, "['saved']['model']['weights'], path)"),
+        ({**WEIGHTS, "step": 5, "more": {"lr": 0.1}}, "if torch.is_tensor(v)}, path)"),
+        ({"model": WEIGHTS, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, "['model'], path)"),
+        ({"epoch": 1}, "save tensors only"),
+        ({"a": torch.eye(3).to_sparse()}, ".to_dense()"),
+        ({"a": torch.zeros(2).numpy()}, "torch.from_numpy(array)"),
+        ({**WEIGHTS, "shape": torch.Size([2])}, "save tensors only"),
+        ({"model": WEIGHTS, "options": argparse.Namespace(lr=1)}, "save tensors only"),
+    ],
+)
+def test_what_a_training_program_saved_has_a_cure_that_works(tmp_path, saved, cure):
+    """Whatever comes first in it."""
+    path = tmp_path / "model.bin"
+    torch.save(saved, path)
+    with pytest.raises(InvalidCheckpoint) as refused:
+        open_checkpoint(path)
+    assert cure in refused.value.cure
+    assert "trust" not in refused.value.cure
+    if "torch.load" in cure or "path)" in cure:
+        exec(refused.value.cure.partition("alone: ")[2].partition(", or ")[0], {"torch": torch, "path": path})  # noqa: S102
+        assert set(open_checkpoint(path).tensors) == set(WEIGHTS)

@@ -101,6 +101,29 @@ def test_of_two_models_the_cure_is_to_leave_one_out() -> None:
     assert "exclude: [b.safetensors]" in caught.value.cure
 
 
+def test_what_loaders_read_beside_the_weights_is_taken() -> None:
+    """Voices of Qwen2.5-Omni and Bark, the font of Ernie 4.5 VL, a model's own `generate`; not other models."""
+    beside = [
+        "Roboto-Regular.ttf", "config.json", "custom_generate/generate.py", "custom_generate/requirements.txt",
+        "speaker_embeddings/v2/en_speaker_1_coarse_prompt.npy", "speaker_embeddings_path.json", "spk_dict.pt",
+    ]  # fmt: skip
+    weights = ["model-00001-of-00001.safetensors"]
+    assert Choice().among([*beside, *weights, "other.pt", "voices/a.pt", "assets/a.npy"]) == sorted([*beside, *weights])
+
+
+def test_an_adapter_comes_with_the_tokenizer_it_was_trained_with() -> None:
+    adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    tokenizer = [
+        "additional_chat_templates/rag.jinja",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    others = ["optimizer.pt", "trainer_state.json", "checkpoint-1/tokenizer.json"]
+    assert Choice().among([*adapter, *tokenizer, *others]) == sorted([*adapter, *tokenizer])
+    assert Choice().among([*adapter, *tokenizer[:2], *others]) == adapter  # of no use without a vocabulary
+
+
 def test_what_git_and_the_client_keep_is_no_part_unless_it_is_named() -> None:
     kept = [".gitattributes", ".git/objects/ab/cd", ".cache/huggingface/x.metadata", "sub/.cache/x", ".github/a.yml"]
     names = [*kept, ".hidden.json", "config.json", "sub/.gitignore"]

@@ -177,13 +177,26 @@ def test_pickles_are_not_read(tmp_path: Path, folder: Path) -> None:
         bind(path)
 
 
-def test_a_variant_that_is_alone_is_taken(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("parts", ["*", "[uv]*"])
+def test_a_variant_that_is_alone_is_taken(tmp_path: Path, folder: Path, parts: str) -> None:
+    """In all parts, or in some: then diffusers takes the others plain."""
     import shutil
 
     path = shutil.copytree(folder, tmp_path / "variant")
-    for weights in path.glob("*/*.safetensors"):
+    for weights in path.glob(f"{parts}/*.safetensors"):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     assert pixels(bind(path)(rows(PROMPTS[:1]))[0]) == pixels(bind(folder)(rows(PROMPTS[:1]))[0])
+
+
+def test_variants_that_do_not_go_together_are_told(tmp_path: Path, folder: Path) -> None:
+    import shutil
+
+    path = shutil.copytree(folder, tmp_path / "variants")
+    for part, variant in {"unet": "fp16", "vae": "bf16"}.items():
+        weights = path / part / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+    with pytest.raises(UsageError, match=r"no variant is one of all its parts \(unet: fp16; vae: bf16\)"):
+        bind(path)
 
 
 def test_what_is_computed_in(folder: Path) -> None:

@@ -18,7 +18,15 @@ from support.models import forward, make_checkpoint, tiny_model
 
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.quantization import quantize_checkpoint
-from bigpipe.bigmodel.writing import PlannedTensor, Traffic, plan_shards, save_checkpoint, write_checkpoint
+from bigpipe.bigmodel.writing import (
+    Conversion,
+    PlannedTensor,
+    Traffic,
+    convert,
+    plan_shards,
+    save_checkpoint,
+    write_checkpoint,
+)
 from bigpipe.errors import DoesNotFit, InvalidCheckpoint, UsageError
 from bigpipe.files import partial_name
 
@@ -230,6 +238,22 @@ def test_finished_files_are_kept_after_a_crash_and_damaged_ones_are_not(tmp_path
     }
     write_checkpoint(tmp_path / "out", plans, produce, journal=journal, fingerprint=lambda file: "another source")
     assert produced[6:] == ["t0", "t1", "t2", "t3"]
+
+
+def test_side_files_of_another_attempt_do_not_stay(tmp_path):
+    """It was given other files, and what lies in the output is published; what is finished is in the journal."""
+    checkpoint, out = open_checkpoint(make_checkpoint(tmp_path / "model", "gpt2")), tmp_path / "out"
+
+    def attempt():
+        saved = convert(checkpoint, out, Conversion(max_shard_size=10**9), linked=True, journal=tmp_path / "journal")
+        return saved, {path.relative_to(out).as_posix(): path.stat().st_ino for path in out.rglob("*")}
+
+    saved, first = attempt()
+    (out / "speech").mkdir()
+    for name in ("speech/config.json", "README.md"):
+        (out / name).write_text("{}")
+    again, second = attempt()
+    assert (second, again.files) == (first, saved.files)
 
 
 def test_several_files_side_by_side_stop_together(tmp_path):

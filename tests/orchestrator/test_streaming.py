@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from support.workshop import environment, statuses
@@ -184,9 +185,13 @@ def test_a_producer_that_tries_again_goes_on_where_its_consumer_is(workshop):
 
 def test_a_file_nobody_was_told_of_sends_the_consumer_back(workshop):
     text = RECIPE.replace('letter: "${params.letter}"', 'letter: "${params.letter}", afterthought: true')
-    result = workshop.run(text, params=STEADY)
+    said: list[str] = []
+    reporter = SimpleNamespace(report=lambda event: said.append(getattr(event, "line", "")))
+    result = workshop.run(text, params=STEADY, reporter=reporter)
     assert workshop.ran == ["pour", "sip", "sip"]
     assert (result.path("sip") / "others").read_text() == "afterthought note"
+    assert result.nodes["sip"].record.metrics["done"] == 5  # nothing is left of what it made of other files
+    assert "starts anew: pour gave other files than it passed on (afterthought)" in said
 
 
 def test_a_consumer_that_fails_leaves_its_producer_alone(workshop):

@@ -25,7 +25,8 @@ from bigpipe.errors import BigpipeError, InvalidCheckpoint, NoWeights, UsageErro
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.download import STAGE, DownloadParams
 from bigpipe.plugins.estimate import STAGE as ESTIMATE, EstimateParams
-from bigpipe.plugins.quantize import STAGE as QUANTIZE
+from bigpipe.plugins.quantize import STAGE as QUANTIZE, QuantizeParams
+from bigpipe.plugins.save import STAGE as SAVE, SaveParams
 
 SOURCES = ["repo", "path"]
 
@@ -239,6 +240,27 @@ def test_one_that_is_missing_is_refused_with_those_that_are_there(
     with pytest.raises(UsageError, match=said) as caught:
         bring(source, variants(tmp_path / "model"), **given)
     assert cure in caught.value.cure
+
+
+def test_a_model_in_a_folder_of_its_own_is_told_of_before_it_is_downloaded(server: LoopbackHub, tmp_path: Path) -> None:
+    """As sentence-transformers kept them. `save` alone takes them as they are."""
+    model = files_of(make_checkpoint(tmp_path / "model", "bert"))
+    server.create("org/old", {"modules.json": b"[]", **{f"0_Transformer/{name}": model[name] for name in model}})
+    context = forecast_context(tmp_path, environment=server.environment(tmp_path / "hf"))
+    old = DownloadParams(repo="org/old")
+    assert STAGE.planning.check is not None
+    STAGE.planning.check(old, context)
+    foreseen = STAGE.forecast(old, context)
+    assert QUANTIZE.planning.check is not None
+    with pytest.raises(NoWeights, match="org/old: no weights were found") as refused:
+        QUANTIZE.planning.check(QuantizeParams(scheme="int8"), check_context(tmp_path, inputs={"model": (foreseen,)}))
+    assert "it has weights in 0_Transformer; open one of these (a download: `subfolder`)" in refused.value.cure
+    SAVE.forecast(SaveParams(to="dist"), forecast_context(tmp_path, inputs={"model": (foreseen,)}))
+    assert server.bytes_sent(".safetensors") == 0
+    server.create("org/parts", {f"text_model/{name}": model[name] for name in model})
+    with pytest.raises(NoWeights, match="no weights were found") as refused:
+        STAGE.forecast(DownloadParams(repo="org/parts"), context)
+    assert "weights in text_model" in refused.value.cure
 
 
 @pytest.mark.parametrize("subfolder", ["..", "/etc", "a/../b", "a//b", "", "."])

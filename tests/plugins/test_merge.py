@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 from support.adapters import loaded, merged_by_peft, tuned, with_adapter
 from support.hub import LoopbackHub
 from support.hub_state import files_of
-from support.models import make_checkpoint
+from support.models import make_checkpoint, tiny_tokenizer
 from support.workshop import Workshop, statuses
+from transformers import AutoTokenizer
+
+import bigpipe
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -69,6 +73,34 @@ def test_a_merge_is_planned_to_the_byte_and_equals_peft(shop: Workshop) -> None:
     assert set(statuses(shop.run()).values()) == {"cached"}
     tuned(shop.folder / "base", shop.folder / "lora", seed=9, r=4, target_modules=["q_proj", "down_proj"])
     assert statuses(shop.run()) == {"base": "cached", "lora": "succeeded", "merge": "succeeded"}
+
+
+@pytest.mark.parametrize("whose", ["adapter", "model"])
+def test_a_merged_model_speaks_as_its_adapter_was_trained(shop: Workshop, whose: str) -> None:
+    """With all that belongs to the one tokenizer, and nothing of the other's."""
+    for folder in ("base", "lora"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = f"{folder}: {{{{ messages }}}}"
+        tokenizer.save_pretrained(shop.folder / folder)
+    (shop.folder / "base" / "added_tokens.json").write_text("{}")
+    recipe = shop.manifest.read_text().replace("60KB}", f"60KB, tokenizer: {whose}}}")
+    shop.manifest.write_text(recipe)
+    plan = bigpipe.plan(shop.manifest)
+    assert ("tokenizer and chat template are the adapter's" in plan.nodes["merge"].forecast.details) == (
+        whose == "adapter"
+    )
+    shop.manifest.write_text(UNPLACED)
+    untaken = "tokenizer and chat template are the model's, not the adapter's: `merge` takes those"
+    assert untaken in bigpipe.plan(shop.manifest).nodes["generate"].forecast.details
+    shop.manifest.write_text(recipe)
+    merged = shop.run(check=True).path("merge")
+    told = AutoTokenizer.from_pretrained(merged)
+    assert told.chat_template.startswith("lora" if whose == "adapter" else "base")
+    assert (merged / "added_tokens.json").exists() == (whose == "model")
+    bigpipe.merge_adapter(shop.folder / "base", shop.folder / "lora", shop.folder / "by-hand", tokenizer=whose)  # type: ignore[arg-type]
+    assert {path.name for path in (shop.folder / "by-hand").glob("[!m]*")} == {
+        path.name for path in merged.glob("[!m]*")
+    }
 
 
 def test_an_adapter_comes_from_a_hub(shop: Workshop, server: LoopbackHub, tmp_path: Path) -> None:
@@ -135,6 +167,9 @@ stages:
     inputs: {model: base, placement: place, adapter: lora}
     with: {task: text-generation, prompts: ["Hello", "a b c", "Once"], max_new_tokens: 6, dtype: float32}
 """
+
+
+UNPLACED = re.sub(r"  place:\n.*?  generate:", "  generate:", INFER, flags=re.DOTALL).replace("placement: place, ", "")
 
 
 def test_a_streamed_model_generates_with_its_adapter_what_peft_generates(shop: Workshop) -> None:

@@ -29,7 +29,7 @@ from support.sharing import BUCKET, S3, s3_server
 from support.workshop import Workshop, statuses
 
 import bigpipe
-from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.checkpoint import ModelDescription, open_checkpoint
 from bigpipe.bigmodel.origin import check_directory
 from bigpipe.bigmodel.publishing import (
     Contents,
@@ -219,6 +219,59 @@ def test_the_card_allows_code_that_came_with_a_tokenizer(tmp_path: Path, told: d
     card = card_of(tmp_path, Provenance(), "org/name", {})
     assert ('AutoTokenizer.from_pretrained("org/name", trust_remote_code=True)' in card) == allowed
     assert 'T5ForConditionalGeneration.from_pretrained("org/name", device_map="auto")' in card
+
+
+TUNED = tuple(
+    Step(node=node, kind=kind, key="", digest=None, params=given, metrics={})
+    for node, kind, given in (
+        ("download", "download", {"repo": "org/model"}),
+        ("quantize", "quantize", {"scheme": "nf4"}),
+        ("tune", "finetune", {"task": "causal-lm"}),
+    )
+)
+
+
+@pytest.mark.parametrize(("told", "steps", "base", "loaded_as"), [
+    ({"base_model_name_or_path": "org/base", "task_type": "CAUSAL_LM"}, TUNED[:1], "org/base", "AutoModelForCausalLM"),
+    ({"base_model_name_or_path": "org/base", "auto_mapping": {"base_model_class": "OPTForCausalLM"}}, (), "org/base",
+     "OPTForCausalLM"),
+    ({"base_model_name_or_path": "/home/ada/base"}, TUNED[:1], None, None),
+    ({"base_model_name_or_path": None}, TUNED, "org/model", None),
+])  # fmt: skip
+def test_the_card_of_an_adapter_names_its_model(
+    tmp_path: Path, told: dict[str, Any], steps: tuple[Step, ...], base: str | None, loaded_as: str | None
+) -> None:
+    """And not how that was quantized when it was trained."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    card = card_of(tmp_path, Provenance(steps=steps), "me/tuned", {})
+    expected = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    assert front_matter(card) == {**expected, "library_name": "peft", "tags": ["bigpipe"]}
+    assert "quantized" not in card
+    assert ('PeftModel.from_pretrained(model, "me/tuned")' in card) == (loaded_as is not None)
+    assert loaded_as is None or f'model = {loaded_as}.from_pretrained("{base}"' in card
+
+
+def test_adapters_are_saved_from_where_they_are_trained(workshop: Workshop) -> None:
+    workshop.manifest.write_text("""\
+version: 1
+name: tuned
+stages:
+  model: {uses: download, with: {repo: org/model}}
+  tune: {uses: finetune, inputs: model, with: {data: [a, b], max_steps: 1}}
+  save: {uses: save, inputs: tune, with: {to: dist}}
+""")
+    assert bigpipe.load_manifest(workshop.manifest).nodes["save"].inputs == {"model": ("tune",)}
+
+
+def test_the_card_loads_a_variant_as_one(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make_checkpoint(tmp_path / "model", "llama")
+    (model / "model.safetensors").rename(model / "model.fp16.safetensors")
+    assert 'LlamaForCausalLM.from_pretrained("me/half", variant="fp16", device_map' in card_of(
+        model, Provenance(), "me/half", {}
+    )
+    AutoModelForCausalLM.from_pretrained(model, variant="fp16")
 
 
 def card_with(root: Path, provenance: Provenance, **extra: Any) -> dict[str, Any]:
@@ -802,6 +855,28 @@ def test_the_plan_knows_what_the_token_is_for(
     server.roles["secret-token"] = role
     with pytest.raises(NotAuthorised, match=refused) if refused else nullcontext():
         check(tmp_path, params("hf://ada/new"), environment)
+
+
+def test_a_card_that_the_hub_does_not_take_is_refused_before_anything_is_made(
+    server: LoopbackHub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As far as it is known at plan time; when all is known, before anything is sent."""
+    readme = {"README.md": b"---\nlicense: acme\n---\n"}
+    model = artifact(tmp_path / "store", {**MODEL, **readme})
+    wired = {"model": (Forecast(output=ModelDescription(config={}, path=model)),)}
+    refused = 'does not take the model card: "license" must be one of'
+    assert STAGE.planning.check is not None
+    for card, told in (({}, wired), ({"license": "acme"}, {"model": (Forecast(),)})):
+        with pytest.raises(UsageError, match=refused) as found:
+            STAGE.planning.check(
+                params("hf://ada/new", card=card), check_context(tmp_path, environment=environment, inputs=told)
+            )
+        assert found.value.field == "card"
+    with pytest.raises(UsageError, match=refused):
+        save(tmp_path, params("hf://ada/new"), environment, inputs=inputs(model=model))
+    assert "ada/new" not in server.repositories
+    server.fail("status", "/validate-yaml", status=404)  # a mirror that does not know the question
+    check(tmp_path, params("hf://ada/new", card={"license": "acme"}), environment)
 
 
 @pytest.mark.parametrize("given", [{}, {"revision": "int8"}])

@@ -30,6 +30,9 @@ from .hub_answers import Answer, Bandwidth, Fault, FaultKind, FileRange, Refusal
 from .hub_routes import ROUTES
 from .hub_state import LFS_SUFFIXES, Blob, Repository, blob
 
+LICENCES = ("apache-2.0", "mit", "openrail", "other")
+"""Which a model card may say, of the many that the Hub knows."""
+
 
 class LoopbackHub:
     """Start with `with`; `url` is the value for HF_ENDPOINT. All state may be changed while it serves."""
@@ -387,10 +390,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate_yaml(self) -> Answer:
         parts = json.loads(self.body)["content"].split("---\n", 2)
         try:
-            yaml.safe_load(parts[1] if len(parts) == 3 else "")
+            told = yaml.safe_load(parts[1] if len(parts) == 3 else "") or {}
+            errors = [] if told.get("license", "mit") in LICENCES else [f'"license" must be one of {LICENCES}']
         except yaml.YAMLError as error:
-            return as_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
-        return as_json({"errors": [], "warnings": []})
+            errors = [str(error)]
+        return as_json({"errors": [{"message": each} for each in errors], "warnings": []}, 400 if errors else 200)
 
     def _branch(self, repo: str, branch: str) -> Answer:
         found = self._writable(repo)
