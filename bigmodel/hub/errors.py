@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from json import JSONDecodeError
 from traceback import walk_tb
 
+from bigpipe.environment import ONLINE
 from bigpipe.errors import (
     BigpipeError,
     DoesNotFit,
@@ -40,6 +41,7 @@ from .responses import asked_pause, is_address, shown
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
 
 
+CURE_OFFLINE = f"run once with a network ({ONLINE}); what it brings stays in the Hub cache"
 WHOLE_STAY = "files that are whole stay in the Hub cache"
 CLIENT = {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "h11", "json"}
 TOLD_IN_WORDS = {"ProxyError": "407 "}
@@ -198,8 +200,10 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
     names, text = _names(error), str(error)
     if any(name in names and text.startswith(beginning) for name, beginning in TOLD_IN_WORDS.items()):
         return _no_passage(asked)
-    if names & {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}:
-        reason = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else text or type(error).__name__
+    if "OfflineModeIsEnabled" in names:
+        return Offline(f"{asked.what} is not known here, and asking the Hub is switched off", CURE_OFFLINE)
+    if names & {"ConnectError", "ConnectTimeout", "ProxyError"}:
+        reason = text or type(error).__name__
         cause = f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}"
         cure = "check the network, the proxy and HF_ENDPOINT; --offline or HF_HUB_OFFLINE=1 goes on with what is cached"
         return Offline(cause, cure)
@@ -224,7 +228,7 @@ def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return UsageError(f"{asked.repo!r} is not the name of a model: {error}", "write it as owner/name")
     if "LocalEntryNotFoundError" in names and error.__cause__ is None:
         cause = f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off"
-        return Offline(cause, "run once with a network; what it brings stays in the Hub cache")
+        return Offline(cause, CURE_OFFLINE)
     if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError | RecursionError):
         return _no_answer_of_a_hub(error, asked)
     return None

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bigpipe.environment import says_offline
 from bigpipe.errors import BigpipeError, StageFailed, UsageError
 from bigpipe.files import existing
 from bigpipe.machine import DOCTOR_FORMAT, detect, unasked_driver
@@ -119,6 +120,6 @@ def _hub() -> dict[str, Json]:
     return {
         "endpoint": constants.ENDPOINT,
         "cache": str(constants.HF_HUB_CACHE),
-        "offline": bool(constants.HF_HUB_OFFLINE),
+        "offline": says_offline(os.environ),
         "token": get_token() is not None,
     }
