@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from bigpipe.bigmodel.hub import is_address
 from bigpipe.bigmodel.tasks import Arguments
 from bigpipe.environment import ONLINE
 from bigpipe.errors import NotAuthorised, Offline, UsageError
+from bigpipe.filesystems import is_address
 
 from .asked_tasks import asked_tasks
 from .endpoint import LOOPBACK, Endpoint, connecting

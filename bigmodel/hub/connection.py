@@ -18,9 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bigpipe.errors import Transient
+from bigpipe.filesystems import is_address
 
 from .exchange import Exchange, charge_sockets, current, exchanging
-from .responses import BUSY, ELSEWHERE, asked_pause, check_answer, is_address
+from .responses import BUSY, ELSEWHERE, asked_pause, check_answer
 
 PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""

@@ -34,9 +34,10 @@ from bigpipe.errors import (
     UsageError,
     first_few,
 )
+from bigpipe.filesystems import is_address
 from bigpipe.sizes import format_duration
 
-from .responses import asked_pause, is_address, shown
+from .responses import asked_pause, shown
 
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
 
@@ -207,9 +208,9 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
         cause = f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}"
         cure = "check the network, the proxy and HF_ENDPOINT; --offline or HF_HUB_OFFLINE=1 goes on with what is cached"
         return Offline(cause, cure)
-    if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint):
+    if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint, login=True):
         return _no_answer_of_a_hub(error, asked)
-    if names & {"UnsupportedProtocol", "InvalidURL"}:
+    if names & {"UnsupportedProtocol", "InvalidURL", "ValueError"} and not is_address(asked.endpoint, login=True):
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
     if names & {"TransportError", "DecodingError"}:
         told = f"{type(error).__name__}: {text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import BigpipeError, NotAuthorised, Transient, UsageError
 
@@ -59,6 +60,17 @@ def protocols(system: Any) -> frozenset[str]:
     """Return the names that addresses on a file system begin with."""
     protocol = getattr(system, "protocol", ())
     return frozenset((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def is_address(text: str, *, login: bool = False) -> bool:
+    """Return whether this is a place on the web. login: it may hold a name and a password."""
+    try:
+        url = urlsplit(text)
+        (url.hostname or "").encode("idna")  # what DNS cannot hold, the socket refuses with an error of its own
+        named = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return named and (login or url.username is None)
+    except ValueError:
+        return False
 
 
 @contextmanager
