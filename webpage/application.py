@@ -35,7 +35,7 @@ from . import questions
 from .asking import Busy, Children
 from .gpus import GPUS, MOST_AT_ONCE
 from .questions import Question, read_question
-from .safety import BODY_SECONDS, LARGEST_BODY, Guard, Rules, same_form_token
+from .safety import BODY_SECONDS, LARGEST_BODY, Guard, Rules
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -164,7 +164,7 @@ async def _form(request: Request) -> list[tuple[str, str]]:
         raise UsageError("what was sent did not arrive in time", "send it again") from error
     pairs = _pairs(body.decode("utf-8", "replace"))
     given = next((value for name, value in pairs if name == "form_token"), "")
-    if not same_form_token(given, _page(request).rules):
+    if not _page(request).rules.is_own_form(given):
         raise UsageError(
             "the form is not of this page, or of an earlier start of it",
             "load the page again; what was pasted is lost then, so copy it first",

@@ -125,7 +125,7 @@ class _Binding:
 
     def changes(self, modules: Mapping[str, _OfModule], whole: Mapping[str, Held]) -> Iterator[Bound]:
         """Embeddings are replaced first, and then changed: peft saves those whose tokens it changed too."""
-        self._refuse_parameters(modules)
+        self._refuse_parameters()
         self._refuse_unknown(modules, whole)
         for name, tensor in whole.items():
             yield self._replaced(name, *tensor)
@@ -149,7 +149,7 @@ class _Binding:
         for target, (name, _, shape) in whole.items():
             self._require_shape(target, name, shape)
 
-    def _refuse_parameters(self, modules: Mapping[str, _OfModule]) -> None:
+    def _refuse_parameters(self) -> None:
         if self.lora.parameters:
             cause = f"{self.adapter.where}: target_parameters ({first_few(self.lora.parameters)}) is not merged here"
             raise UsageError(cause, "merge it with peft (`merge_and_unload`), and bring the model that it saves")

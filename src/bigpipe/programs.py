@@ -116,11 +116,9 @@ class Program:
                 self.ended(seconds)
 
 
-def run_program(
-    argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: Output | None = None
-) -> Ended:
+def run_program(argv: Sequence[str], *, folder: Path, environment: Mapping[str, str]) -> Ended:
     """Run a program to its end as `running_program` does, and return how it ended."""
-    with running_program(argv, folder=folder, environment=environment, output=output) as program:
+    with running_program(argv, folder=folder, environment=environment) as program:
         ended = program.ended(None)
     assert ended is not None  # noqa: S101  it was waited for
     return ended
