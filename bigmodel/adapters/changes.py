@@ -155,9 +155,8 @@ class _Binding:
             raise UsageError(cause, "merge it with peft (`merge_and_unload`), and bring the model that it saves")
 
     def _refuse_unknown(self, modules: Collection[str], whole: Collection[str]) -> None:
-        known = self._specs
         strange = [name for name in modules if name not in self.architecture.by_name]
-        strange += [name for name in whole if name not in known]
+        strange += [name for name in whole if name not in self.architecture.specs]
         if not strange:
             return
         trained = self.adapter.base_model
@@ -170,10 +169,6 @@ class _Binding:
         raise UsageError(
             f"{self.adapter.where} was made for another model: {class_name} has no {first_few(strange, 3)}{told}", cure
         )
-
-    @property
-    def _specs(self) -> dict[str, TensorSpec]:
-        return {tensor.name: tensor for module in self.architecture.modules for tensor in module.tensors}
 
     def _stored(self, target: str) -> tuple[str, bool]:
         """Return the stored name of a parameter of the model's, and whether another name of it is the stored one."""
@@ -197,7 +192,7 @@ class _Binding:
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
 
     def _require_shape(self, target: str, name: str, shape: Shape) -> None:
-        if shape != (wanted := self._specs[target].shape):
+        if shape != (wanted := self.architecture.specs[target].shape):
             raise self._other(target, wanted, f"{name} is {list(shape)}")
 
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:

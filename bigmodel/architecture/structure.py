@@ -112,6 +112,11 @@ class Architecture:
         return {module.name: module for module in self.modules}
 
     @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by its name, tied ones by each of theirs. Order of `named_modules()`."""
+        return {tensor.name: tensor for module in self.modules for tensor in module.tensors}
+
+    @cached_property
     def aliases(self) -> Mapping[str, str]:
         """Tied tensor name → the name whose bytes it shares."""
         return {alias: kept for kept, *aliases in self.tied for alias in aliases}
