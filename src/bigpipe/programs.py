@@ -124,6 +124,16 @@ def run_program(argv: Sequence[str], *, folder: Path, environment: Mapping[str, 
     return ended
 
 
+def limit_memory(process: int, size: int) -> None:
+    """Limit what a process may write to, in bytes; what it only reads from files counts nothing. Its own children have
+    the same limit."""
+    import resource
+
+    if hasattr(resource, "prlimit"):  # not on macOS
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process, resource.RLIMIT_DATA, (size, size))
+
+
 @contextlib.contextmanager
 def running_program(
     argv: Sequence[str],
