@@ -32,6 +32,7 @@ from bigpipe.errors import (
     StageFailed,
     Transient,
     UsageError,
+    chain_of,
     first_few,
 )
 from bigpipe.filesystems import is_address
@@ -88,21 +89,12 @@ def hub_errors(
 
 def _translate(error: BaseException, asked: _Asked) -> BigpipeError | None:
     """None for what no rule knows. The innermost link that a rule knows decides: wrappers hide the cause."""
-    links = list(_chain(error))[::-1]
+    links = list(chain_of(error))[::-1]
     for rule in (_of_response, _of_disk, _of_transport, _of_answer, _of_client):
         for link in links:
             if (found := rule(link, asked)) is not None:
                 return found
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def _names(error: BaseException) -> set[str]:

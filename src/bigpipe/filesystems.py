@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import BigpipeError, NotAuthorised, Transient, UsageError
+from .errors import BigpipeError, NotAuthorised, Transient, UsageError, chain_of
 
 AWAY = frozenset({
     "ConnectionError", "TimeoutError", "gaierror", "HTTPClientError", "ClientConnectionError", "ServiceRequestError",
@@ -82,7 +82,7 @@ def foreign_errors(address: str, kind: type[BigpipeError]) -> Iterator[None]:
     except BigpipeError:
         raise
     except Exception as error:
-        raise _told(f"{address}: {type(error).__name__}: {error}", list(_chain(error)), kind) from error
+        raise _told(f"{address}: {type(error).__name__}: {error}", list(chain_of(error)), kind) from error
 
 
 def _told(cause: str, chain: Sequence[BaseException], kind: type[BigpipeError]) -> BigpipeError:
@@ -93,16 +93,6 @@ def _told(cause: str, chain: Sequence[BaseException], kind: type[BigpipeError]) 
     if names & AWAY or statuses & BUSY:
         return Transient(cause, "run again later; check the network, and where the service is")
     return kind(cause, "check the address")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it, nearest first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def _status(error: BaseException) -> int:
