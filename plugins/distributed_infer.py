@@ -278,13 +278,8 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 prepare=late("bigpipe.plugins.pipelines:prepare"),
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
-            planning=Planning(
-                apart=_apart,
-                resumed=_resumed,
-                check=late("bigpipe.plugins.pipelines:check"),
-                facts=dtype_facts,
-                smaller=STAGE.planning.smaller,
-                extras=EXTRAS,
+            planning=replace(
+                STAGE.planning, check=late("bigpipe.plugins.pipelines:check"), leads_to=None, heeds_code=False
             ),
             packages=(*STAGE.packages, "diffusers"),
             settled=None,
