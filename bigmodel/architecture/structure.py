@@ -158,6 +158,11 @@ def kept_in_float32(entries: tuple[str, ...], strict: tuple[str, ...], dtype: st
     return re.compile("|".join(entry.replace("*", ".*") for entry in asked)) if asked else None
 
 
+def is_named(module: str, end: str) -> bool:
+    """Return whether the name of a module is this, or ends in it: `q_proj`."""
+    return module == end or module.endswith(f".{end}")
+
+
 def named_classes(config: Mapping[str, Any]) -> list[str]:
     """Return the classes that a config names under `architectures`, the one it was saved from first; none for what is
     no list of names."""
