@@ -11,7 +11,7 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
 from bigpipe.orchestrator.running import HEADS, node_rows
 from bigpipe.sizes import counted, format_size, format_transfer
-from bigpipe.tables import PLAIN, Screen, columns
+from bigpipe.tables import PLAIN, Screen, columns, shortened
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.launch import Cluster
@@ -195,5 +195,4 @@ def _smoke_text(result: RunResult, smoke: Smoke, screen: Screen) -> list[str]:
 
 
 def _flat(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= LONGEST_TEXT else flat[: LONGEST_TEXT - 1] + "…"
+    return shortened(" ".join(text.split()), LONGEST_TEXT)

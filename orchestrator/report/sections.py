@@ -5,7 +5,6 @@ A section is a heading, tables and drawings. The tables come first; a drawing sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from bigpipe.errors import UsageError
 from bigpipe.files import explained, make_directory, write_file
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import printable
+from bigpipe.tables import as_text, shortened
 
 from .drawing import STYLE
 from .shown import clean
@@ -93,13 +93,11 @@ LONGEST = 400
 
 def shown(value: Json) -> str:
     """Return a value of others as it stands in a table."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else as_text(value)
 
 
 def short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return shortened(text, LONGEST)
 
 
 def cell(text: str) -> str:
