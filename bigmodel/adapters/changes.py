@@ -90,7 +90,7 @@ def bind(
 
 
 def require_made_for(
-    adapter: AdapterDescription, described: ModelDescription, architecture: Architecture, memo: Path | None = None
+    adapter: AdapterDescription, described: ModelDescription, architecture: Architecture, memo: Path | None
 ) -> None:
     """Raise as `bind` does for a method that is not done here, and for an adapter that was made for another model, but
     not for what alone cannot be merged: matrices of parameters, of convolutions, and of weights that are put together

@@ -125,7 +125,7 @@ class Matching:
     """Parameters that nothing is stored for, and that the class does not say may be missing."""
 
 
-def ask_matching(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> Matching:
+def ask_matching(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None) -> Matching:
     """Return what stored tensors are to the class that `config` names. Errors as of `describe_architecture`."""
     return Matching(**_answer(replace(read_request(config), stored=tuple(sorted(stored))), memo))
 

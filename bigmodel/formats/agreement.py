@@ -176,7 +176,7 @@ def _told(names: Collection[str], architecture: Architecture) -> Matching:
 
 
 def match_stored(
-    described: ModelDescription, architecture: Architecture, memo: Path | None = None, *, ask: bool = True
+    described: ModelDescription, architecture: Architecture, memo: Path | None, *, ask: bool = True
 ) -> Matching:
     """Return which stored tensors, by the names that they have once they are decoded, make which parameters; a packed
     weight counts as its module's `weight`. The tensors must be known; memo and ask as for `agree`."""
@@ -189,7 +189,7 @@ def match_stored(
     return matching
 
 
-def packed_modules(described: ModelDescription, architecture: Architecture, memo: Path | None = None) -> set[str]:
+def packed_modules(described: ModelDescription, architecture: Architecture, memo: Path | None) -> set[str]:
     """Return the modules whose weights are stored packed, by the names that the class has: many checkpoints are stored
     without its prefix. The tensors must be known; memo as for `agree`."""
     _, packed = set_apart(described.tensors or {}, format_of(described))

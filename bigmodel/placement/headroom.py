@@ -67,7 +67,7 @@ def beyond_headroom(
     architecture: Architecture,
     dtype: str,
     workload: Workload,
-    stored: Format = PLAIN,
+    stored: Format,
     *,
     caching: bool = True,
 ) -> dict[Device, int]:

@@ -162,10 +162,10 @@ def requantize(
     settings: Settings,
     weights: Mapping[str, str],
     *,
-    max_shard_size: int = 5 * 10**9,
-    parts: Path | None = None,
-    linked: bool = False,
-    progress: ReportProgress | None = None,
+    max_shard_size: int,
+    parts: Path | None,
+    linked: bool,
+    progress: ReportProgress | None,
 ) -> QuantizedCheckpoint:
     """Write a quantized checkpoint in which some weights are plain numbers again: these are packed, all else stays as
     it is. weights: stored name → module; their matrices are (out, in), and packed from the dtype that they have."""
