@@ -95,10 +95,7 @@ def application(page: Page) -> ASGIApp:
 
 def templates() -> jinja2.Environment:
     """Return the templates: everything escaped, no secret in it, nothing that is not to be seen."""
-    loader = jinja2.FileSystemLoader(HERE / "templates")
-    found = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown, auto_reload=False,
-    )  # fmt: skip
+    found = report.page_environment(jinja2.FileSystemLoader(HERE / "templates"))
     found.filters |= {
         "size": format_size,
         "transfer": format_transfer,
@@ -112,10 +109,6 @@ def templates() -> jinja2.Environment:
 
 def _total(plan: Mapping[str, Any], name: str) -> str:
     return str(Total(plan["at_least"][name], plan[name] is not None))
-
-
-def _as_shown(value: Any) -> Any:
-    return report.clean(value) if type(value) is str else value
 
 
 def _page(request: Request) -> Page:

@@ -17,6 +17,7 @@ from bigpipe.tables import as_text, shortened
 
 from .drawing import STYLE
 from .shown import clean
+from .templates import page_environment
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -55,17 +56,9 @@ class Section:
 
 def html_page(sections: Sequence[Section]) -> str:
     """Return a page that is one file, in light and dark as its reader has it, and can be printed."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = page_environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     title = "; ".join(dict.fromkeys(section.title for section in sections))
     return template.render(sections=sections, title=title, style=STYLE)
-
-
-def _as_shown(value: Json) -> Json:
-    """No secret, and nothing that is not to be seen."""
-    return clean(value) if type(value) is str else value
 
 
 def markdown_page(sections: Sequence[Section]) -> str:
