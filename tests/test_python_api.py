@@ -77,16 +77,6 @@ def test_a_destination_that_a_shell_would_have_read_is_refused(tmp_path: Path) -
         open_remote("$SCRATCH/shared", tmp_path, tmp_path / "store", {})
 
 
-@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-@pytest.mark.parametrize(("said", "offline"), [("1", True), ("True", True), ("on", True), ("YES", True), ("0", False)])
-def test_a_run_is_offline_where_the_environment_says_so_to_huggingface_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str, offline: bool
-) -> None:
-    monkeypatch.setenv(name, said)
-    (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
-    assert open_session(tmp_path / "r.yaml", params={}, store=tmp_path / "store").offline is offline
-
-
 @pytest.mark.parametrize("way", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "--offline", "env"])
 @pytest.mark.parametrize("kind", ["download", "estimate"])
 @pytest.mark.parametrize("revision", ["main", "a" * 40])
@@ -115,3 +105,13 @@ def test_what_may_never_run_is_not_refused_for_the_hub(tmp_path: Path, revision:
     plan = bigpipe.plan(tmp_path / "r.yaml", store=tmp_path / "store", offline=True)
     assert [str(node.action) for node in plan.nodes.values()] == ["run", "maybe"]
     assert plan.errors() == []
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+@pytest.mark.parametrize(("said", "offline"), [("1", True), ("True", True), ("on", True), ("YES", True), ("0", False)])
+def test_a_run_is_offline_where_the_environment_says_so_to_huggingface_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str, offline: bool
+) -> None:
+    monkeypatch.setenv(name, said)
+    (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
+    assert open_session(tmp_path / "r.yaml", params={}, store=tmp_path / "store").offline is offline
