@@ -21,7 +21,7 @@ from .options import EXECUTOR, JOBS, JSON, MANIFEST, OFFLINE, PARAMS, PATH, REMO
 from .printing import fail_all, own_stderr, say, screen, show, show_json
 
 if TYPE_CHECKING:
-    from bigpipe.orchestrator.contract import Reporter
+    pass
 
 MACHINE = click.option(
     "--machine", type=FromHome(exists=True, path_type=Path), help="Plan for `doctor --json` of another one."
@@ -53,8 +53,11 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
     Example: bigpipe run manifests/quickstart.yaml -p scheme=nf4
     """
     if options["executor"] is None and not options["smoke"]:  # else nobody waits to be called
+        from bigpipe.orchestrator import commands
+
         with closing(report.choose_reporter(own_stderr())) as reporter:
-            status = _attend(manifest, nodes, reporter=reporter, **options)
+            asked = {name: options[name] for name in ("params", "store", "offline")}
+            status = commands.attend(manifest, nodes, reporter=reporter, **asked)
         if status is not None:
             if as_json:
                 from bigpipe.orchestrator.running import run_json
@@ -69,16 +72,6 @@ def run(manifest: Path, nodes: tuple[str, ...], events: Path | None, as_json: bo
     else:
         say(report.results_text(result, screen=screen()))
     fail_all(result.errors)
-
-
-def _attend(
-    manifest: Path, nodes: tuple[str, ...], *, params: dict[str, str], store: Path | None, offline: bool,
-    reporter: Reporter, **others: Any,
-) -> int | None:  # fmt: skip
-    """On a machine that does not drive the run: the status that it ended with."""
-    from bigpipe.orchestrator import commands
-
-    return commands.attend(manifest, nodes, params=params, store=store, offline=offline, reporter=reporter)
 
 
 @click.command()

@@ -12,7 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from bigpipe.bigmodel.engines import EngineName, find_engine
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, BuiltIn, Task, faults, find_task, require_known
+from bigpipe.bigmodel.tasks import BuiltIn, Task, built_in, faults, require_known
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import (
     Bytes,
@@ -267,7 +267,8 @@ def _settled(params: InferParams) -> Stage[InferParams]:
     """With ranks and a model; where a server holds it, one process, and a model where it is that server's. A pipeline
     is placed by nobody, and takes no adapter."""
     engine, model = find_engine(params.engine), {"model": Port("checkpoint")}
-    if params.task in TASKS and find_task(params.task, Sources()).library == "diffusers":
+    task = built_in(params.task)
+    if task is not None and task.library == "diffusers":
         return replace(
             STAGE,
             inputs=model,
@@ -278,13 +279,8 @@ def _settled(params: InferParams) -> Stage[InferParams]:
                 prepare=late("bigpipe.plugins.pipelines:prepare"),
                 finish=late("bigpipe.plugins.pipelines:finish"),
             ),
-            planning=Planning(
-                apart=_apart,
-                resumed=_resumed,
-                check=late("bigpipe.plugins.pipelines:check"),
-                facts=dtype_facts,
-                smaller=STAGE.planning.smaller,
-                extras=EXTRAS,
+            planning=replace(
+                STAGE.planning, check=late("bigpipe.plugins.pipelines:check"), leads_to=None, heeds_code=False
             ),
             packages=(*STAGE.packages, "diffusers"),
             settled=None,

@@ -35,6 +35,8 @@ from bigpipe.orchestrator.stage import (
     late,
 )
 
+from .revisions import commit_of, pinned, reads
+
 OWN_CLASS = "bigpipe_architecture.json"
 """As the library calls it, which is not imported to look for it."""
 REPOSITORY = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
@@ -146,17 +148,11 @@ class DownloadMetrics(Metrics):
 
 
 def pin(params: DownloadParams, context: CheckContext) -> Pinned | None:
-    """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
-    if params.repo is None:
+    found = pinned(params, context, "layout")
+    if found is None:
         return None
-    exact, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
-    found: Pinned = Pinned({}, "") if exact else ask(params.repo, params.revision, context)
-    commit, answers = found.values.get("revision", params.revision), late("bigpipe.plugins.library:answers_of")
-    return replace(
-        found,
-        files=lambda: late("bigpipe.plugins.downloading:listing")(params, context, commit),
-        known=lambda: answers(context, params.repo, commit, "layout", params.choice(), params.subfolder),
-    )
+    commit, listing = commit_of(params, found), late("bigpipe.plugins.downloading:listing")
+    return replace(found, files=lambda: listing(params, context, commit))
 
 
 def only(params: DownloadParams, context: ForecastContext) -> Sequence[str]:
@@ -164,13 +160,6 @@ def only(params: DownloadParams, context: ForecastContext) -> Sequence[str]:
     if params.repo is None or not late("bigpipe.plugins.library:is_offline")(context):
         return []
     found: list[str] = late("bigpipe.plugins.downloading:only")(params, context)
-    return found
-
-
-def reads(params: DownloadParams, context: ForecastContext) -> list[str]:
-    if params.repo is None:
-        return []
-    found: list[str] = late("bigpipe.plugins.library:hub_reads")(params.repo, params.revision, context)
     return found
 
 

@@ -40,7 +40,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.sizes import counted, format_transfer
 
 from .download import DownloadMetrics, DownloadParams, Synthetic
-from .library import about, sources_of
+from .library import about, is_offline, sources_of
 from .wired import Pipeline
 
 if TYPE_CHECKING:
@@ -82,9 +82,12 @@ def check(params: DownloadParams, context: CheckContext) -> None:
         with about("architecture.class"):
             context.trust.require_module(reference, f"architecture.class {reference}")
     if params.synthetic is None:
-        with suppress(Transient):  # the forecast tells what is not known, and the run may go on from the Hub cache
-            pins = context.pins if isinstance(context, ForecastContext) else {}
+        pins = context.pins if isinstance(context, ForecastContext) else {}
+        try:
             _source(params, context, pins).check()
+        except Transient:  # of which the forecast tells, and which may have passed when it runs
+            if is_offline(context):
+                raise
 
 
 def _source(params: DownloadParams, context: CheckContext | StageContext, pins: Mapping[str, str]) -> Source:

@@ -6,9 +6,7 @@ decided before a byte of weights moves.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
@@ -18,7 +16,6 @@ from bigpipe.orchestrator.stage import (
     Bytes,
     CheckContext,
     Folder,
-    ForecastContext,
     Metrics,
     OneOf,
     Params,
@@ -29,6 +26,8 @@ from bigpipe.orchestrator.stage import (
     late,
 )
 from bigpipe.sizes import counted, format_size
+
+from .revisions import pinned, reads
 
 Dtype = Annotated[str, OneOf(dtypes, require_dtype)]
 SOME = Field(min_length=1)
@@ -149,22 +148,7 @@ EstimateMetrics: type[Metrics] = create_model("EstimateMetrics", __base__=Metric
 
 
 def pin(params: EstimateParams, context: CheckContext) -> Pinned | None:
-    """The commit that a branch or tag means now. Nothing is imported where there is none to ask for."""
-    if params.repo is None:
-        return None
-    exact, ask = re.fullmatch(r"[0-9a-f]{40}", params.revision), late("bigpipe.plugins.library:pin_revision")
-    found: Pinned = Pinned({}, "") if exact else ask(params.repo, params.revision, context)
-    commit, answers = found.values.get("revision", params.revision), late("bigpipe.plugins.library:answers_of")
-    return replace(
-        found, known=lambda: answers(context, params.repo, commit, "sizes", params.choice(), params.subfolder)
-    )
-
-
-def reads(params: EstimateParams, context: ForecastContext) -> list[str]:
-    if params.repo is None:
-        return []
-    found: list[str] = late("bigpipe.plugins.library:hub_reads")(params.repo, params.revision, context)
-    return found
+    return pinned(params, context, "sizes")
 
 
 def unmeasured(params: EstimateParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from bigpipe.sizes import format_size
 from bigpipe.versions import require
 
 from .estimate import DtypeMetrics, EstimateMetrics, EstimateParams
-from .library import line_of, sources_of
+from .library import is_offline, line_of, sources_of
 from .wired import Pipeline, single_model
 
 RAM = 96 * 2**20
@@ -33,9 +33,14 @@ REPORT_BYTES = 64 * 2**10
 
 def check(params: EstimateParams, context: CheckContext) -> None:
     _check_source(params, "model" in context.inputs)
-    if params.repo is not None and not context.offline:
-        with suppress(Transient):  # the forecast tells what is not known
-            check_access(params.repo, hub=Hub.of(sources_of(context)))
+    if params.repo is None:
+        return
+    sources = sources_of(context)
+    if is_offline(context):
+        _look(params, context.base, context.pins if isinstance(context, ForecastContext) else {}, sources)
+        return
+    with suppress(Transient):  # of which the forecast tells, and which may have passed when it runs
+        check_access(params.repo, hub=Hub.of(sources))
 
 
 def _check_source(params: EstimateParams, wired: bool) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigpipe.bigmodel.sources import Sources
-from bigpipe.bigmodel.tasks import TASKS, find_task, named_files
+from bigpipe.bigmodel.tasks import built_in, named_files
 from bigpipe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ def of_inference(params: InferParams, base: Path) -> set[str]:
     """Of prompts, of results, and of what the task reads; of a task of the user's own nobody knows that."""
     endings = {*_endings(params.prompts, base)}
     found = _tables(endings) | ({"parquet"} if params.output_format == "parquet" else set())
-    reads = find_task(params.task, Sources()).reads if params.task in TASKS else ()
+    task = built_in(params.task)
+    reads = () if task is None else task.reads
     if "picture" in reads:
         found.add("pictures")
     if isinstance(params.prompts, list):

@@ -14,13 +14,12 @@ from bigpipe.bigmodel.footprint import Budget, Workload
 from bigpipe.bigmodel.formats import format_of
 from bigpipe.bigmodel.inference import Batching, assign
 from bigpipe.bigmodel.placement import Device, Placement, Together, batches_together, beyond_headroom
-from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import (
     TASKS,
     Prompts,
     Requests,
     Row,
-    find_task,
+    built_in,
     own_arguments,
     request_reader,
     require_fetched,
@@ -143,7 +142,7 @@ def _beyond(
 def _workload(params: InferParams, batching: Batching, model: ModelDescription) -> Workload:
     """Of the largest batch: a token rarely has less than a byte. Beams and several texts count as rows, also those that
     the model's own file asks for."""
-    task = find_task(params.task, Sources()) if params.task in TASKS else None
+    task = built_in(params.task)
     new = LONGEST if task is not None and task.own_length else params.max_new_tokens
     if task is not None and not task.makes_tokens:
         new = 0
@@ -161,11 +160,11 @@ def _workload(params: InferParams, batching: Batching, model: ModelDescription) 
 def batching_of(params: InferParams, rows: Iterable[Row]) -> Batching:
     """Return how rows come out in batches, by the most tokens that each may have. A task of the user's own is not
     imported here, and has no say in it."""
-    if params.task in TASKS:
-        task = find_task(params.task, Sources())
-        lengths = (task.length(params.generation, row) for row in task.with_columns(params.generation, rows))
-    else:
+    task = built_in(params.task)
+    if task is None:
         lengths = (max(1, row.nbytes) for row in rows)
+    else:
+        lengths = (task.length(params.generation, row) for row in task.with_columns(params.generation, rows))
     return Batching.of(lengths, params.batch_size, params.batch_tokens)
 
 
@@ -212,7 +211,8 @@ def together_of(
 
 
 def _side_by_side(task: str) -> bool:
-    return task in TASKS and find_task(task, Sources()).side_by_side
+    found = built_in(task)
+    return found is not None and found.side_by_side
 
 
 def rows_of(params: InferParams, base: Path) -> Prompts | Requests:
@@ -226,7 +226,7 @@ def rows_of(params: InferParams, base: Path) -> Prompts | Requests:
 def leads_to(params: InferParams, base: Path) -> Sequence[Path]:
     """The files that rows name: they are as much the prompts as the rows are; of a task of the user's own nobody
     knows."""
-    task = find_task(params.task, Sources()) if params.task in TASKS else None
+    task = built_in(params.task)
     if task is None or task.files is None:
         return ()
     found = []

@@ -118,7 +118,7 @@ def answers_of(
         return {}
 
 
-def is_offline(context: ForecastContext) -> bool:
+def is_offline(context: CheckContext) -> bool:
     """Return whether the Hub may not be asked."""
     from bigpipe.bigmodel.hub import Hub
 

@@ -38,7 +38,7 @@ STAGE = Stage(
     run=late("bigpipe.plugins.merging:run"),
     forecast=late("bigpipe.plugins.merging:forecast"),
     planning=Planning(check=late("bigpipe.plugins.merging:check"), heeds_code=True),
-    smoke=late("bigpipe.plugins.smoking:merge"),
+    smoke=late("bigpipe.plugins.smoking:in_several_files"),
     packages=("torch", "transformers"),
     title="Merge adapters into a checkpoint, tensor by tensor: the bytes of peft's merge_and_unload",
 )

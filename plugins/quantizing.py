@@ -87,7 +87,7 @@ def _device(params: QuantizeParams, context: StageContext) -> str | None:
     """A GPU, where there is one that gives the same bytes; torch is imported only where a GPU was seen."""
     if not context.machine.gpus:
         return None
-    from bigpipe.bigmodel.quantization.encoding import usable_device
+    from bigpipe.bigmodel.quantization import usable_device
 
     device = usable_device(_settings(params, context.machine))
     context.log(f"encoding on {device or 'the CPU: torch cannot use the GPU here, or it rounds differently'}")

@@ -11,7 +11,6 @@ from bigpipe.allocator import keep_freed_blocks
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.execution import as_placement, cast_bytes, loading_dtype
 from bigpipe.bigmodel.placement import Placement, PlacementRequest, place_model
-from bigpipe.errors import UsageError
 from bigpipe.fit import Cure, Misfit, fits
 from bigpipe.machine import Machine
 from bigpipe.orchestrator.stage import CheckContext, ForecastContext, StageContext
@@ -19,7 +18,7 @@ from bigpipe.sizes import counted, format_size
 
 from .library import sources_of
 from .placed import load_placed, memory_here, read_placement
-from .wired import agreed
+from .wired import agreed, agreed_here
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +32,8 @@ RANK_BASE = 500 * 2**20
 
 def check_weights(model: ModelDescription, ctx: CheckContext) -> None:
     """Raise InvalidCheckpoint where config and weights do not belong together."""
-    if model.tensors is None or not model.says_class:
-        return
-    try:
-        agreed(model, sources_of(ctx))
-    except UsageError:
-        if not (ctx.trust.remote_code and (model.config or {}).get("auto_map")):  # its code comes with the download
-            raise
+    if model.tensors is not None and model.says_class:
+        agreed_here(model, ctx)
 
 
 def alone(machine: Machine) -> Placement:

@@ -33,7 +33,7 @@ STAGE = Stage(
     forecast=late("bigpipe.plugins.sharding:forecast"),
     planning=Planning(check=late("bigpipe.plugins.sharding:check")),
     passing=Passing(streams=True, follows="model"),
-    smoke=late("bigpipe.plugins.smoking:shard"),
+    smoke=late("bigpipe.plugins.smoking:in_several_files"),
     packages=("transformers",),
     title="Split, convert or cast a checkpoint, streaming and without torch",
 )

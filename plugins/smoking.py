@@ -52,6 +52,7 @@ WIDEST = 8
 """Bytes of a number that is loaded from one byte."""
 
 P = TypeVar("P", bound=Params)
+Weights = TypeVar("Weights", "ShardParams", "MergeParams")
 
 
 def _with(params: P, **changes: object) -> P:
@@ -75,19 +76,11 @@ def download(params: DownloadParams, context: ForecastContext) -> DownloadParams
     return small
 
 
-def shard(params: ShardParams, context: ForecastContext) -> ShardParams:
-    return _with(params, max_shard_size=_part(params.max_shard_size, context))
-
-
-def merge(params: MergeParams, context: ForecastContext) -> MergeParams:
-    return _with(params, max_shard_size=_part(params.max_shard_size, context))
-
-
-def _part(size: int, context: ForecastContext) -> int:
-    """Bytes of a file, so that there are several, after a cast to half the width too."""
+def in_several_files(params: Weights, context: ForecastContext) -> Weights:
+    """Files so small that there are several, after a cast to half the width too."""
     described = context.described("model", ModelDescription)
     whole = described.nbytes if described else None
-    return min(size, whole // 4 or 1) if whole else size
+    return _with(params, max_shard_size=min(params.max_shard_size, whole // 4 or 1)) if whole else params
 
 
 def quantize(params: QuantizeParams, context: ForecastContext) -> QuantizeParams:

@@ -87,13 +87,8 @@ def attached(context: CheckContext | ForecastContext, model: ModelDescription | 
         found = wired_adapters(context)
         if not found or model is None or model.tensors is None:
             return None
-        try:
-            architecture = agreed(model, sources_of(context)).architecture
-        except UsageError:
-            if not (context.trust.remote_code and (model.config or {}).get("auto_map")):
-                raise
-            return None  # its code comes with the download
-        return attachment(found[0], model, architecture, context.memo)
+        here = agreed_here(model, context)
+        return attachment(found[0], model, here.architecture, context.memo) if here else None
 
 
 def require_class(model: ModelDescription) -> None:
@@ -102,6 +97,16 @@ def require_class(model: ModelDescription) -> None:
         where = f"{model.path} has" if model.path else "the model comes with"
         cure = "bring its config.json along, or name a class of your own: `architecture` of download"
         raise UsageError(f"{where} no config.json, so nobody knows the class of its weights", cure)
+
+
+def agreed_here(model: ModelDescription, context: CheckContext) -> Agreement | None:
+    """As `agreed`; None where the class is trusted code that comes with the download."""
+    try:
+        return agreed(model, sources_of(context))
+    except UsageError:
+        if not (context.trust.remote_code and (model.config or {}).get("auto_map")):
+            raise
+        return None
 
 
 def agreed(model: ModelDescription, sources: Sources) -> Agreement:

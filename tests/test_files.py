@@ -190,13 +190,6 @@ class TestLogs:
             log.append(b"three\n", later=True)
         assert (tmp_path / "log").read_bytes() == b"one\ntwo\nthree\n"
 
-    def test_a_torn_end_is_cut(self, tmp_path):
-        (tmp_path / "log").write_bytes(b"one\ntw")
-        with LogFile(tmp_path / "log") as log:
-            log.cut(4)
-            log.append(b"two\n")
-        assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
-
 
 class TestNames:
     def test_a_link_takes_the_place_of_what_was_there(self, tmp_path):

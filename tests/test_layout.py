@@ -171,10 +171,7 @@ def test_a_face_has_every_name_that_it_lists(room):
         face.nonsense  # noqa: B018
 
 
-DOORS = frozenset({
-    "bigpipe.bigmodel.formats.encoders", "bigpipe.bigmodel.formats.encoders.floats",
-    "bigpipe.bigmodel.quantization.encoding",
-})  # fmt: skip
+DOORS = frozenset({"bigpipe.bigmodel.formats.encoders", "bigpipe.bigmodel.formats.encoders.floats"})
 """Modules beside their room's face, because few need them, or the face is too much for who does."""
 
 

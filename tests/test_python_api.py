@@ -77,10 +77,41 @@ def test_a_destination_that_a_shell_would_have_read_is_refused(tmp_path: Path) -
         open_remote("$SCRATCH/shared", tmp_path, tmp_path / "store", {})
 
 
+@pytest.mark.parametrize("way", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "--offline", "env"])
+@pytest.mark.parametrize("kind", ["download", "estimate"])
+@pytest.mark.parametrize("revision", ["main", "a" * 40])
+def test_what_nobody_here_knows_is_refused_by_the_plan_where_the_hub_may_not_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, kind: str, revision: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    if way in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(way, "1")
+    environment = ", env: {HF_HUB_OFFLINE: '1'}" if way == "env" else ""
+    stage = f"{{uses: {kind}, with: {{repo: o/none, revision: {revision}}}{environment}}}"
+    (tmp_path / "r.yaml").write_text(f"version: 1\nstages:\n  d: {stage}\n")
+    plan = bigpipe.plan(tmp_path / "r.yaml", store=tmp_path / "store", offline=way == "--offline")
+    (error,) = plan.errors()
+    assert (error.status, error.node, way.replace("env", "HF_HUB_OFFLINE") in str(error.cure)) == (75, "d", True)
+
+
+@pytest.mark.parametrize("revision", ["main", "a" * 40])
+def test_what_may_never_run_is_not_refused_for_the_hub(tmp_path: Path, revision: str) -> None:
+    counted = "{uses: command, with: {argv: [wc], produces: report, metrics: m.json}}"
+    stage = f"{{uses: download, with: {{repo: o/none, revision: {revision}}}, env: {{HF_HOME: {tmp_path}}}"
+    (tmp_path / "r.yaml").write_text(
+        f'version: 1\nstages:\n  a: {counted}\n  d: {stage}, when: "${{stages.a.metrics.lines}} > 5"}}\n'
+    )
+    plan = bigpipe.plan(tmp_path / "r.yaml", store=tmp_path / "store", offline=True)
+    assert [str(node.action) for node in plan.nodes.values()] == ["run", "maybe"]
+    assert plan.errors() == []
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 @pytest.mark.parametrize(("said", "offline"), [("1", True), ("True", True), ("on", True), ("YES", True), ("0", False)])
 def test_a_run_is_offline_where_the_environment_says_so_to_huggingface_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, offline: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str, offline: bool
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", said)
+    monkeypatch.setenv(name, said)
     (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
     assert open_session(tmp_path / "r.yaml", params={}, store=tmp_path / "store").offline is offline

@@ -29,7 +29,7 @@ ROOMS = {
     "": "allocator cli commandline environment errors faces files filesystems fit git machine modules names passing"
     " redaction sizes tables programs trust versions",
     "commandline": "completing options pages printing published questions recipes single stored streams",
-    "plugins": "download estimate library save saving shard",
+    "plugins": "download estimate library revisions save saving shard",
     "orchestrator": "commands contract launch lock planning recipe report running stage store",
     "orchestrator.contract": "contexts events stage types",
     "orchestrator.launch": "environment executors lifeline schedulers",

@@ -35,7 +35,7 @@ from . import questions
 from .asking import Busy, Children
 from .gpus import GPUS, MOST_AT_ONCE
 from .questions import Question, read_question
-from .safety import BODY_SECONDS, LARGEST_BODY, Guard, Rules, same_form_token
+from .safety import BODY_SECONDS, LARGEST_BODY, Guard, Rules
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -95,10 +95,7 @@ def application(page: Page) -> ASGIApp:
 
 def templates() -> jinja2.Environment:
     """Return the templates: everything escaped, no secret in it, nothing that is not to be seen."""
-    loader = jinja2.FileSystemLoader(HERE / "templates")
-    found = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown, auto_reload=False,
-    )  # fmt: skip
+    found = report.page_environment(jinja2.FileSystemLoader(HERE / "templates"))
     found.filters |= {
         "size": format_size,
         "transfer": format_transfer,
@@ -112,10 +109,6 @@ def templates() -> jinja2.Environment:
 
 def _total(plan: Mapping[str, Any], name: str) -> str:
     return str(Total(plan["at_least"][name], plan[name] is not None))
-
-
-def _as_shown(value: Any) -> Any:
-    return report.clean(value) if type(value) is str else value
 
 
 def _page(request: Request) -> Page:
@@ -164,7 +157,7 @@ async def _form(request: Request) -> list[tuple[str, str]]:
         raise UsageError("what was sent did not arrive in time", "send it again") from error
     pairs = _pairs(body.decode("utf-8", "replace"))
     given = next((value for name, value in pairs if name == "form_token"), "")
-    if not same_form_token(given, _page(request).rules):
+    if not _page(request).rules.is_own_form(given):
         raise UsageError(
             "the form is not of this page, or of an earlier start of it",
             "load the page again; what was pasted is lost then, so copy it first",

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import bigpipe
 from bigpipe.errors import StageFailed, Transient
+from bigpipe.programs import limit_memory
 from bigpipe.sizes import format_size
 from bigpipe.trust import Limits
 
@@ -102,7 +103,7 @@ class Children:
             stdin=asked, stdout=said, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            _limit_memory(child.pid, self.limits.memory)
+            limit_memory(child.pid, self.limits.memory)
             return await asyncio.wait_for(child.wait(), self.limits.seconds)
         except TimeoutError as error:
             raise StageFailed(
@@ -120,15 +121,6 @@ def _object(said: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return answer if isinstance(answer, dict) else None
-
-
-def _limit_memory(process: int, size: int) -> None:
-    """Of all that it may write to, in bytes; its own children have the same limit."""
-    import resource
-
-    if hasattr(resource, "prlimit"):  # not on macOS
-        with suppress(ProcessLookupError):
-            resource.prlimit(process, resource.RLIMIT_DATA, (size, size))
 
 
 def _environment() -> dict[str, str]:

@@ -59,6 +59,9 @@ class Rules:
     def knows_token(self, token: str) -> bool:
         return self.token is None or _same(token, self.token)
 
+    def is_own_form(self, token: str) -> bool:
+        return _same(token, self.form_token)
+
 
 def _split(address: str) -> SplitResult:
     """The parts of an address; none of what is no address."""
@@ -70,10 +73,6 @@ def _split(address: str) -> SplitResult:
 
 def _same(one: str, other: str) -> bool:
     return secrets.compare_digest(one.encode("utf-8", "replace"), other.encode("utf-8", "replace"))
-
-
-def same_form_token(given: str, rules: Rules) -> bool:
-    return _same(given, rules.form_token)
 
 
 class Guard:

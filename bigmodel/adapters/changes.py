@@ -23,6 +23,7 @@ PART = re.compile(
     r"|token_adapter\.trainable_tokens_delta)"
 )
 Shape = tuple[int, ...]
+THE_MODEL = "give the model that it was trained on"
 Held = tuple[str, str, Shape]
 """A tensor of an adapter: name, dtype, shape."""
 Part = tuple[int, str]
@@ -89,7 +90,7 @@ def bind(
 
 
 def require_made_for(
-    adapter: AdapterDescription, described: ModelDescription, architecture: Architecture, memo: Path | None = None
+    adapter: AdapterDescription, described: ModelDescription, architecture: Architecture, memo: Path | None
 ) -> None:
     """Raise as `bind` does for a method that is not done here, and for an adapter that was made for another model, but
     not for what alone cannot be merged: matrices of parameters, of convolutions, and of weights that are put together
@@ -125,7 +126,7 @@ class _Binding:
 
     def changes(self, modules: Mapping[str, _OfModule], whole: Mapping[str, Held]) -> Iterator[Bound]:
         """Embeddings are replaced first, and then changed: peft saves those whose tokens it changed too."""
-        self._refuse_parameters(modules)
+        self._refuse_parameters()
         self._refuse_unknown(modules, whole)
         for name, tensor in whole.items():
             yield self._replaced(name, *tensor)
@@ -149,31 +150,20 @@ class _Binding:
         for target, (name, _, shape) in whole.items():
             self._require_shape(target, name, shape)
 
-    def _refuse_parameters(self, modules: Mapping[str, _OfModule]) -> None:
+    def _refuse_parameters(self) -> None:
         if self.lora.parameters:
             cause = f"{self.adapter.where}: target_parameters ({first_few(self.lora.parameters)}) is not merged here"
             raise UsageError(cause, "merge it with peft (`merge_and_unload`), and bring the model that it saves")
 
     def _refuse_unknown(self, modules: Collection[str], whole: Collection[str]) -> None:
-        known = self._specs
         strange = [name for name in modules if name not in self.architecture.by_name]
-        strange += [name for name in whole if name not in known]
+        strange += [name for name in whole if name not in self.architecture.specs]
         if not strange:
             return
-        trained = self.adapter.base_model
-        told = f"; it was trained on {trained}" if trained else ""
-        kind = self.adapter.config.get("task_type")
-        cure = "give the model that it was trained on"
+        cure, kind = THE_MODEL, self.adapter.config.get("task_type")
         if not [name for name in modules if name not in self.architecture.by_name]:
             cure = f"save the model as the class that has them first (its task_type is {kind}), or train without them"
-        class_name = self.architecture.class_name
-        raise UsageError(
-            f"{self.adapter.where} was made for another model: {class_name} has no {first_few(strange, 3)}{told}", cure
-        )
-
-    @property
-    def _specs(self) -> dict[str, TensorSpec]:
-        return {tensor.name: tensor for module in self.architecture.modules for tensor in module.tensors}
+        raise self._other(f"{self.architecture.class_name} has no {first_few(strange, 3)}", cure)
 
     def _stored(self, target: str) -> tuple[str, bool]:
         """Return the stored name of a parameter of the model's, and whether another name of it is the stored one."""
@@ -197,8 +187,8 @@ class _Binding:
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
 
     def _require_shape(self, target: str, name: str, shape: Shape) -> None:
-        if shape != (wanted := self._specs[target].shape):
-            raise self._other(target, wanted, f"{name} is {list(shape)}")
+        if shape != (wanted := self.architecture.specs[target].shape):
+            raise self._misshapen(target, wanted, f"{name} is {list(shape)}")
 
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
         """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they
@@ -253,7 +243,7 @@ class _Binding:
         turned = embedding or module.class_name == "Conv1D"
         inputs, outputs = weight.shape if turned else weight.shape[::-1]
         if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != inputs or b_shape[0] != outputs:
-            raise self._other(module.name, weight.shape, f"its matrices are {list(a_shape)} and {list(b_shape)}")
+            raise self._misshapen(module.name, weight.shape, f"its matrices are {list(a_shape)} and {list(b_shape)}")
         if not a_shape[0] == b_shape[1] == (rank := self.lora.rank(module.name)):
             where = self.adapter.where
             cause = f"{where}: {a_name} is {list(a_shape)}, and its config says rank {rank} for {module.name}"
@@ -277,24 +267,23 @@ class _Binding:
                 cause, "peft does not merge that either: run the model by peft, or train without lora_bias"
             )
         if spec.shape != shape:
-            raise self._other(spec.name, spec.shape, f"{name} is {list(shape)}")
+            raise self._misshapen(spec.name, spec.shape, f"{name} is {list(shape)}")
         return Bound(spec.name, self._stored(spec.name)[0], Added(dtype, self.lora.scaling(module.name)), ((0, name),))
 
     def _rows(self, module: ModuleSpec, weight: TensorSpec, stored: str, name: str, dtype: str, shape: Shape) -> Bound:
         indices = self.lora.rows(module.name, module.name == self.architecture.input_embedding)
         if shape != (len(indices), weight.shape[1]) or any(index >= weight.shape[0] for index in indices):
             told = f"{name} is {list(shape)}, and trainable_token_indices names {len(indices)} rows"
-            raise self._other(module.name, weight.shape, told)
+            raise self._misshapen(module.name, weight.shape, told)
         return Bound(weight.name, stored, Rows(dtype, shape[1], indices), ((0, name),))
 
-    def _other(self, target: str, wanted: Shape, found: str) -> UsageError:
+    def _misshapen(self, target: str, wanted: Shape, found: str) -> UsageError:
+        return self._other(f"{target} of {self.architecture.class_name} is {list(wanted)}, and {found}")
+
+    def _other(self, cause: str, cure: str = THE_MODEL) -> UsageError:
         trained = self.adapter.base_model
         told = f"; it was trained on {trained}" if trained else ""
-        class_name = self.architecture.class_name
-        cause = f"{target} of {class_name} is {list(wanted)}, and {found}{told}"
-        return UsageError(
-            f"{self.adapter.where} was made for another model: {cause}", "give the model that it was trained on"
-        )
+        return UsageError(f"{self.adapter.where} was made for another model: {cause}{told}", cure)
 
 
 def _matrix(module: ModuleSpec) -> TensorSpec | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .experts import CHOSEN, expert_tensors, experts_per_token, lists_experts, stacked_experts, visited_share
     from .instantiation import describe_module, storage_of, tied_groups, with_empty_parameters
     from .outlining import BUFFERS, outline
-    from .passes import encodes, reads_alone, repeats
+    from .passes import deciding_blocks, encodes, reads_alone, repeats
     from .shrinking import shrunk
     from .snapshot import known_architecture, missing_snapshot
     from .structure import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         Head,
         ModuleSpec,
         TensorSpec,
+        is_named,
         kept_in_float32,
     )
     from .texts import looks_ahead, position_limit, read_limit, text_config, together_limit

@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from bigpipe.errors import BY_NAME, InvalidCheckpoint, UsageError
 from bigpipe.files import read_file, write_file
 from bigpipe.modules import code_files, top_level
 from bigpipe.names import listed
-from bigpipe.programs import busy
+from bigpipe.programs import busy, limit_memory
 from bigpipe.sizes import format_size
 from bigpipe.trust import Limits, took_too_long
 from bigpipe.versions import package_version, require
@@ -126,7 +125,7 @@ class Matching:
     """Parameters that nothing is stored for, and that the class does not say may be missing."""
 
 
-def ask_matching(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None = None) -> Matching:
+def ask_matching(config: Mapping[str, Any], stored: Iterable[str], memo: Path | None) -> Matching:
     """Return what stored tensors are to the class that `config` names. Errors as of `describe_architecture`."""
     return Matching(**_answer(replace(read_request(config), stored=tuple(sorted(stored))), memo))
 
@@ -314,7 +313,7 @@ def ask_child(module: str, question: str, what: str, limits: Limits) -> dict[str
         )  # fmt: skip
         with child:
             try:
-                _limit_memory(child.pid, limits.memory)
+                limit_memory(child.pid, limits.memory)
                 said = _outlive(child, limits.seconds)
             except subprocess.TimeoutExpired as error:
                 raise limits.exceeded("seconds", f"{what} takes more than {limits.seconds:g} s") from error
@@ -344,15 +343,6 @@ def _outlive(child: subprocess.Popen[bytes], seconds: float) -> str:
         except subprocess.TimeoutExpired:
             if took_too_long(time.monotonic() - began, busy(child.pid), seconds):
                 raise
-
-
-def _limit_memory(process: int, size: int) -> None:
-    """Of all that a process may write to, in bytes; what it only reads from files counts nothing."""
-    import resource
-
-    if hasattr(resource, "prlimit"):  # not on macOS
-        with suppress(ProcessLookupError):
-            resource.prlimit(process, resource.RLIMIT_DATA, (size, size))
 
 
 def _child_environment() -> dict[str, str]:

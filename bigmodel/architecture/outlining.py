@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
+from bigpipe.bigmodel.checkpoint import Tensors
 from bigpipe.errors import InvalidCheckpoint
 
 from .structure import OUTLINED, Architecture, ModuleSpec, TensorSpec, named_classes
-
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 BUFFERS = re.compile(r"(running_mean|running_var|num_batches_tracked|inv_freq|position_ids|attn\.bias|masked_bias)$")
 EMBEDDING = re.compile(r"(^|[._])(wte|wpe|tok_embeddings|\w*embed(ding)?s?(_tokens|_positions|_in)?)$")

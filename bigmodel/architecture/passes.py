@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .structure import Architecture
 from .texts import text_config
 
 ENCODER = re.compile(r"(?:(?!\w*decoder\.)\w+\.){0,2}(?:\w+_)?encoder\.")
@@ -27,6 +28,14 @@ def reads_alone(config: Mapping[str, Any]) -> Callable[[str], bool]:
     encoder, or of a tower that sees or hears. config: complete."""
     patterns = (ENCODER, TOWER) if encodes(config) else (TOWER,)
     return lambda name: any(pattern.match(name) for pattern in patterns)
+
+
+def deciding_blocks(architecture: Architecture) -> list[str]:
+    """Return the blocks that meet the tokens that are made: not those of an encoder, or of a tower that sees or
+    hears."""
+    alone = reads_alone(architecture.config)
+    whole = (module.name for module in architecture.modules if module.class_name in architecture.no_split)
+    return [name for name in whole if not alone(f"{name}.")]
 
 
 def repeats(config: Mapping[str, Any], name: str) -> int:

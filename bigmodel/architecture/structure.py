@@ -118,6 +118,11 @@ class Architecture:
         return {module.name: module for module in self.modules}
 
     @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by its name, tied ones by each of theirs. Order of `named_modules()`."""
+        return {tensor.name: tensor for module in self.modules for tensor in module.tensors}
+
+    @cached_property
     def aliases(self) -> Mapping[str, str]:
         """Tied tensor name → the name whose bytes it shares."""
         return {alias: kept for kept, *aliases in self.tied for alias in aliases}
@@ -157,6 +162,11 @@ def kept_in_float32(entries: tuple[str, ...], strict: tuple[str, ...], dtype: st
     which * stands for anything, and searches for it."""
     asked = {"float16": [*entries, *strict], "bfloat16": [*strict]}.get(dtype)
     return re.compile("|".join(entry.replace("*", ".*") for entry in asked)) if asked else None
+
+
+def is_named(module: str, end: str) -> bool:
+    """Return whether the name of a module is this, or ends in it: `q_proj`."""
+    return module == end or module.endswith(f".{end}")
 
 
 def named_classes(config: Mapping[str, Any]) -> list[str]:

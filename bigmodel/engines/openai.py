@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
-from bigpipe.bigmodel.hub import is_address
 from bigpipe.bigmodel.tasks import Arguments
+from bigpipe.environment import ONLINE
 from bigpipe.errors import NotAuthorised, Offline, UsageError
+from bigpipe.filesystems import is_address
 
 from .asked_tasks import asked_tasks
 from .endpoint import LOOPBACK, Endpoint, connecting
@@ -75,7 +76,7 @@ def _check(settings: OpenAI, wanted: Wanted) -> None:
     _key(settings, wanted)
     host = urlsplit(settings.url).hostname
     if wanted.offline and host not in LOOPBACK:
-        raise Offline(f"{host} is another machine, and nothing may be asked of the network", "leave --offline out")
+        raise Offline(f"{host} is another machine, and nothing may be asked of the network", f"run {ONLINE}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from bigpipe.bigmodel.formats import agree, default_skips, format_of, packed_mod
 from bigpipe.bigmodel.inference import MISSING, Bound, Found, WorkPlan, compute_share, gather, plan_work
 from bigpipe.bigmodel.placement import Placement, as_map
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Bounded
 from bigpipe.errors import StageFailed, UsageError
 from bigpipe.files import explained, make_directory, refuse_overlap, write_file
 from bigpipe.machine import detect
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
 
 TOKENS, TEXT_BYTES = "tokens.bin", "text.json"
 LEAST = {"sequence_length": 2, "max_tokens": 2, "stride": 1, "batch_size": 1, "seed": 0}
-Bounded = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

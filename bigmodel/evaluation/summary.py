@@ -95,7 +95,7 @@ def summarise(windows: Sequence[dict[str, Any]], text_bytes: int, layers: LayerL
     """Return what came of the windows, each as `measure` gives it. text_bytes: of the text that they score. layers:
     what came of the modules, by `lose_least`. Raise StageFailed for a perplexity beyond what a float holds."""
     tokens = sum(window["tokens"] for window in windows)
-    mean = _mean(windows, "nll", tokens)
+    mean = _mean_of(_sum(windows, "nll"), _sum(windows, "nll_squares"), tokens)
     nats_per_bit = math.log(2)
     per_byte = tokens / (max(1, text_bytes) * nats_per_bit)
     return Evaluation(
@@ -110,10 +110,6 @@ def summarise(windows: Sequence[dict[str, Any]], text_bytes: int, layers: LayerL
 
 def _sum(windows: Sequence[dict[str, Any]], name: str) -> float:
     return math.fsum(window[name] for window in windows)
-
-
-def _mean(windows: Sequence[dict[str, Any]], name: str, count: int) -> Measured:
-    return _mean_of(_sum(windows, name), _sum(windows, f"{name}_squares"), count)
 
 
 def _mean_of(total: float, squares: float, count: int) -> Measured:

@@ -71,11 +71,6 @@ class Tokens:
     text_bytes: int
     """UTF-8 bytes of the tokens that are scored, whatever the number of windows that each stands in."""
 
-    @property
-    def digest(self) -> str:
-        """Return the hex sha256 of the ids."""
-        return hashlib.sha256(self.ids.tobytes()).hexdigest()
-
 
 def tokenize(
     path: Path,

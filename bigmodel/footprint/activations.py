@@ -208,7 +208,7 @@ def _state(shape: Shape, tokens: int, itemsize: int) -> tuple[int, str]:
 
 
 def activations_kept(
-    shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpointing: bool = False, headless: bool = False
+    shape: Shape, batch_size: int, length: int, *, mixed: bool, checkpointing: bool, headless: bool = False
 ) -> int:
     """Bytes kept for the backward pass: s·b·h·(34 + 5·a·s/h) per layer (arXiv 2205.05198, eq. 2), 16-bit.
 

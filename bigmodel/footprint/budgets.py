@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from bigpipe.bigmodel.architecture import Architecture, read_limit, text_config
+from bigpipe.bigmodel.architecture import Architecture, is_named, read_limit, text_config
 from bigpipe.bigmodel.formats import converted_modules, matrix_shape
 from bigpipe.bigmodel.memo import kept
 from bigpipe.errors import UsageError
@@ -357,15 +357,11 @@ def adapters_of(architecture: Architecture, rank: int, targets: tuple[str, ...] 
     """Parameters of rank-r adapters on linear modules: Σ r·(in + out). Raises UsageError for a target that is none."""
     modules = converted_modules(architecture)
     for target in targets:
-        if not any(_is_named(module.name, target) for module in modules):
+        if not any(is_named(module.name, target) for module in modules):
             kinds = dict.fromkeys(module.name.rpartition(".")[2] for module in modules)
             raise UsageError(
                 f"LoRA target {target!r} names no linear module of {architecture.class_name}",
                 f"use {', '.join(kinds)}" if kinds else "it has none: choose another way to train it",
             )
-    chosen = [module for module in modules if not targets or any(_is_named(module.name, end) for end in targets)]
+    chosen = [module for module in modules if not targets or any(is_named(module.name, end) for end in targets)]
     return rank * sum(sum(matrix_shape(module)) for module in chosen)
-
-
-def _is_named(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")

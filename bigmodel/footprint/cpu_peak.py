@@ -65,10 +65,10 @@ def beside_weights(
     length: int,
     itemsize: int,
     *,
-    image: tuple[int, int] | None = None,
-    all_logits: bool = False,
-    headless: bool = False,
-    output_length: int | None = None,
+    image: tuple[int, int] | None,
+    all_logits: bool,
+    headless: bool,
+    output_length: int | None,
     cache_itemsize: int,
 ) -> CpuPeak:
     """The cache, the largest phase and what kernels keep. See `activations.prefill` for the arguments.

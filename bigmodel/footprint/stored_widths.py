@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from bigpipe.bigmodel.architecture import Architecture, reads_alone
+from bigpipe.bigmodel.architecture import Architecture, deciding_blocks
 from bigpipe.bigmodel.memo import kept
 
 KEYS, VALUES, BOTH = (
@@ -26,9 +26,7 @@ Shape = tuple[int, ...]
 def cached_elements(architecture: Architecture) -> int:
     """Return the elements that all layers of an outline cache of a token, at most: where what attends has projections
     that are not known here, as many as if it were as wide as the embeddings. 0: nothing attends."""
-    alone = reads_alone(architecture.config)
-    whole = (module.name for module in architecture.modules if module.class_name in architecture.no_split)
-    blocks = tuple(f"{name}." for name in whole if not alone(f"{name}."))
+    blocks = tuple(f"{name}." for name in deciding_blocks(architecture))
     widths: dict[str, int] = {}
     for module in architecture.modules:
         if f"{module.name}.".startswith(blocks):

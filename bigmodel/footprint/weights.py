@@ -32,7 +32,6 @@ class Weights:
     """Elements, tied ones once."""
     total: int
     largest_layer: int
-    largest_layer_name: str
     loaded: int
     """Parameters and buffers, persistent or not."""
     stored: int
@@ -53,7 +52,6 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
     """The bytes of a model in a plain dtype or a format. Raises UsageError for another dtype."""
     packed = packing(dtype, double_quant=double_quant)
     promised = _promised(architecture, width(dtype))
-    layer, layer_bytes = _largest_layer(architecture, promised)
     tensors = _sized(architecture)
     held = PLAIN_DTYPES.get(dtype, "float16")
     counts = {tensor.name: size * itemsize(architecture.dtype_of(tensor, held)) for tensor, size, _ in tensors}
@@ -73,8 +71,7 @@ def weigh(architecture: Architecture, dtype: str, *, double_quant: bool = False)
         dtype=dtype,
         parameters=sum(size for tensor, size, _ in tensors if not tensor.buffer),
         total=sum(promised.values()),
-        largest_layer=layer_bytes,
-        largest_layer_name=layer,
+        largest_layer=_largest_layer(architecture, promised),
         loaded=plain + matrices.loaded,
         stored=stored,
         buffers=sum(counts[tensor.name] for tensor, _, _ in tensors if tensor.buffer),
@@ -114,8 +111,8 @@ def _promised(architecture: Architecture, bits: int) -> dict[str, int]:
     }
 
 
-def _largest_layer(architecture: Architecture, promised: Mapping[str, int]) -> tuple[str, int]:
-    """(name, bytes) by accelerate's definition (`get_max_layer_size`).
+def _largest_layer(architecture: Architecture, promised: Mapping[str, int]) -> int:
+    """In bytes, by accelerate's definition (`get_max_layer_size`).
 
     The maximum over modules that have no children or whose class is not to be split, parameters plus buffers; the
     root's own tensors count as a layer each.
@@ -128,9 +125,9 @@ def _largest_layer(architecture: Architecture, promised: Mapping[str, int]) -> t
         for child in module.children:
             sizes[module.name] += sizes.get(child, 0)
     root = architecture.modules[0]
-    layers = [(tensor.name, promised.get(tensor.name, 0)) for tensor in root.tensors]
-    layers += [(name, sizes[name]) for child in root.children for name in _layers(architecture, child)]
-    return max(layers, key=lambda layer: layer[1], default=("", 0))
+    layers = [promised.get(tensor.name, 0) for tensor in root.tensors]
+    layers += [sizes[name] for child in root.children for name in _layers(architecture, child)]
+    return max(layers, default=0)
 
 
 def _layers(architecture: Architecture, name: str) -> list[str]:

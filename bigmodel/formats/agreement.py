@@ -29,7 +29,6 @@ from .plain import decoded, left_out
 from .recognition import format_of
 
 if TYPE_CHECKING:
-    from bigpipe.bigmodel.architecture import TensorSpec
     from bigpipe.bigmodel.checkpoint import ModelDescription
 
     from .format import StoredTensor
@@ -80,17 +79,15 @@ def agree(
     if described.tensors is None or architecture.outlined or not (found := format_of(described)).computes:
         return Agreement(architecture, left=left)
     plain, packed = set_apart(described.tensors, found)
-    specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
-    names = [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
     matching = match_stored(described, architecture, memo, ask=ask)
     where = f"{described.path}: " if described.path else ""
     alias = {name: plain[kept] for name, kept in described.tied.items() if kept in plain}
-    _check_shapes(where, {**plain, **alias}, matching, architecture, specs)
+    _check_shapes(where, {**plain, **alias}, matching, architecture)
     _check_packed(where, packed, architecture, matching)
     if matching.missing:
         raise InvalidCheckpoint(
             f"{where}no weights are stored for {first_few(matching.missing)} of {architecture.class_name}",
-            cure_of_missing(names),
+            cure_of_missing(_names(plain, described, packed)),
         )
     used = [source for sources in matching.made.values() for source in sources]
     refuse_strangers(where, matching.unused, used, architecture.by_name, architecture.class_name, architecture.config)
@@ -156,8 +153,14 @@ def _configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
             yield from _configs(value)
 
 
-def _told(names: Collection[str], architecture: Architecture, specs: Mapping[str, TensorSpec]) -> Matching:
+def _names(plain: Stored, described: ModelDescription, packed: Iterable[str]) -> list[str]:
+    """What is stored, by the names that it has once it is decoded."""
+    return [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
+
+
+def _told(names: Collection[str], architecture: Architecture) -> Matching:
     """What the names alone tell."""
+    specs = architecture.specs
     made: dict[str, list[str]] = {}
     unused: list[str] = []
     for name in names:
@@ -173,21 +176,20 @@ def _told(names: Collection[str], architecture: Architecture, specs: Mapping[str
 
 
 def match_stored(
-    described: ModelDescription, architecture: Architecture, memo: Path | None = None, *, ask: bool = True
+    described: ModelDescription, architecture: Architecture, memo: Path | None, *, ask: bool = True
 ) -> Matching:
     """Return which stored tensors, by the names that they have once they are decoded, make which parameters; a packed
     weight counts as its module's `weight`. The tensors must be known; memo and ask as for `agree`."""
     plain, packed = set_apart(described.tensors or {}, format_of(described))
-    specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
-    names = [*plain, *described.tied, *(f"{module}.weight" for module in packed)]
-    matching = _told(names, architecture, specs)
+    names = _names(plain, described, packed)
+    matching = _told(names, architecture)
     if (matching.missing or matching.unused) and architecture.library != "custom":
         asked = _asked(names, described, architecture, memo) if ask else None
         matching = asked or replace(matching, missing=(), unused=())
     return matching
 
 
-def packed_modules(described: ModelDescription, architecture: Architecture, memo: Path | None = None) -> set[str]:
+def packed_modules(described: ModelDescription, architecture: Architecture, memo: Path | None) -> set[str]:
     """Return the modules whose weights are stored packed, by the names that the class has: many checkpoints are stored
     without its prefix. The tensors must be known; memo as for `agree`."""
     _, packed = set_apart(described.tensors or {}, format_of(described))
@@ -208,9 +210,8 @@ def _asked(
     return ask_matching(described.config, names, memo)
 
 
-def _check_shapes(
-    where: str, stored: Stored, matching: Matching, architecture: Architecture, specs: Mapping[str, TensorSpec]
-) -> None:
+def _check_shapes(where: str, stored: Stored, matching: Matching, architecture: Architecture) -> None:
+    specs = architecture.specs
     used = Counter(source for sources in matching.made.values() for source in sources)
     for name, sources in matching.made.items():
         parts = [stored[source] for source in sources if source in stored]

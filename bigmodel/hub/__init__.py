@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .exchange import Exchange, exchanging
     from .remote import Need, answers, describe_pipeline, describe_repository
     from .repository import Hub, Repository, address_of, cached_commit, describe, read_range, resolve_commit
-    from .responses import BUSY, COMMIT, NOT_A_HUB, asked_pause, bound_body, is_address
+    from .responses import BUSY, COMMIT, NOT_A_HUB, asked_pause, bound_body
     from .selection import ANY, Choice, Library
     from .snapshot import fetch
 

@@ -41,9 +41,10 @@ from bigpipe.passing import NOBODY, Heads, Outlet
 from bigpipe.sizes import counted, format_transfer
 
 from .access import check_access
+from .errors import CURE_OFFLINE
 from .heads import are_the_model, directory_heads, may_pass, repository_heads
 from .remote import describe_remote_adapter, describe_repository
-from .repository import CURE_OFFLINE, Hub, HubFile, Repository, describe
+from .repository import Hub, HubFile, Repository, describe
 from .selection import Choice, adapter_files, check_index, detect, weight_files
 from .snapshot import Fetched, Report, fetch, missing_bytes
 

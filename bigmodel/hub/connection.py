@@ -18,9 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bigpipe.errors import Transient
+from bigpipe.filesystems import is_address
 
 from .exchange import Exchange, charge_sockets, current, exchanging
-from .responses import BUSY, ELSEWHERE, asked_pause, check_answer, is_address
+from .responses import BUSY, ELSEWHERE, asked_pause, check_answer
 
 PATIENCE = 5.0
 """The longest `Retry-After` that a metadata request waits for, in seconds."""
@@ -153,9 +154,8 @@ def request(
     query: Mapping[str, str],
     headers: Mapping[str, str],
     limit: int = MAX_ANSWER,
-    method: str = "GET",
 ) -> Any:
-    """Return the response to one request, or to a second one where the first met a limit or a server out of order; it
+    """Return the response to one GET, or to a second one where the first met a limit or a server out of order; it
     has been read. timeout: seconds for each of its steps. At most `limit` bytes are read: a server that ignores a Range
     header would send the whole file.
     Raise Transient where there are more, or they come too slowly; and the errors of `huggingface_hub`."""
@@ -165,7 +165,7 @@ def request(
     sent = {**build_hf_headers(token=token, library_name="bigpipe"), **headers}
     with exchanging(asking(timeout, limit)):
         for last in (False, True):
-            with get_session().stream(method, address, params=dict(query), headers=sent, timeout=timeout) as response:
+            with get_session().stream("GET", address, params=dict(query), headers=sent, timeout=timeout) as response:
                 wait = _pause(response.headers)
                 if last or wait > PATIENCE or response.status_code not in BUSY:
                     hf_raise_for_status(response)

@@ -23,6 +23,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from traceback import walk_tb
 
+from bigpipe.environment import ONLINE
 from bigpipe.errors import (
     BigpipeError,
     DoesNotFit,
@@ -32,16 +33,19 @@ from bigpipe.errors import (
     StageFailed,
     Transient,
     UsageError,
+    chain_of,
     first_few,
 )
 from bigpipe.files import explained
+from bigpipe.filesystems import is_address
 from bigpipe.sizes import format_duration
 
-from .responses import asked_pause, is_address, shown
+from .responses import asked_pause, shown
 
 LOGIN = "run `hf auth login`, or set HF_TOKEN (in a manifest: under `secrets`)"
 
 
+CURE_OFFLINE = f"run once with a network ({ONLINE}); what it brings stays in the Hub cache"
 WHOLE_STAY = "files that are whole stay in the Hub cache"
 CLIENT = {"huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "h11", "json"}
 TOLD_IN_WORDS = {"ProxyError": "407 "}
@@ -94,21 +98,12 @@ def of_cache(path: Path) -> Iterator[None]:
 
 def _translate(error: BaseException, asked: _Asked) -> BigpipeError | None:
     """None for what no rule knows. The innermost link that a rule knows decides: wrappers hide the cause."""
-    links = list(_chain(error))[::-1]
+    links = list(chain_of(error))[::-1]
     for rule in (_of_response, _of_disk, _of_transport, _of_answer, _of_client):
         for link in links:
             if (found := rule(link, asked)) is not None:
                 return found
     return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def _names(error: BaseException) -> set[str]:
@@ -207,14 +202,16 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
     names, text = _names(error), str(error)
     if any(name in names and text.startswith(beginning) for name, beginning in TOLD_IN_WORDS.items()):
         return _no_passage(asked)
-    if names & {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}:
-        reason = "HF_HUB_OFFLINE is set" if "OfflineModeIsEnabled" in names else text or type(error).__name__
+    if "OfflineModeIsEnabled" in names:
+        return Offline(f"{asked.what} is not known here, and asking the Hub is switched off", CURE_OFFLINE)
+    if names & {"ConnectError", "ConnectTimeout", "ProxyError"}:
+        reason = text or type(error).__name__
         cause = f"the Hub at {asked.endpoint} cannot be reached ({reason}), asked for {asked.what}"
         cure = "check the network, the proxy and HF_ENDPOINT; --offline or HF_HUB_OFFLINE=1 goes on with what is cached"
         return Offline(cause, cure)
-    if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint):
+    if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint, login=True):
         return _no_answer_of_a_hub(error, asked)
-    if names & {"UnsupportedProtocol", "InvalidURL"}:
+    if names & {"UnsupportedProtocol", "InvalidURL", "ValueError"} and not is_address(asked.endpoint, login=True):
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
     if names & {"TransportError", "DecodingError"}:
         told = f"{type(error).__name__}: {text}"
@@ -233,7 +230,7 @@ def _of_answer(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return UsageError(f"{asked.repo!r} is not the name of a model: {error}", "write it as owner/name")
     if "LocalEntryNotFoundError" in names and error.__cause__ is None:
         cause = f"{asked.what} is not whole in the Hub cache, and asking the Hub is switched off"
-        return Offline(cause, "run once with a network; what it brings stays in the Hub cache")
+        return Offline(cause, CURE_OFFLINE)
     if isinstance(error, OSError | JSONDecodeError | UnicodeDecodeError | RecursionError):
         return _no_answer_of_a_hub(error, asked)
     return None

@@ -21,12 +21,12 @@ from urllib.parse import quote
 
 from bigpipe.bigmodel.memo import recall, remember
 from bigpipe.bigmodel.sources import Sources
-from bigpipe.environment import absolute_places
+from bigpipe.environment import absolute_places, says_offline
 from bigpipe.errors import BigpipeError, InvalidCheckpoint, Offline, Transient, UsageError, first_few
 from bigpipe.redaction import conceal_environment, printable
 
 from .connection import MAX_ANSWER, asking, clean_token, guard_answers, request
-from .errors import hub_errors
+from .errors import CURE_OFFLINE, hub_errors
 from .exchange import exchanging
 from .responses import COMMIT, DIGEST, NO_RANGE, NOT_A_HUB, shown
 
@@ -43,7 +43,6 @@ MOST_BYTES = 2**50
 LONGEST_NAME, LONGEST_PART = 1000, 255
 """Bytes. Of the latter ext4, XFS, APFS and NTFS take no more."""
 UNUSABLE = "do not use this repository; report it to the Hub"
-CURE_OFFLINE = "run once with a network (without --offline and HF_HUB_OFFLINE); what it brings stays in the Hub cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +71,11 @@ class Hub:
         home = env.get("HF_HOME") or f"{env.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
         cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
         conceal_environment(env)
-        asked = [(env.get(name) or "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
         return cls(
             endpoint=(env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"),
             cache=Path(os.path.expanduser(os.path.expandvars(cache))),
             token=clean_token(env.get("HF_TOKEN")) or clean_token(env.get("HUGGING_FACE_HUB_TOKEN")),
-            offline=offline or not {"1", "ON", "YES", "TRUE"}.isdisjoint(asked),
+            offline=offline or says_offline(env),
         )
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from bigpipe.errors import Transient
+from bigpipe.filesystems import is_address
 from bigpipe.redaction import printable
 
 from .exchange import Exchange
@@ -113,16 +114,6 @@ def _check_place(response: Any, host: str, secure: bool) -> None:
         raise Transient(f"{host} sends requests to {place[:80]!r}, which is no place on the web", ELSEWHERE)
     if secure and urlsplit(address).scheme != "https":
         raise Transient(f"{host} sends requests away from TLS, to {place[:80]!r}", ELSEWHERE)
-
-
-def is_address(text: str) -> bool:
-    """Return whether this is a place on the web, without a login in it."""
-    try:
-        url = urlsplit(text)
-        (url.hostname or "").encode("idna")  # what DNS cannot hold, the socket refuses with an error of its own
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and url.username is None
-    except ValueError:
-        return False
 
 
 def _check_piece(response: Any, host: str) -> None:

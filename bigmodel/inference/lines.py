@@ -10,7 +10,9 @@ from pydantic_core import from_json, to_json
 
 from bigpipe.files import parse_json
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+strict = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+"""Raises ValueError for numbers that JSON does not have."""
 
 
 def to_line(value: Any) -> bytes:
@@ -18,7 +20,7 @@ def to_line(value: Any) -> bytes:
     try:
         return to_json(value)
     except ValueError:
-        return _encode(value).encode()
+        return compact(value).encode()
 
 
 def from_line(line: bytes) -> Any:

@@ -6,7 +6,6 @@ time.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from bigpipe.redaction import mask, redact_json
 from bigpipe.sizes import counted
 
 from .columns import Columns, columns_of
-from .lines import to_line
+from .lines import strict, to_line
 from .records import FAILED, MISSING, Found, Record, check_errors
 from .resultfiles import kept_file
 from .workfolder import WorkPlan, gather, peak_of, timeline_of, times
@@ -195,10 +194,7 @@ def _write_files(
 
 def _write_lines(file: HashedFile, rows: Iterable[Result]) -> None:
     for row in rows:
-        file.write((_encode(row) + "\n").encode())
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+        file.write((strict(row) + "\n").encode())
 
 
 def _write_table(file: HashedFile, rows: Iterable[Result], columns: Columns) -> None:

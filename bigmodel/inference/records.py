@@ -7,7 +7,6 @@ The payload comes last, so that whoever looks for a record need not parse what i
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from array import array
@@ -22,7 +21,7 @@ from bigpipe.files import LogFile, make_directory, sync_directory
 from bigpipe.redaction import masked_texts
 from bigpipe.sizes import counted
 
-from .lines import from_line, to_line
+from .lines import compact, from_line, to_line
 from .storedrows import StoredRows
 
 LOG = "records.jsonl"
@@ -85,14 +84,11 @@ def encoded(records: Iterable[Record], masked: Callable[[int], None] = lambda in
     """Return the lines of records, as a log holds them. masked: told the row whose answer holds the value of a secret,
     which is not written."""
     records = list(records)
-    payloads, changed = masked_texts([record.payload for record in records], _compact)
+    # By the encoder that tasks were held to, whatever they made their values of
+    payloads, changed = masked_texts([record.payload for record in records], compact)
     for number in changed:
         masked(records[number].index)
     return b"".join(map(_encode, records, payloads))
-
-
-_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-"""Of what tasks give: the same encoder that they were held to, whatever they made their values of."""
 
 
 def _encode(record: Record, payload: str) -> bytes:

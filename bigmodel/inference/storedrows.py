@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 from bigpipe.bigmodel.tasks import Row
 from bigpipe.files import LogFile
@@ -27,6 +27,7 @@ from .lines import from_line, to_line
 from .sharing import Batching, chunks_of
 
 ROWS, ROWS_INDEX, CHUNKS, CHUNKS_INDEX = "rows.jsonl", "rows.index", "chunks.rows", "chunks.index"
+T = TypeVar("T")
 
 
 def store_rows(
@@ -70,7 +71,28 @@ def numbers(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("Q")
 
 
-class StoredRows(Sequence[Row]):
+class _Stored(Sequence[T]):
+    """What an index of two numbers each leads to."""
+
+    _index: memoryview
+
+    def __len__(self) -> int:
+        return len(self._index) // 2
+
+    @overload
+    def __getitem__(self, number: int) -> T: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[T]: ...
+    def __getitem__(self, number: int | slice) -> T | list[T]:
+        if isinstance(number, slice):
+            return [self._one(each) for each in range(*number.indices(len(self)))]
+        return self._one(number)
+
+    def _one(self, number: int) -> T:
+        raise NotImplementedError
+
+
+class StoredRows(_Stored[Row]):
     """What `store_rows` wrote, read row by row, from any thread."""
 
     def __init__(self, folder: Path) -> None:
@@ -80,16 +102,7 @@ class StoredRows(Sequence[Row]):
         self._size = os.fstat(self._file).st_size
         self._index = numbers(folder / ROWS_INDEX)
 
-    def __len__(self) -> int:
-        return len(self._index) // 2
-
-    @overload
-    def __getitem__(self, number: int) -> Row: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Row]: ...
-    def __getitem__(self, number: int | slice) -> Row | list[Row]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
+    def _one(self, number: int) -> Row:
         begin = self._index[2 * number]
         end = self._index[2 * number + 2] if number + 1 < len(self) else self._size
         return Row(*from_line(os.pread(self._file, end - begin, begin)))
@@ -104,23 +117,14 @@ class StoredRows(Sequence[Row]):
         return f"{self._index[2 * number + 1]:016x}"
 
 
-class StoredChunks(Sequence[list[int]]):
+class StoredChunks(_Stored[list[int]]):
     """The rows of each chunk."""
 
     def __init__(self, folder: Path) -> None:
         self._rows = numbers(folder / CHUNKS)
         self._index = numbers(folder / CHUNKS_INDEX)
 
-    def __len__(self) -> int:
-        return len(self._index) // 2
-
-    @overload
-    def __getitem__(self, number: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[list[int]]: ...
-    def __getitem__(self, number: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
+    def _one(self, number: int) -> list[int]:
         begin = self._index[2 * number]
         return self._rows[begin : begin + self.size(number)].tolist()
 

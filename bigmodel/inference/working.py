@@ -23,6 +23,7 @@ from bigpipe.sizes import counted
 
 from .deaths import BEGUN, begin
 from .ending import finishing, until
+from .lines import strict
 from .records import LOG, Record, check_errors, encoded, open_log
 from .resultfiles import keep_files, without_files
 from .workfolder import PEAKS, TIMES, WorkPlan
@@ -30,7 +31,6 @@ from .workfolder import PEAKS, TIMES, WorkPlan
 Work = Callable[[int], None]
 NOTE_SECONDS = 1.0
 """Between two notes of when a rank was at work."""
-_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def one_by_one(work: Work, chunks: Iterable[int], together: int) -> None:
@@ -214,7 +214,7 @@ def answer_batch(
 def _require_writable(payloads: Sequence[Mapping[str, object]]) -> None:
     """Raise ValueError, or TypeError, for an answer that no record can hold."""
     try:
-        _as_json(payloads).encode()
+        strict(payloads).encode()
     except ValueError as error:
         if not str(error).startswith("Out of range float"):
             raise

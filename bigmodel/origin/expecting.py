@@ -69,7 +69,7 @@ def _plain_names(published: ModelDescription) -> list[str]:
 
 def _renamed(outlined: Outline, architecture: Architecture, there: Mapping[str, str]) -> Iterator[Part]:
     """there: the model's name → the one that is published."""
-    known = {tensor.name for module in architecture.modules for tensor in module.tensors if tensor.persistent}
+    known = {name for name, tensor in architecture.specs.items() if tensor.persistent}
     groups = {name: group for group in architecture.tied for name in group}
     own = {outlined.names[part.source] for part in outlined.parts}
     for part in outlined.parts:

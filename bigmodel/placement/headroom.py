@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
 
-from bigpipe.bigmodel.architecture import Architecture, encodes, reads_alone, text_config
+from bigpipe.bigmodel.architecture import Architecture, deciding_blocks, encodes, text_config
 from bigpipe.bigmodel.footprint import (
     Budget,
     Workload,
@@ -67,7 +67,7 @@ def beyond_headroom(
     architecture: Architecture,
     dtype: str,
     workload: Workload,
-    stored: Format = PLAIN,
+    stored: Format,
     *,
     caching: bool = True,
 ) -> dict[Device, int]:
@@ -115,11 +115,9 @@ def _shares(architecture: Architecture, batch_size: int, length: int, itemsize: 
 
 
 def _anchors(architecture: Architecture) -> dict[str, str]:
-    """Block that meets tokens that are made → the first tensor of its attention, or the first of all. An encoder, and a
-    tower that sees or hears, keep nothing."""
-    alone = reads_alone(architecture.config)
-    whole = (module.name for module in architecture.modules if module.class_name in architecture.no_split)
-    blocks = {name for name in whole if not alone(f"{name}.")}
+    """Block that meets tokens that are made → the first tensor of its attention, or the first of all. Others keep
+    nothing."""
+    blocks = set(deciding_blocks(architecture))
     found: dict[str, str] = {}
     for tensor in architecture.tensors():
         for block in blocks.intersection(prefixes(tensor.name)):

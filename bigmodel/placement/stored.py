@@ -47,7 +47,7 @@ def stored_bytes(model: ModelDescription, architecture: Architecture, memo: Path
     sizes = {name: tensor_nbytes(dtype, shape) for name, (dtype, shape) in tensors.items()}
     stored_in = format_of(model)
     single, quantized = set_apart(sizes, stored_in)
-    known = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    known = architecture.specs
     makes: dict[str, list[TensorSpec]] = {}
     for own, sources in match_stored(model, architecture, memo, ask=bool(quantized)).made.items():
         for source in sources:

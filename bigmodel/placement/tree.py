@@ -171,7 +171,7 @@ class Tree:
 
 def tied_as_loaded(architecture: Architecture, dtype: str | None, special_dtypes: Mapping[str, str]) -> Architecture:
     """Return it with those names tied alone that are loaded in one dtype: others are tensors apart from then on."""
-    tensors = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    tensors = architecture.specs
 
     def loaded(tensor: TensorSpec) -> str:
         special = special_dtypes.get(tensor.name) if tensor.floating else None

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Protocol, Self
 
+from bigpipe.environment import ONLINE
 from bigpipe.errors import BigpipeError, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import (
     CHUNK,
@@ -269,7 +270,7 @@ class FileSystem(Destination):
     def listing(self) -> Mapping[str, Stored] | None:
         if self.offline:
             cause = f"{self.address} cannot be looked at while asking the network is switched off"
-            raise Offline(cause, "run without --offline, or save to a directory", field="to")
+            raise Offline(cause, f"run {ONLINE}, or save to a directory", field="to")
         with self._errors(UsageError):
             self.system.invalidate_cache()
             try:

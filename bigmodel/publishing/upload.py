@@ -28,6 +28,7 @@ from bigpipe.bigmodel.hub import (
     uploading,
     whoami,
 )
+from bigpipe.environment import ONLINE
 from bigpipe.errors import NotAuthorised, Offline, StageFailed, Transient, UsageError, first_few
 from bigpipe.files import CHUNK, link, make_directory, make_folders
 
@@ -74,7 +75,7 @@ class HubRepository(Destination):
             raise UsageError(f"revision {self.revision} is a commit, and nothing can be added to it", "name a branch")
         if self.hub.offline:
             cause = f"hf://{self.repo} cannot be written while asking the Hub is switched off"
-            raise Offline(cause, "run without --offline and HF_HUB_OFFLINE, or save to a directory")
+            raise Offline(cause, f"run {ONLINE}, or save to a directory")
         login = whoami(self.hub)
         if login.reads_only:
             raise NotAuthorised(f"the token of {login.user} may only read, not write to {self.repo}", TOKENS)

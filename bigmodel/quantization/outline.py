@@ -227,7 +227,7 @@ def outline(
     names = model_names(architecture, stored, tied, weights, ask_names)
     parted = {name for name, count in Counter(names[name] for name in stored).items() if count > 1}
     _refuse_missing(weights, {names[name] for name in stored} - parted, names, tied)
-    specs = {tensor.name: tensor for module in architecture.modules for tensor in module.tensors}
+    specs = architecture.specs
     in_float32 = name_matcher(settings.keep_in_fp32_modules)
     parts: list[Converted | Kept] = []
     for source, (dtype, shape) in stored.items():
@@ -295,7 +295,7 @@ def model_names(
 ) -> dict[str, str]:
     """Return stored name or alias → the model's name for that tensor, or the same where it has none.
     weights: the model's names of matrices to convert; where stored names do not tell all of these, `ask_names` does."""
-    known = {tensor.name for module in architecture.modules for tensor in module.tensors}.union(*architecture.tied)
+    known = set(architecture.specs).union(*architecture.tied)
     every = [*stored, *tied]
     names = {name: next((own for own in architecture.spellings(name) if own in known), name) for name in every}
     named = {names[name] for name in stored}

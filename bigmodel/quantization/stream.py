@@ -122,10 +122,10 @@ def _is_open(part: Converted | Kept) -> TypeGuard[Converted]:
     return isinstance(part, Converted) and part.packing.measures and part.measured is None
 
 
-def measure_blocks(
+def largest_magnitudes(
     checkpoint: Checkpoint, weights: Sequence[Converted], settings: Settings
 ) -> Iterator[NDArray[np.float32]]:
-    """As `largest_magnitudes`."""
+    """Give, for each of these weights, the largest magnitude of each of its blocks, or rows."""
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder:
         for weight in weights:
             yield _largest(encoder, weight)
@@ -135,10 +135,11 @@ def _largest(encoder: WeightEncoder, weight: Converted) -> NDArray[np.float32]:
     return np.concatenate([piece.scales for piece in encoder.encode([weight], codes=False)])
 
 
-def produce(
+def recompute(
     checkpoint: Checkpoint, parts: Sequence[Converted | Kept], settings: Settings
 ) -> Iterator[tuple[PlannedTensor, Iterator[Bytes]]]:
-    """As `recompute`."""
+    """Give every tensor that these parts become with its bytes in pieces, as they would be written; part after part, in
+    constant memory. The bytes of one must be taken before the next. Raise as `quantize_checkpoint`."""
     with WeightEncoder(checkpoint, settings, min(WORKERS, cores())) as encoder, RangeReader(checkpoint) as reader:
         for part in parts:
             source = ShardSource([part], encoder, reader, settings)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .diffusing import computing_dtype, load_pipeline
     from .processing import load_processor, require_library, require_processor
     from .promptfiles import READERS, Wording, read_rows, require_pyarrow
-    from .registry import TASKS, BuiltIn, find_task, require_known, task_arguments
+    from .registry import TASKS, BuiltIn, built_in, find_task, require_known, task_arguments
     from .requests import URLS, Requests, request_reader, response
     from .rows import Prompts, Row, named_files, read_prompts, require_fetched, require_writable, template_parts
     from .sounds import read_sound, sound_seconds

@@ -39,14 +39,19 @@ def task_arguments() -> Mapping[str, type[Arguments]]:
     return {name: model for name, model in found.items() if model is not None}
 
 
+def built_in(name: str) -> Task | None:
+    """Return the task of that name, if that is bigpipe's own; no code of others runs."""
+    found: Task | None = import_attribute(TASKS[name]) if name in TASKS else None
+    return found
+
+
 def find_task(name: str, sources: Sources) -> Task:
     """Return the task of that name. A module that is not bigpipe's own is imported, and its code runs. Raise UsageError
     for an unknown name, a module that is not trusted, cannot be imported or has no such task."""
     from .task import Task, function_task
 
     require_known(name)
-    if built_in := TASKS.get(name):
-        task: Task = import_attribute(built_in)
+    if (task := built_in(name)) is not None:
         return task
     sources.trust.require_module(name, f"task {name}")
     try:

@@ -71,10 +71,10 @@ def request_reader(task: str, max_new_tokens: int) -> Callable[[Any, str], tuple
 
     def read(data: Any, where: str) -> tuple[Any, dict[str, Any]]:
         body = _envelope(data, where, task)
-        heeded = {CHAT: _chat, COMPLETIONS: _completion, EMBEDDINGS: _embedding}[data["url"]]
-        asked, prompt = _Asked(body, where, max_new_tokens), heeded(body, where)
+        asked, field = _Asked(body, where, max_new_tokens), PROMPTS[data["url"]]
+        prompt = _chat(body, where) if data["url"] == CHAT else _one_text(body.get(field), where, f"body.{field}")
         arguments = asked.sampling() if task == "text-generation" else {}
-        taken = SAYS_NOTHING | PROMPTS[data["url"]] | (SAMPLING if task == "text-generation" else frozenset())
+        taken = SAYS_NOTHING | {field} | (SAMPLING if task == "text-generation" else frozenset())
         for name, value in body.items():
             if name in taken or value is None or any(value == neutral for neutral in NEUTRAL.get(name, ())):
                 continue
@@ -85,7 +85,7 @@ def request_reader(task: str, max_new_tokens: int) -> Callable[[Any, str], tuple
     return read
 
 
-PROMPTS = {CHAT: frozenset({"messages"}), COMPLETIONS: frozenset({"prompt"}), EMBEDDINGS: frozenset({"input"})}
+PROMPTS: Mapping[str, str] = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 SAMPLING = frozenset({"max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop"})
 
 
@@ -142,14 +142,6 @@ def _content(content: Any, where: str, field: str) -> str:
             _refuse(where, place, "is no text", "write a text: pictures and sounds are not read here")
         texts.append(part["text"])
     return "".join(texts)
-
-
-def _completion(body: Mapping[str, Any], where: str) -> str:
-    return _one_text(body.get("prompt"), where, "body.prompt")
-
-
-def _embedding(body: Mapping[str, Any], where: str) -> str:
-    return _one_text(body.get("input"), where, "body.input")
 
 
 def _one_text(given: Any, where: str, field: str) -> str:

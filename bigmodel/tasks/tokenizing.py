@@ -274,10 +274,9 @@ def vocabulary(architecture: Architecture) -> tuple[int | None, int | None]:
     """Return how many tokens a model has embeddings of, and how many it predicts; None where that is no table of its
     vocabulary."""
     heads = (architecture.input_embedding, architecture.output_embedding)
-    weights = [f"{head}.weight" for head in heads]
-    shapes = {tensor.name: tensor.shape for module in architecture.modules for tensor in module.tensors}
+    found = [architecture.specs.get(f"{head}.weight") for head in heads]
     size = text_config(architecture.config).get("vocab_size")
-    read, made = (_rows_of(shapes.get(weight, ()), size) for weight in weights)
+    read, made = (_rows_of(tensor.shape if tensor else (), size) for tensor in found)
     return read, made
 
 

@@ -9,7 +9,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from bigpipe.bigmodel.architecture import Architecture
+from bigpipe.bigmodel.architecture import Architecture, is_named
 from bigpipe.bigmodel.formats import matrix_shape
 from bigpipe.errors import UsageError
 from bigpipe.names import did_you_mean
@@ -66,7 +66,7 @@ def linear_ends(architecture: Architecture) -> list[str]:
 def unknown_ends(architecture: Architecture, asked: Sequence[str] | str | None) -> list[str]:
     """Return the ends of names that no linear module has."""
     named = () if asked is None or isinstance(asked, str) else asked
-    return [end for end in named if not any(_ends(name, end) for name in _matrices(architecture))]
+    return [end for end in named if not any(is_named(name, end) for name in _matrices(architecture))]
 
 
 def stacks(architecture: Architecture) -> bool:
@@ -93,7 +93,7 @@ def _fitting(wanted: Sequence[str] | str) -> Callable[[str], bool]:
     """Whether the name of a module is meant."""
     if isinstance(wanted, str):
         return partial(_matches, wanted)
-    return lambda name: any(_ends(name, end) for end in wanted)
+    return lambda name: any(is_named(name, end) for end in wanted)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -101,10 +101,6 @@ def _matches(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise UsageError(f"target_modules {pattern!r} is no regular expression: {error}", "mend it") from error
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
 
 
 def _matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:

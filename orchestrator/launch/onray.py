@@ -133,7 +133,7 @@ def _quiet() -> Callable[[], None]:
     return lambda: setattr(worker, "print_to_stdstream", before)
 
 
-def _in_time(work: Callable[[], object], seconds: float = ANSWER_SECONDS) -> bool:
+def _in_time(work: Callable[[], object]) -> bool:
     """Do what a head is asked for, which may be gone: nobody waits for it longer. Return whether it came to an end."""
 
     def run() -> None:
@@ -142,7 +142,7 @@ def _in_time(work: Callable[[], object], seconds: float = ANSWER_SECONDS) -> boo
 
     thread = threading.Thread(target=run, name="cluster", daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(ANSWER_SECONDS)
     return not thread.is_alive()
 
 

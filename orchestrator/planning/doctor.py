@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,8 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bigpipe.environment import says_offline
 from bigpipe.errors import BigpipeError, StageFailed, UsageError
 from bigpipe.files import existing
+from bigpipe.filesystems import is_address
 from bigpipe.machine import DOCTOR_FORMAT, detect, unasked_driver
 from bigpipe.modules import import_attribute
 from bigpipe.orchestrator.contract import Json, Launch, Machine, Stage, Surroundings
@@ -65,8 +66,8 @@ def unsound(found: Mapping[str, Json]) -> list[BigpipeError]:
         cure = "make it writable for you, or set --store or BIGPIPE_HOME"
         errors.append(UsageError(f"the store cannot be written: {store['path']}", cure))
     endpoint = found["hub"]["endpoint"]
-    if not re.match(r"https?://[^/\s]", endpoint):
-        errors.append(UsageError(f"HF_ENDPOINT is not an address: {endpoint}", "write it as https://huggingface.co"))
+    if not is_address(endpoint, login=True):
+        errors.append(_no_address(endpoint))
     cure = INSTALL_RUN if missing(RUN) else "repair it, or do without the kinds that use it"
     errors += [
         StageFailed(f"{name} does not work here: {check['detail']}", INSTALL_GPU if name == GPUS else cure)
@@ -114,11 +115,17 @@ def _probe(name: str, machine: Machine, environment: Mapping[str, str] | None) -
 
 
 def _hub() -> dict[str, Json]:
-    from huggingface_hub import constants, get_token
-
+    try:
+        from huggingface_hub import constants, get_token
+    except ValueError as error:  # it reads the address as it is imported
+        raise _no_address(os.environ.get("HF_ENDPOINT", "")) from error
     return {
         "endpoint": constants.ENDPOINT,
         "cache": str(constants.HF_HUB_CACHE),
-        "offline": bool(constants.HF_HUB_OFFLINE),
+        "offline": says_offline(os.environ),
         "token": get_token() is not None,
     }
+
+
+def _no_address(endpoint: str) -> UsageError:
+    return UsageError(f"HF_ENDPOINT is not an address: {endpoint}", "write it as https://huggingface.co")

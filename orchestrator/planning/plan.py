@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from bigpipe.errors import BigpipeError, DoesNotFit, NotAuthorised
+from bigpipe.environment import says_offline
+from bigpipe.errors import BigpipeError, DoesNotFit, NotAuthorised, Offline
 from bigpipe.names import listed
 from bigpipe.orchestrator.contract import Forecast, Json, Machine, Misfit, Pinned
 from bigpipe.orchestrator.recipe import Node
@@ -162,7 +163,7 @@ def make_plan(session: Session, *, preflight: bool = True) -> Plan:
 def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> PlannedNode:
     session, node = rehearsal.session, state.node
     decision, check, refusal = rehearsal.decisions[node.name], node.kind.planning.check, state.error
-    if preflight and session.offline and decision.action is Action.RUN:
+    if preflight and (session.offline or says_offline(node.env)) and decision.action is Action.RUN:
         refusal = refusal or rehearsal.unanswered.get(node.name)
     if preflight and decision.action.works:
         from .effects import refuse_clash  # of what runs alone
@@ -173,8 +174,9 @@ def _planned(rehearsal: Rehearsal, state: NodeState, preflight: bool) -> Planned
             if check is not None:
                 session.ask(node, check, rehearsal.contexts[node.name])
         except BigpipeError as error:
-            error.place = error.place or node.places.of(error.field)
-            refusal, error.node = error, node.name
+            error.place, error.node = error.place or node.places.of(error.field), node.name
+            if decision.action is Action.RUN or not isinstance(error, Offline):  # else it may never be asked
+                refusal = error
     return PlannedNode(
         node=node,
         decision=decision,

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bigpipe.environment import Environment
+from bigpipe.environment import Environment, says_offline
 from bigpipe.errors import BigpipeError, Offline, UsageError
 from bigpipe.files import make_directory, without_detours, write_file
 from bigpipe.git import Checkout
@@ -390,7 +390,7 @@ def open_session(
         forced=_forced(recipe, force, selected),
         arguments=params,
         unwritten=text is not None,
-        offline=offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"},
+        offline=offline or says_offline(os.environ),
         **further,
     )
     session.shared = remote_of(session, remote)

@@ -39,8 +39,6 @@ class Smoke:
 
     recipe: Recipe
     """As it is written."""
-    folder: Path
-    """Holds its store and what it saves."""
     changes: Mapping[str, tuple[Difference, ...]]
     """Node → what is smaller, or left out."""
     kept: Path | None = None
@@ -114,7 +112,7 @@ def smaller(session: Session, folder: Path) -> tuple[Session, Smoke]:
     for name, node in nodes.items():
         nodes[name], forecasts[name] = _shrink(tried, node, forecasts)
     changes = {name: tuple(_changes(written.nodes[name], node)) for name, node in nodes.items()}
-    return replace(tried, _identities={}), Smoke(recipe=written, folder=folder, changes=changes)
+    return replace(tried, _identities={}), Smoke(recipe=written, changes=changes)
 
 
 def _plain(node: Node, folder: Path, session: Session) -> Node:

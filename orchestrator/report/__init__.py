@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .reporters import choose_reporter, following
     from .reviewing import diff, plan_markdown, review
     from .shown import clean, error_text, json_text
+    from .templates import page_environment
     from .watching import follow_log, follow_run, positions, run_ids, running
 
 __getattr__, __all__ = face(__name__)

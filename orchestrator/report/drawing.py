@@ -14,6 +14,8 @@ from html import escape
 from itertools import pairwise
 from statistics import fmean
 
+from bigpipe.tables import shortened
+
 BOX, GAP = (180, 44), (44, 18)
 """Width and height of a node, and what lies between two."""
 ROW, LABEL, WIDTH, CURVE = 22, 190, 900, 160
@@ -130,8 +132,8 @@ def _box(node: Drawn, spots: Mapping[Stop, tuple[int, int]]) -> str:
     return (
         f"<g><title>{escape(f'{node.name}: {node.status or node.under}')}</title>"
         f'<rect class="node {escape(node.status)}" x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>'
-        f'<text x="{x + 10}" y="{y + 19}">{escape(_cut(f"{node.mark} {node.name}".strip()))}</text>'
-        f'<text class="under" x="{x + 10}" y="{y + 35}">{escape(_cut(node.under, UNDER))}</text></g>'
+        f'<text x="{x + 10}" y="{y + 19}">{escape(shortened(f"{node.mark} {node.name}".strip(), CHARACTERS))}</text>'
+        f'<text class="under" x="{x + 10}" y="{y + 35}">{escape(shortened(node.under, UNDER))}</text></g>'
     )
 
 
@@ -140,7 +142,7 @@ def bars(title: str, rows: Iterable[tuple[str, Sequence[Bar]]], most: float, *, 
     high as they need; stacked: they lie in one line."""
     scale, drawn, top = (WIDTH - LABEL) / (most or 1), [], 0
     for name, spans in rows:
-        drawn.append(f'<text x="{LABEL - 8}" y="{top + 15}" class="name">{escape(_cut(name))}</text>')
+        drawn.append(f'<text x="{LABEL - 8}" y="{top + 15}" class="name">{escape(shortened(name, CHARACTERS))}</text>')
         lines = 1 if stacked else max(1, len(spans))
         height = max((ROW - 6) / lines, THINNEST)
         for number, span in enumerate(spans):
@@ -170,7 +172,3 @@ def _svg(width: int, height: int, title: str, drawn: Iterable[str], style: str =
         f'<svg{wide} viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>{colours}{"".join(drawn)}</svg>'
     )
-
-
-def _cut(text: str, most: int = CHARACTERS) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

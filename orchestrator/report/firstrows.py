@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from bigpipe.files import Damaged, open_regular, parse_json
 from bigpipe.orchestrator.contract import Json
+from bigpipe.tables import as_text
 
 
 def first_results(folder: Path, limit: int) -> Iterator[tuple[str, str]]:
@@ -18,7 +18,7 @@ def first_results(folder: Path, limit: int) -> Iterator[tuple[str, str]]:
     is no row is all text."""
     for row in islice(chain.from_iterable(map(_rows, _files(folder))), limit):
         found = row if isinstance(row, dict) else {"text": row}
-        yield _text(found.get("prompt", "")), _text(found.get("text", found.get("error", found)))
+        yield as_text(found.get("prompt", "")), as_text(found.get("text", found.get("error", found)))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -44,7 +44,3 @@ def _rows(path: Path) -> Iterator[Json]:
                 yield parse_json(line)
             except ValueError:
                 yield line.decode("utf-8", "replace")
-
-
-def _text(value: Json) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

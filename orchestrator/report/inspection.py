@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -132,14 +132,20 @@ def diff_runs(run: str, other: str, *, store: str | Path | None = None) -> Inspe
     opened = open_store(store)
     one, two = records.load_run(opened.runs, run), records.load_run(opened.runs, other)
     found = records.diff(one, two, _causes(opened, one, two))
-    lines: list[str] = []
-    for name, changes in found.items():
-        lines += [f"{name}:", *(f"  {change}" for change in changes)] if name else map(str, changes)
-    data = {name: [asdict(change) for change in changes] for name, changes in found.items()}
-    text = "\n".join(lines) or f"runs {one.run} and {two.run} are the same"
-    return Inspection(
-        {"schema": "bigpipe.diff/1", "runs": [one.run, two.run], "changes": data.pop("", []), "nodes": data}, text
-    )
+    return differing([one.run, two.run], found, f"runs {one.run} and {two.run} are the same")
+
+
+def differing(names: Sequence[str], found: Mapping[str, Sequence[Difference]], same: str) -> Inspection:
+    """Return `bigpipe.diff/1` of two that are called so. found: by node, "" for what belongs to none. same: the words
+    where nothing differs."""
+    told = {name: [asdict(change) for change in changes] for name, changes in found.items()}
+    data = {"schema": "bigpipe.diff/1", "runs": list(names), "changes": told.pop("", []), "nodes": told}
+    lines = [line for name, changes in found.items() for line in _lines(name, changes)]
+    return Inspection(data, "\n".join(lines) or same)
+
+
+def _lines(name: str, changes: Sequence[Difference]) -> list[str]:
+    return [f"{name}:", *(f"  {change}" for change in changes)] if name else [*map(str, changes)]
 
 
 def _causes(store: Store, one: RunRecord, two: RunRecord) -> Mapping[str, list[Difference]]:

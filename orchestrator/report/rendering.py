@@ -11,7 +11,7 @@ from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import Plan, PlannedNode, difference_json, shown
 from bigpipe.orchestrator.running import HEADS, node_rows
 from bigpipe.sizes import counted, format_size, format_transfer
-from bigpipe.tables import PLAIN, Screen, columns
+from bigpipe.tables import PLAIN, Screen, columns, shortened
 
 if TYPE_CHECKING:
     from bigpipe.orchestrator.launch import Cluster
@@ -164,7 +164,11 @@ def gate_rows(nodes: Mapping[str, NodeRun]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -> str:
+FIRST_ROWS, LONGEST_TEXT = 5, 100
+"""Of results that are shown: rows, and characters of a prompt or an answer."""
+
+
+def results_text(result: RunResult, *, screen: Screen = PLAIN) -> str:
     """Return what a run made, for the eye: the first lines of every `results` artifact, then the table of nodes."""
     parts = []
     for name, state in result.nodes.items():
@@ -173,7 +177,7 @@ def results_text(result: RunResult, limit: int = 5, *, screen: Screen = PLAIN) -
             continue
         from .firstrows import first_results  # most runs that have nothing to do have no results either
 
-        if rows := list(first_results(path, limit)):
+        if rows := list(first_results(path, FIRST_ROWS)):
             parts.append("\n".join([f"{name}:", *(f"  {_flat(prompt)} → {_flat(text)}" for prompt, text in rows)]))
     parts.append(nodes_table(result.ran(), screen))
     return "\n\n".join([*parts, *(_smoke_text(result, result.smoke, screen) if result.smoke else ())])
@@ -190,6 +194,5 @@ def _smoke_text(result: RunResult, smoke: Smoke, screen: Screen) -> list[str]:
     return [*gates, "\n".join(told)]
 
 
-def _flat(text: str, limit: int = 100) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+def _flat(text: str) -> str:
+    return shortened(" ".join(text.split()), LONGEST_TEXT)

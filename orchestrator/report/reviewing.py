@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from bigpipe.errors import UsageError
@@ -16,7 +15,7 @@ from bigpipe.sizes import format_figure, format_size, format_transfer
 
 from .comparing import gates_of, told_apart
 from .firstrows import first_results
-from .inspection import Inspection, diff_runs, open_store
+from .inspection import Inspection, diff_runs, differing, open_store
 from .page import TEXTS, written
 from .rendering import PROBE_HEADS, probe_rows
 from .sections import Section, Table, markdown_page, short
@@ -76,16 +75,8 @@ def _locks(one: str, other: str) -> tuple[LockFile, LockFile]:
 
 
 def _diff_locks(one: LockFile, two: LockFile) -> Inspection:
-    found = lock_differences(one, two)
     names = [str(one.path), str(two.path)]
-    lines = [line for name, changes in found.items() for line in _lines(name, changes)]
-    told = {name: [asdict(change) for change in changes] for name, changes in found.items()}
-    data = {"schema": "bigpipe.diff/1", "runs": names, "changes": told.pop("", []), "nodes": told}
-    return Inspection(data, "\n".join(lines) or f"{names[0]} and {names[1]} say the same")
-
-
-def _lines(name: str, changes: list[Difference]) -> list[str]:
-    return [f"{name}:", *(f"  {change}" for change in changes)] if name else [*map(str, changes)]
+    return differing(names, lock_differences(one, two), f"{names[0]} and {names[1]} say the same")
 
 
 def _locks_reviewed(one: LockFile, two: LockFile) -> Section:

@@ -5,7 +5,6 @@ A section is a heading, tables and drawings. The tables come first; a drawing sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,11 @@ from pathlib import Path
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract import Json
 from bigpipe.redaction import printable
+from bigpipe.tables import as_text, shortened
 
 from .drawing import STYLE
 from .shown import clean
+from .templates import page_environment
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -54,17 +55,9 @@ class Section:
 
 def html_page(sections: Sequence[Section]) -> str:
     """Return a page that is one file, in light and dark as its reader has it, and can be printed."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_as_shown)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = page_environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     title = "; ".join(dict.fromkeys(section.title for section in sections))
     return template.render(sections=sections, title=title, style=STYLE)
-
-
-def _as_shown(value: Json) -> Json:
-    """No secret, and nothing that is not to be seen."""
-    return clean(value) if type(value) is str else value
 
 
 def markdown_page(sections: Sequence[Section]) -> str:
@@ -92,13 +85,11 @@ LONGEST = 400
 
 def shown(value: Json) -> str:
     """Return a value of others as it stands in a table."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else as_text(value)
 
 
 def short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return shortened(text, LONGEST)
 
 
 def cell(text: str) -> str:

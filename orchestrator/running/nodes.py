@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from bigpipe.orchestrator.contract import Json
 from bigpipe.orchestrator.planning import shown
 from bigpipe.sizes import format_duration, format_figure, format_size, format_transfer
-from bigpipe.tables import html_table
+from bigpipe.tables import html_table, shortened
 
 HEADS = ("node", "status", "time", "peak RAM", "result")
 LONGEST = 72
@@ -97,8 +97,7 @@ def metrics_line(metrics: Mapping[str, Json]) -> str:
         for name, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
-    text = ", ".join(parts)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return shortened(", ".join(parts), LONGEST)
 
 
 def node_rows(nodes: Mapping[str, NodeRun]) -> list[tuple[str, ...]]:

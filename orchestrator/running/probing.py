@@ -131,7 +131,7 @@ def _try(plan: Plan, group: Sequence[PlannedNode], reporter: Reporter, seconds: 
         told = ", ".join(f"{format_size(size)} of {device}" for device, size in of_node.items())
         reporter.report(LogLine(name, f"probing: takes {told} for {seconds:g} s"))
     holders = [(node.node.name, share) for node in group for share in shares(node) if share]
-    return _summed(needs, take(plan, holders, seconds))
+    return _summed(needs, take(holders, seconds))
 
 
 def _room(machine: Machine) -> dict[str, int]:
@@ -155,9 +155,7 @@ def _summed(needs: Mapping[str, Mapping[str, int]], taken: Iterable[tuple[str, s
     ]
 
 
-def take(
-    plan: Plan, holders: Sequence[tuple[str, Mapping[str, int]]], seconds: float
-) -> list[tuple[str, str, int, str]]:
+def take(holders: Sequence[tuple[str, Mapping[str, int]]], seconds: float) -> list[tuple[str, str, int, str]]:
     """Let a process for each of these take its share, all at a time. Return (node, device, bytes that it had, why not
     all) of each process and device."""
     with ExitStack() as running:

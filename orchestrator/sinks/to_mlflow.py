@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
 from bigpipe.names import plain_names
+from bigpipe.tables import as_text
 
-from .values import flat, gate_text, text
+from .values import flat, gate_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,7 +95,7 @@ def _tags(about: Mapping[str, Any]) -> dict[str, str]:
         "mlflow.source.name": about["manifest"],
         "mlflow.source.type": "JOB",
         "mlflow.source.git.commit": git.get("commit"),
-        "bigpipe.git.dirty": text(git["dirty"]) if git else None,
+        "bigpipe.git.dirty": as_text(git["dirty"]) if git else None,
         "bigpipe.run": about["run"],
         "bigpipe.version": about["version"],
     }
@@ -108,7 +109,7 @@ def _params(about: Mapping[str, Any]) -> dict[str, str]:
     for node, each in about["nodes"].items():
         found |= {f"{plain[node]}.{name}": value for name, value in flat(each["params"]) if value is not None}
     names = _names(found)
-    return {names[name]: text(value)[:LONGEST] for name, value in found.items()}
+    return {names[name]: as_text(value)[:LONGEST] for name, value in found.items()}
 
 
 def _metrics(node: str, event: Mapping[str, Any]) -> dict[str, float]:
@@ -133,7 +134,7 @@ def _became(node: str, event: Mapping[str, Any]) -> dict[str, str]:
         "gates": "; ".join(map(gate_text, event["gates"])),
         "model": event["uri"],
     }
-    return {f"bigpipe.{name}.{node}": text(value)[:LONGEST] for name, value in found.items() if value}
+    return {f"bigpipe.{name}.{node}": as_text(value)[:LONGEST] for name, value in found.items() if value}
 
 
 def _names(names: Iterable[str]) -> dict[str, str]:

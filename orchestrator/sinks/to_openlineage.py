@@ -16,7 +16,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from .values import flat, text
+from bigpipe.tables import as_text
+
+from .values import flat
 
 if TYPE_CHECKING:
     from openlineage.client import OpenLineageClient
@@ -159,7 +161,7 @@ class _Teller:
             source_code_location_job,
         )
 
-        values = [parameters.ExecutionParameter(key, value=text(value)) for key, value in flat(params)]
+        values = [parameters.ExecutionParameter(key, value=as_text(value)) for key, value in flat(params)]
         run_facets: dict[str, RunFacet] = {
             "processing_engine": processing_engine_run.ProcessingEngineRunFacet(self.about["version"], "bigpipe"),
             **({"executionParameters": parameters.ExecutionParametersRunFacet(values)} if values else {}),
@@ -201,7 +203,7 @@ def _became(event: Mapping[str, Any]) -> dict[str, RunFacet]:
     own = ("status", "key", "digest", "verdict", "seconds", "peak_rss")
     told = {**dict(flat(event["metrics"])), **{name: event[name] for name in own}}
     tags = [
-        tags_run.TagsRunFacetFields(key, text(value), "BIGPIPE") for key, value in told.items() if value is not None
+        tags_run.TagsRunFacetFields(key, as_text(value), "BIGPIPE") for key, value in told.items() if value is not None
     ]
     found: dict[str, RunFacet] = {"tags": tags_run.TagsRunFacet(tags)}
     if event["gates"]:

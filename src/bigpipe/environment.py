@@ -30,6 +30,10 @@ PLACES = frozenset({
 """Files and folders."""
 KEPT_OUT = frozenset({"CUDA_INJECTION32_PATH", "CUDA_INJECTION64_PATH", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"})
 """In spite of their prefix: they load other code, or let a file of weights do so."""
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Of these the first that is set says whether the Hub may be asked, as in `huggingface_hub.constants`."""
+ONLINE = f"without --offline, {' and '.join(OFFLINE)}"
+"""How to run so that what is away may be asked."""
 
 
 class Environment(Mapping[str, str]):
@@ -70,6 +74,12 @@ def absolute_places(environment: Mapping[str, str], directory: Path) -> dict[str
         **environment,
         **{name: os.path.abspath(directory / environment[name]) for name in relative if environment[name]},
     }
+
+
+def says_offline(environment: Mapping[str, str]) -> bool:
+    """Return whether the environment says that the Hub may not be asked."""
+    said = next((environment[name] for name in OFFLINE if environment.get(name)), "")
+    return said.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _allowed(name: str) -> bool:

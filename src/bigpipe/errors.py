@@ -18,7 +18,7 @@ BigpipeError
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from signal import SIGHUP, SIGINT, SIGTERM
 from types import MappingProxyType
@@ -87,6 +87,16 @@ class Problem:
         number = f"{self.place.line:5d} | "
         underline = " " * (len(number) - 2) + "| " + " " * (self.place.column - 1) + "^" * max(1, self.place.width)
         return f"{head}\n{number}{self.place.text}\n{underline}"
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what led to it, nearest first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def gpu_memory_ran_out(error: BaseException) -> bool:

@@ -612,11 +612,6 @@ class LogFile:
         with _named(self._path):
             sync(self._file)
 
-    def cut(self, size: int) -> None:
-        """Drop everything after the first `size` bytes."""
-        with _named(self._path):
-            os.ftruncate(self._file, size)
-
     def close(self) -> None:
         try:
             self.append(b"")

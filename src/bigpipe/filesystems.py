@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-from .errors import BigpipeError, NotAuthorised, Transient, UsageError
+from .errors import BigpipeError, NotAuthorised, Transient, UsageError, chain_of
 
 AWAY = frozenset({
     "ConnectionError", "TimeoutError", "gaierror", "HTTPClientError", "ClientConnectionError", "ServiceRequestError",
@@ -61,6 +62,17 @@ def protocols(system: Any) -> frozenset[str]:
     return frozenset((protocol,) if isinstance(protocol, str) else protocol)
 
 
+def is_address(text: str, *, login: bool = False) -> bool:
+    """Return whether this is a place on the web. login: it may hold a name and a password."""
+    try:
+        url = urlsplit(text)
+        (url.hostname or "").encode("idna")  # what DNS cannot hold, the socket refuses with an error of its own
+        named = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        return named and (login or url.username is None)
+    except ValueError:
+        return False
+
+
 @contextmanager
 def foreign_errors(address: str, kind: type[BigpipeError]) -> Iterator[None]:
     """Raise what a file system's library raises, each with classes of its own: as Transient where the service is away
@@ -70,7 +82,7 @@ def foreign_errors(address: str, kind: type[BigpipeError]) -> Iterator[None]:
     except BigpipeError:
         raise
     except Exception as error:
-        raise _told(f"{address}: {type(error).__name__}: {error}", list(_chain(error)), kind) from error
+        raise _told(f"{address}: {type(error).__name__}: {error}", list(chain_of(error)), kind) from error
 
 
 def _told(cause: str, chain: Sequence[BaseException], kind: type[BigpipeError]) -> BigpipeError:
@@ -81,16 +93,6 @@ def _told(cause: str, chain: Sequence[BaseException], kind: type[BigpipeError]) 
     if names & AWAY or statuses & BUSY:
         return Transient(cause, "run again later; check the network, and where the service is")
     return kind(cause, "check the address")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it, nearest first."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
 
 
 def _status(error: BaseException) -> int:

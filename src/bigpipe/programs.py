@@ -116,14 +116,22 @@ class Program:
                 self.ended(seconds)
 
 
-def run_program(
-    argv: Sequence[str], *, folder: Path, environment: Mapping[str, str], output: Output | None = None
-) -> Ended:
+def run_program(argv: Sequence[str], *, folder: Path, environment: Mapping[str, str]) -> Ended:
     """Run a program to its end as `running_program` does, and return how it ended."""
-    with running_program(argv, folder=folder, environment=environment, output=output) as program:
+    with running_program(argv, folder=folder, environment=environment) as program:
         ended = program.ended(None)
     assert ended is not None  # noqa: S101  it was waited for
     return ended
+
+
+def limit_memory(process: int, size: int) -> None:
+    """Limit what a process may write to, in bytes; what it only reads from files counts nothing. Its own children have
+    the same limit."""
+    import resource
+
+    if hasattr(resource, "prlimit"):  # not on macOS
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process, resource.RLIMIT_DATA, (size, size))
 
 
 @contextlib.contextmanager

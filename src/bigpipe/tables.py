@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from shutil import get_terminal_size
-from typing import TextIO
+from typing import Any, TextIO
 
 from .redaction import printable, redact_value
 
@@ -105,6 +106,16 @@ def _wrapped(text: str, width: int, first: str, others: str) -> str:
 
     lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
     return "\n".join(lines) or first
+
+
+def as_text(value: Any) -> str:
+    """Return a JSON value as it stands in a cell."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return at most so many characters; the last of a longer text is `…`."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:

@@ -84,7 +84,7 @@ def test_parameters_are_the_published_ones(published: dict[str, Architecture]) -
 
 def test_bert_base_in_accelerates_view(published: dict[str, Architecture]) -> None:
     bare = weigh(published["bert-bare"], "float32")
-    assert (bare.total, bare.largest_layer, bare.largest_layer_name) == (433_249_280, 90_669_056, "embeddings")
+    assert (bare.total, bare.largest_layer) == (433_249_280, 90_669_056)
     assert weigh(published["bert-base-cased"], "float32").total == 433_371_408
 
 

@@ -25,7 +25,8 @@ from bigpipe.bigmodel.architecture import Architecture, read_request
 from bigpipe.bigmodel.architecture.instantiation import describe
 from bigpipe.bigmodel.checkpoint import open_checkpoint
 from bigpipe.bigmodel.execution import loaded
-from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, outline, quantize_checkpoint, torch_threads
+from bigpipe.bigmodel.quantization import QuantizedCheckpoint, Settings, quantize_checkpoint, torch_threads
+from bigpipe.bigmodel.quantization.outline import outline
 from bigpipe.bigmodel.writing import SyntheticModel, save_checkpoint
 from bigpipe.errors import InvalidCheckpoint, UsageError
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from bigpipe import machine
+from bigpipe.bigmodel.hub import hub_errors
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.contract.types import Gpu, Machine
 from bigpipe.orchestrator.planning import doctor
@@ -177,6 +178,23 @@ def test_the_doctor_tells_of_gpus_that_plans_cannot_see(tmp_path: Path, monkeypa
     [error] = doctor.unsound(doctor.examine(tmp_path))
     assert "plans count none" in error.cause
     assert error.cure == "pip install 'bigpipe-ml[gpu]'"
+
+
+@pytest.mark.parametrize(
+    ("address", "right"),
+    [
+        ("https://huggingface.co", True), ("http://mirror:8080/hf", True), ("http://ada:word@mirror", True),
+        ("huggingface.co", False), ("ftp://mirror", False), ("https://", False), ("https://mirror:0", False),
+        ("https://mirror:many", False), ("http://[::1", False),
+    ],
+)  # fmt: skip
+def test_the_doctor_and_the_library_call_the_same_an_address_of_a_hub(address: str, right: bool) -> None:
+    found = {"store": {"writable": True}, "hub": {"endpoint": address}, "checks": {}}
+    told = [error.cause for error in doctor.unsound(found)]
+    assert told == ([] if right else [f"HF_ENDPOINT is not an address: {address}"])
+    with pytest.raises((ValueError, UsageError)) as error, hub_errors(address, "org/model"):
+        raise ValueError("huggingface_hub does, as it is imported, where it cannot read the address")
+    assert isinstance(error.value, ValueError) or told == [error.value.cause]
 
 
 def test_gpus_of_a_kind_are_told_together_and_a_disk_without_end_as_one() -> None:

@@ -163,7 +163,9 @@ def test_without_the_hub_a_plan_says_what_it_does_not_know(tmp_path: Path) -> No
     with pytest.raises(Offline):
         STAGE.planning.pin(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere))
     STAGE.planning.check(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere))
-    STAGE.planning.check(params(repo="facebook/opt-13b"), check_context(tmp_path, environment=nowhere, offline=True))
+    away = check_context(tmp_path, environment=nowhere, offline=True)
+    with pytest.raises(Offline):
+        STAGE.planning.check(params(repo="facebook/opt-13b"), away)
 
 
 def test_offline_the_cache_is_enough(server: LoopbackHub, environment: dict[str, str], tmp_path: Path) -> None:

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import click
 import pytest
 import torch
 from pydantic import ValidationError
 from support.models import make_checkpoint
 from support.workshop import Workshop
 
+from bigpipe.bigmodel import architecture, checkpoint, hub
 from bigpipe.bigmodel.checkpoint import open_checkpoint
+from bigpipe.bigmodel.footprint import budgets, estimates
+from bigpipe.commandline import questions
 from bigpipe.errors import ManifestError
 from bigpipe.orchestrator.recipe import load_recipe, load_stage
+from bigpipe.plugins import download, estimate, revisions
+from bigpipe.webpage import questions as page_questions
+
+
+def literals(annotation: Any) -> set[str]:
+    return {word for part in (annotation, *get_args(annotation)) for word in get_args(part) if isinstance(word, str)}
+
+
+def test_words_that_are_spelled_out_not_to_import_the_library_are_its_own() -> None:
+    assert (revisions.COMMIT.pattern, download.OWN_CLASS) == (hub.COMMIT.pattern, checkpoint.ARCHITECTURE_FILE)
+    asked = {option.name: option.type for option in questions.estimate.params}
+    choices = {name: set(kind.choices) for name, kind in asked.items() if isinstance(kind, click.Choice)}
+    for params in (download.DownloadParams, estimate.EstimateParams):
+        assert literals(params.model_fields["library_name"].annotation) == set(architecture.LIBRARIES)
+    assert set(get_args(hub.Library)) == choices["library_name"] == set(architecture.LIBRARIES)
+    assert literals(estimate.EstimateParams.model_fields["train"].annotation) == choices["train"]
+    assert choices["train"] == set(page_questions.TRAIN) == set(budgets.OPTIMIZERS)
+    assert page_questions.DTYPES == estimates.DTYPES == estimate.EstimateParams().dtypes
+
 
 WIDE: list[tuple[str, dict[str, Any]]] = [
     ("download", {"synthetic": {"config": {"model_type": "opt"}, "dtype": "float64"}}),
