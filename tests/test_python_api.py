@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import bigpipe
-from bigpipe.bigmodel.publishing.addresses import open_destination
 from bigpipe import errors
+from bigpipe.bigmodel.publishing.addresses import open_destination
 from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.orchestrator.planning import open_session
 from bigpipe.orchestrator.store.remote import open_remote
@@ -103,9 +103,8 @@ def test_an_error_of_each_class_comes_whole_out_of_a_process_pool(kind: type[Big
 
 
 def test_the_error_of_a_refused_run_pickles(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(
-        "version: 1\nstages:\n  a: {uses: command, resources: {ram: 100TiB}, with: {argv: ['true'], produces: checkpoint}}\n"
-    )
+    stage = "{uses: command, resources: {ram: 100TiB}, with: {argv: ['true'], produces: checkpoint}}"
+    (tmp_path / "r.yaml").write_text(f"version: 1\nstages:\n  a: {stage}\n")
     with pytest.raises(errors.DoesNotFit) as told:
         bigpipe.run(tmp_path / "r.yaml", store=tmp_path / "store")
     assert told.value.plan is not None

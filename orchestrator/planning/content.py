@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
 from bigpipe.files import missing, only_a_shell_reads
-from bigpipe.modules import code_files, top_level
+from bigpipe.modules import code_files, only_here, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Params
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 from bigpipe.programs import content_below
@@ -172,6 +172,9 @@ class _Walk:
         if digest is None:
             cure = f"put {top}.py or {top}/ into {self.base}, or install it beside bigpipe"
             raise UsageError(f"{where}: there is no Python source of a module {top!r}", cure, field=where)
+        if folder := only_here(value, self.base):
+            cause = f"{where}: the module {top} lies in {folder}, where workers do not look for it"
+            raise UsageError(cause, f"put it into {self.base}, or install it", field=where)
         return f"{value}@{digest}"
 
     def _missing(self, where: str, name: str) -> UsageError:

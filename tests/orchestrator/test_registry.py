@@ -244,7 +244,9 @@ def test_what_an_editor_leaves_beside_a_module_is_no_source(tmp_path: Path) -> N
         "try: import beside\nexcept ImportError: beside = None",
         "def run():\n    if True: from beside.inner import TEXT",
         "STAGE = Stage(run=stage.late('beside:run'))",
+        "STAGE = Stage(run=stage.late(target='beside:run'))",
         "import importlib; TEXT = importlib.import_module('beside').TEXT",
+        "from importlib import import_module as imp; TEXT = imp(name='beside').TEXT",
     ],
 )
 def test_a_module_beside_a_kind_counts_however_it_is_imported(tmp_path: Path, text: str) -> None:
