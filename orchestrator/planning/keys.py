@@ -38,7 +38,8 @@ class Identity:
     kind: str
     version: int
     code: str | None = None
-    """The digest of the kind's source, where it is not built in: its `version` alone need not say what it does."""
+    """Which Stage it is and the digest of its source, `module:NAME@sha256:…`, where it is not built in: its `version`
+    alone need not say what it does."""
     params: Mapping[str, Json]
     env: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
@@ -84,8 +85,9 @@ class Difference:
 def shown(value: Json) -> str:
     """Return a value as it is shown to people: of a digest the first 12 digits, of a long text the beginning."""
     text = "none" if value is None else str(value)
-    if text.startswith("sha256:"):
-        return text[7:19]
+    named, marked, digest = text.rpartition("sha256:")
+    if marked and " " not in named:
+        return named + digest[:12]
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -112,10 +114,11 @@ def identity(
         _pin(params, path, value)
     for path in kind.planning.apart(node.params) if kind.planning.apart else ():
         _leave_out(params, path)
+    source = None if is_built_in(location) else source_digest(location, trust.home(location, base), memo)
     return Identity(
         kind=kind.kind,
         version=kind.version,
-        code=None if is_built_in(location) else source_digest(location, trust.home(location, base), memo),
+        code=source and f"{location}@{source}",
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) or recorded.get(name) or planned_version(name) for name in kind.packages},

@@ -202,6 +202,18 @@ def test_a_module_beside_it_that_a_kind_imports_counts_through_others_too(worksh
     assert (note(two), statuses(two)) == ("the second", {"note": "succeeded"})
 
 
+def test_two_kinds_of_one_module_with_one_name_have_results_of_their_own(workshop: Workshop) -> None:
+    (workshop.folder / "two_texts.py").write_text("TEXT = 'first'\n")
+    second = "from dataclasses import replace\ndef other(params, context):\n    global TEXT\n    TEXT = 'second'\n"
+    second += "    return run(params, context)\nOTHER = replace(STAGE, run=other)\n"
+    (workshop.folder / "two_kinds.py").write_text(NOTE.format(helper="two_texts", runs_in="inline") + second)
+    assert note(workshop.run(RECIPE % ("two_kinds", "two_kinds"))) == "first"
+    again = workshop.run((RECIPE % ("two_kinds", "two_kinds")).replace("STAGE", "OTHER"))
+    assert (note(again), statuses(again)) == ("second", {"note": "succeeded"})
+    assert "two_kinds:STAGE@" in again["note"].reason
+    assert "two_kinds:OTHER@" in again["note"].reason
+
+
 def test_the_module_beside_the_manifest_counts_not_an_installed_namesake(workshop: Workshop, site: Path) -> None:
     write_package(site, "notes_twice", "installed", "inline")
     write_package(workshop.folder, "notes_twice", "beside", "inline")
