@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from support import stages
 from support.models import make_checkpoint
 
 from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.orchestrator.launch.leaving import await_threads
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.shard import STAGE as SHARD
 from bigpipe.testing import forecast_stage, run_stage
@@ -27,6 +29,27 @@ def test_a_stage_runs_where_its_kind_asks_for(stage, here, tmp_path):
     assert done.metrics.shown == "yes"
     assert done.out == tmp_path / "out"
     assert (done.out / "made").read_text() == "words"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("stage", "late"), [(stages.INLINE, False), (stages.PROCESS, True)])
+def test_what_a_kind_left_open_is_written_and_its_threads_end(stage, late, tmp_path):
+    done = run_stage(stage, {"do": "open", "text": "" if late else "inline"}, folder=tmp_path)
+    made = {path.name: path.read_text() for path in done.out.iterdir()}
+    stages.close_all()
+    assert made == {name: "rows" for name in ("cycle", "global", *["late"][:late])}
+
+
+def test_a_thread_that_does_not_end_is_named():
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, name="endless")
+    thread.start()
+    try:
+        with pytest.raises(StageFailed, match="kind mine: the thread endless still works 0 s after `run` returned"):
+            await_threads("mine", 0)
+    finally:
+        end.set()
+        thread.join()
 
 
 def test_ranks_are_really_launched(tmp_path):

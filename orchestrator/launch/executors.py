@@ -59,6 +59,7 @@ class Executor:
 def run_inline(job: Job) -> Outcome:
     """Call the stage in this thread. Nobody can end it there: it stops when it reports something."""
     from .jobs import Failure, Outcome
+    from .leaving import write_out
     from .processes import own_peak
     from .supervision import Supervisor
 
@@ -67,6 +68,7 @@ def run_inline(job: Job) -> Outcome:
     try:
         with heavy_imports_barred(job.stage.kind):
             result = job.stage.run(job.params, StageContext.of(job, reporter=supervisor))
+        write_out(job.out, job.scratch)
         outcome = Outcome.of(result, job.stage)
     except Exception as error:
         supervisor.log.write(traceback.format_exc())
