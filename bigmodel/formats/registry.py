@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import import_attribute
+from bigpipe.modules import foreign, import_attribute
 
 if TYPE_CHECKING:
     from .format import Format, Packing
@@ -32,10 +32,21 @@ OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_
 
 @cache
 def offered() -> Mapping[str, Any]:
-    """Return the entry points of other distributions by name; none is imported."""
+    """Return the entry points of other distributions by name; none is imported. Raise UsageError where two offer the
+    same."""
     from importlib.metadata import entry_points
 
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
+    found: dict[str, Any] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            cause = f"the scheme {entry.name!r} is offered by {_owner(other)} and by {_owner(entry)}"
+            raise UsageError(cause, f"uninstall one, or rename the format in the entry points of {_owner(entry)}")
+    return {name: entry for name, entry in found.items() if name not in BUILT_IN}
+
+
+def _owner(entry: Any) -> str:
+    return str(entry.dist.name if entry.dist is not None else entry.module)
 
 
 def names() -> list[str]:
@@ -57,7 +68,8 @@ def named(name: str) -> Format:
         return built_in
     from .format import Format
 
-    found = offered()[name].load()
+    with foreign(f"scheme {name!r} cannot be loaded from {offered()[name].value}", "mend its distribution"):
+        found = offered()[name].load()
     if not isinstance(found, Format) or found.name != name or found.packing is None:
         raise UsageError(f"{offered()[name].value} is no Format named {name} with a packing", "correct its entry point")
     return found

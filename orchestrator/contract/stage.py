@@ -355,6 +355,15 @@ class Stage(Generic[P]):
     result_line: Callable[[Mapping[str, Json]], str] | None = None
     """Recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics."""
 
+    def __post_init__(self) -> None:
+        """Raise TypeError for what is not of its type, so that its module says so when it is imported."""
+        for name, model in (("params", Params), ("metrics", Metrics)):
+            given = getattr(self, name)
+            if not isinstance(given, type) or not issubclass(given, model):
+                raise TypeError(f"Stage {self.kind}: `{name}` is {given!r}, and not a class of {model.__name__}")
+        if wrong := [name for name, port in self.inputs.items() if not isinstance(port, Port)]:
+            raise TypeError(f"Stage {self.kind}: its input {wrong[0]} is {self.inputs[wrong[0]]!r}, and not a Port")
+
     def port(self, name: str) -> Port | None:
         """Return the port of this name, None where there is none."""
         return self.inputs.get(name, self.open_ports)

@@ -16,14 +16,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import StageFailed, UsageError
+from bigpipe.modules import foreign
 from bigpipe.orchestrator.contract import Stage, StageContext, Surroundings, late
 
 if TYPE_CHECKING:
@@ -122,12 +123,18 @@ def executor(name: str) -> Executor:
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=GROUP, name=name):
-        found = entry.load()
+        with foreign(f"the executor {name!r} cannot be loaded from {entry.value}", "mend its distribution"):
+            found = entry.load()
         if isinstance(found, Executor):
-            return found
+            return replace(found, run=partial(_run_of_others, name, found.run))
         raise UsageError(f"{entry.value} is a {type(found).__name__}, not an Executor", "correct its entry point")
     known = ", ".join(EXECUTORS)
     raise UsageError(f"there is no executor {name!r}", f"a kind runs in one of {known}, or install the one it needs")
+
+
+def _run_of_others(name: str, run: Callable[[Job], Outcome], job: Job) -> Outcome:
+    with foreign(f"{job.node}: the executor {name} fails", "mend it", StageFailed):
+        return run(job)
 
 
 def run_alone(

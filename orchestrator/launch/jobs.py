@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed, UsageError, gpu_memory_ran_out
 from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.fit import out_of_memory
+from bigpipe.modules import raised_at
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import redact_json
 from bigpipe.versions import lacks
@@ -223,7 +224,8 @@ class Failure(BaseModel):
             if told is not None and BY_NAME.get(known.__name__) is known:
                 cause = f"{told.place}: {told.cause}" if told.place else told.cause
                 return cls(type=known.__name__, cause=cause, cure=told.cure, field=told.field)
-        return cls(type="StageFailed", cause=_describe(error), expected=False)
+        place = f" ({raised_at(error)})" if error.__traceback__ else ""
+        return cls(type="StageFailed", cause=_describe(error) + place, expected=False)
 
     def error(self, node: str, log: Path) -> BigpipeError:
         """The same class again. Unexpected ones name the node and the log with the traceback."""
@@ -257,6 +259,9 @@ class Outcome(BaseModel):
         """From what a stage returned; StageFailed where that is not what the contract asks for."""
         if not isinstance(result, StageResult) or not isinstance(result.metrics, BaseModel):
             raise StageFailed(f"kind {stage.kind} returned {result!r}", "a stage returns StageResult(metrics, files)")
+        if not isinstance(result.metrics, stage.metrics):
+            cause = f"kind {stage.kind} returned metrics of {type(result.metrics).__name__}"
+            raise StageFailed(cause, f"a stage returns what its `metrics` say: {stage.metrics.__name__}")
         if result.type and not stage.may_give(result.type):
             raise StageFailed(f"kind {stage.kind} gave a {result.type!r}", "its `output` or `outputs` must name that")
         metrics = redact_json(result.metrics.model_dump(mode="json"))

@@ -10,11 +10,23 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    Required,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -104,14 +116,25 @@ class _Walk:
             return value
         if isinstance(value, str):
             return self.text(value, arms, where)
+        if isinstance(value, os.PathLike):
+            return self.text(os.fspath(value), arms, where)
         if isinstance(value, BaseModel):
             return self.model(value, where)
+        if is_dataclass(value):
+            members = _members(type(value))
+            return {name: self.value(getattr(value, name), each, f"{where}.{name}") for name, each in members.items()}
         if isinstance(value, Mapping):
-            items = _inner(arms, of_map=True)
-            return {_key(key): self.value(item, items, f"{where}.{_key(key)}") for key, item in value.items()}
+            items, named = _inner(arms, of_map=True), _named(arms)
+            return {
+                _key(key): self.value(item, (*items, *named.get(key, ())), f"{where}.{_key(key)}")
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
-            items = _inner(arms, of_map=False)
-            return [self.value(item, items, f"{where}[{index}]") for index, item in enumerate(value)]
+            items, placed = _inner(arms, of_map=False), _placed(arms, len(value))
+            return [
+                self.value(item, (*items, *each), f"{where}[{index}]")
+                for index, (item, each) in enumerate(zip(value, placed, strict=True))
+            ]
         if isinstance(value, set | frozenset):
             items = _inner(arms, of_map=False)
             return sorted((self.value(item, items, where) for item in value), key=canonical)
@@ -231,6 +254,8 @@ def _arms(annotation: Any, metadata: tuple[Any, ...]) -> tuple[_Arm, ...]:
     content = next((item for item in metadata if isinstance(item, ContentField)), None)
     annotation = getattr(annotation, "__value__", annotation)  # `type X = …`
     origin = get_origin(annotation)
+    if origin in (Required, NotRequired):
+        return _arms(get_args(annotation)[0], metadata)
     if origin is Annotated:
         return _arms(annotation.__origin__, (*annotation.__metadata__, *metadata))
     if origin in (Union, UnionType):
@@ -248,14 +273,45 @@ def _fields(model: type[BaseModel]) -> list[tuple[str, str, tuple[_Arm, ...]]]:
     ]
 
 
+@cache
+def _members(owner: type) -> dict[str, tuple[_Arm, ...]]:
+    """What the fields of a dataclass, a TypedDict or a NamedTuple may be."""
+    hints = get_type_hints(owner, include_extras=True)
+    names = [each.name for each in fields(owner)] if is_dataclass(owner) else hints
+    return {name: _arms(hints[name], ()) for name in names}
+
+
 def _inner(arms: tuple[_Arm, ...], *, of_map: bool) -> tuple[_Arm, ...]:
-    """What the items of those members that are maps, or else lists of some kind, may be."""
+    """What any item of those members that are maps, or else lists of some kind, may be."""
     found: list[Any] = []
     for arm in arms:
-        origin, items = get_origin(arm.type), [item for item in get_args(arm.type) if item is not Ellipsis]
-        if isinstance(origin, type) and issubclass(origin, Mapping) == of_map:
-            found += items[-1:] if of_map else items
+        origin, items = get_origin(arm.type), get_args(arm.type)
+        if not isinstance(origin, type) or issubclass(origin, Mapping) != of_map:
+            continue
+        if of_map or not issubclass(origin, tuple) or items[1:] == (Ellipsis,):
+            found += items[-1:] if of_map else items[:1]
     return tuple(arm for item in found for arm in _arms(item, ()))
+
+
+def _named(arms: tuple[_Arm, ...]) -> dict[str, tuple[_Arm, ...]]:
+    """What the items of those members that are TypedDicts may be, by their names."""
+    found: dict[str, tuple[_Arm, ...]] = {}
+    for arm in filter(lambda arm: hasattr(arm.type, "__total__"), arms):
+        for name, each in _members(arm.type).items():
+            found[name] = (*found.get(name, ()), *each)
+    return found
+
+
+def _placed(arms: tuple[_Arm, ...], count: int) -> list[tuple[_Arm, ...]]:
+    """What the items of those members that are tuples of so many items, or NamedTuples, may be, one by one."""
+    found: list[tuple[_Arm, ...]] = [()] * count
+    for arm in arms:
+        origin, items = get_origin(arm.type), get_args(arm.type)
+        if origin is tuple and len(items) == count and Ellipsis not in items:
+            found = [(*have, *_arms(item, ())) for have, item in zip(found, items, strict=True)]
+        elif isinstance(arm.type, type) and issubclass(arm.type, tuple) and len(_members(arm.type)) == count:
+            found = [(*have, *each) for have, each in zip(found, _members(arm.type).values(), strict=True)]
+    return found
 
 
 def _key(key: Any) -> str:

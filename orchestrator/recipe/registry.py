@@ -17,6 +17,9 @@ from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
 
+from .following import require_followed
+from .guarding import guarded
+
 GROUP = "bigpipe.stages"
 
 _KINDS = (
@@ -114,7 +117,10 @@ def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> S
         raise UsageError(f"{location} lies in {folder}, where workers do not look for it", cure)
     if ":" not in uses and found.kind != uses:
         raise UsageError(f"{location} is the Stage of kind {found.kind!r}, not of {uses!r}", "correct its entry point")
-    return found
+    if is_built_in(location):
+        return found
+    require_followed(found, location)
+    return guarded(found)
 
 
 def _module_cure(location: str, error: Exception) -> str:

@@ -166,7 +166,7 @@ def foreign(what: str, cure: str, kind: type[BigpipeError] = UsageError) -> Iter
         ran_out = getattr(error, "errno", None) in RAN_OUT or "allocate memory" in str(error)
         if ran_out or gpu_memory_ran_out(error):
             raise
-        raise kind(f"{what}: {said_by(error)} ({_raised_at(error)})", cure) from error
+        raise kind(f"{what}: {said_by(error)} ({raised_at(error)})", cure) from error
 
 
 def said_by(error: BaseException) -> str:
@@ -175,8 +175,9 @@ def said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:500]}" if said else type(error).__name__
 
 
-def _raised_at(error: BaseException) -> str:
-    """`file:line` of the innermost call outside the standard library and what is installed, or of the innermost."""
+def raised_at(error: BaseException) -> str:
+    """Return `file:line` of the innermost call outside the standard library and what is installed, else of the
+    innermost."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = (str(Path(__file__).parent), str(Path(os.__file__).parent), "<")
     own = [each for each in frames if not each.filename.startswith(theirs) and "site-packages" not in each.filename]
