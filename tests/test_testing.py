@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -115,6 +116,42 @@ def test_a_kind_is_what_it_is_with_these_params(tmp_path):
     foreseen = forecast_stage(stages.SETTLED, {"text": "here"}, inputs={"model": Forecast()}, folder=tmp_path)
     assert foreseen.seconds == 7.0
     assert forecast_stage(stages.SETTLED, folder=tmp_path).seconds != 7.0
+
+
+PARTS = """
+from pydantic import computed_field
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, StageResult
+
+class Told(Metrics):
+    number: int = 1
+
+    @computed_field
+    @property
+    def twice(self) -> int:
+        return 2 * self.number
+
+def run(params, context):
+    return StageResult(Told(number=2))
+
+def forecast(params, context):
+    return Forecast()
+"""
+ASSEMBLED = """
+from bigpipe.orchestrator.stage import Params, Stage
+from own_parts import Told, run, forecast
+STAGE = Stage(kind="mine", version=1, params=Params, metrics=Told, inputs={}, output=None, run=run, forecast=forecast)
+"""
+
+
+def test_a_stage_may_be_put_together_anywhere_of_whatever_parts(tmp_path, monkeypatch):
+    (tmp_path / "own_space").mkdir()  # without an __init__.py
+    (tmp_path / "own_space" / "stages.py").write_text(ASSEMBLED)
+    (tmp_path / "own_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stage = importlib.import_module("own_space.stages").STAGE
+    monkeypatch.setitem(vars(sys.modules["__main__"]), "STAGE", stage)
+    done = run_stage(stage, folder=tmp_path / "work")
+    assert (done.metrics.number, done.metrics.twice) == (2, 4)
 
 
 SCRIPT = """

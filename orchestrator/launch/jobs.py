@@ -184,8 +184,7 @@ class JobFile(BaseModel):
     def of(cls, job: Job, *, cpu: bool = False) -> JobFile:
         return cls(
             module=job.module,
-            # As they were written: validators may ask which fields were given, and by what name.
-            params=job.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
+            params=_as_written(job.params),
             assignment=job.within(environment={}),
             environment=tuple(job.environment),
             secrets=job.secrets,
@@ -201,6 +200,29 @@ class JobFile(BaseModel):
         stored = cls.model_validate_json(path.read_bytes())
         seen = {name: environment[name] for name in stored.environment if name in environment}
         return stored.model_copy(update={"assignment": stored.assignment.within(environment=seen)})
+
+
+def _as_written(params: Params) -> dict[str, Any]:
+    """Params as a worker reads them again: what was written, by the name it was, since validators may ask which fields
+    were given; and what was made for a field by a function, which would make something else there."""
+    given = params.model_copy(deep=True)
+    _count_made(given)
+    return given.model_dump(mode="json", exclude_unset=True, by_alias=True, round_trip=True)
+
+
+def _count_made(value: Any) -> bool:
+    """Have fields that a function made count as given, and those that hold such; return whether there are any."""
+    if isinstance(value, BaseModel):
+        factories = {name: info.default_factory for name, info in type(value).model_fields.items()}
+        made = {
+            name
+            for name, factory in factories.items()
+            if _count_made(getattr(value, name)) or (factory is not None and not isinstance(factory, type))
+        }
+        value.model_fields_set.update(made)
+        return bool(made)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any([_count_made(item) for item in items])
 
 
 class Failure(BaseModel):
