@@ -120,7 +120,7 @@ class _Walk:
             return self.text(os.fspath(value), arms, where)
         if isinstance(value, BaseModel):
             return self.model(value, where)
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             members = _members(type(value))
             return {name: self.value(getattr(value, name), each, f"{where}.{name}") for name, each in members.items()}
         if isinstance(value, Mapping):

@@ -18,8 +18,8 @@ _OF_ITS_PLANNING = ("facts", "apart", "resumed", "leads_to")
 
 def guarded(stage: Stage[Any]) -> Stage[Any]:
     """Return the same Stage, of which these functions raise BigpipeErrors only."""
-    own = {name: _guarded(stage, stage, name) for name in _OF_THE_STAGE}
-    planning = {name: _guarded(stage, stage.planning, name) for name in _OF_ITS_PLANNING}
+    own: dict[str, Any] = {name: _guarded(stage, stage, name) for name in _OF_THE_STAGE}
+    planning: dict[str, Any] = {name: _guarded(stage, stage.planning, name) for name in _OF_ITS_PLANNING}
     if (pin := stage.planning.pin) is not None:
         planning["pin"] = partial(_given, stage.kind, "pin", (Pinned, type(None)), pin)
     if stage.settled is not None:
