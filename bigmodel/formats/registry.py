@@ -75,6 +75,12 @@ def named(name: str) -> Format:
     return found
 
 
+def distribution_of(name: str) -> str | None:
+    """Return the distribution that offers a format; None for those that are built in, and for other names."""
+    entry = None if name in BUILT_IN else offered().get(name)
+    return _owner(entry) if entry is not None and entry.dist else None
+
+
 def version_of(name: str) -> str | None:
     """Return the distribution and version that offer a format; None for those that are built in."""
     found = None if name in BUILT_IN else offered()[name].dist

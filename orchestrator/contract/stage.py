@@ -245,7 +245,8 @@ class Planning(Generic[P]):
     tries, in this order, where the memory is not there. None: all, in the order of the params."""
     extras: Callable[[P, Path], Collection[str]] | None = None
     """The extras of bigpipe that what the params name needs besides `packages`, by the manifest's directory: of files
-    in a format, of an address. An exported recipe installs them."""
+    in a format, of an address; and other distributions, such as one that offers what is named. An exported recipe
+    installs them."""
     heeds_code: bool = False
     """The result is another one where code that came with a model may run: what the recipe trusts so enters the key."""
 

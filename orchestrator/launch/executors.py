@@ -132,6 +132,14 @@ def executor(name: str) -> Executor:
     raise UsageError(f"there is no executor {name!r}", f"a kind runs in one of {known}, or install the one it needs")
 
 
+def distributions_with(name: str) -> set[str]:
+    """Return the distributions that offer an executor of this name; those that are built in are nobody's."""
+    from importlib.metadata import entry_points
+
+    entries = () if name in EXECUTORS else entry_points(group=GROUP, name=name)
+    return {entry.dist.name for entry in entries if entry.dist}
+
+
 def _run_of_others(name: str, run: Callable[[Job], Outcome], job: Job) -> Outcome:
     with foreign(f"{job.node}: the executor {name} fails", "mend it", StageFailed):
         return run(job)

@@ -33,10 +33,11 @@ from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
 from bigpipe.files import missing, only_a_shell_reads
-from bigpipe.modules import code_files, only_here, top_level
+from bigpipe.modules import code_files, installed_in, only_here, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Params
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 from bigpipe.programs import content_below
+from bigpipe.versions import brought_by
 
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -77,6 +78,13 @@ def gathered_files(params: Params, base: Path) -> list[Path]:
     gathering = _Gathering(base, _Noted([]), inside=False, strict=True)
     gathering.model(params, "")
     return gathering.memo.paths
+
+
+def named_code(params: Params, base: Path) -> list[str]:
+    """Return what the params name as `module:name`; nothing is looked for."""
+    naming = _NamingCode(base, _Noted([]), inside=False, strict=False)
+    naming.model(params, "")
+    return naming.found
 
 
 class Digests(Protocol):
@@ -242,6 +250,20 @@ class _Gathering(_Naming):
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class _NamingCode(_Naming):
+    """Notes the code that it comes by, and looks at no file."""
+
+    found: list[str] = field(default_factory=list)
+
+    def file(self, value: str, where: str, *, names: bool = False) -> str:
+        return ""
+
+    def code(self, value: str, where: str) -> str:
+        self.found.extend([value] if _CODE.fullmatch(value) else ())
+        return ""
+
+
 class _Arm(NamedTuple):
     """One member of a union, with the content marker that holds for it."""
 
@@ -320,7 +342,10 @@ def _key(key: Any) -> str:
 
 def source_digest(reference: str, base: Path | None, memo: Digests) -> str | None:
     """Return `sha256:…` over all Python files of the top-level package of `module:name`, and of the modules beside it
-    that it imports; None where there are none. base: the directory in which it is looked for first. Nothing is
-    imported."""
-    sources = code_files(top_level(reference), base)
-    return digest_of("code", [[name, memo.sha256(path)] for name, path in sources]) if sources else None
+    that it imports, or of all files of its distribution where it is installed; None where there are none. base: the
+    directory in which it is looked for first. Nothing is imported."""
+    top = top_level(reference)
+    sources, folder = code_files(top, base), installed_in(top, base)
+    found = [[name, memo.sha256(path)] for name, path in sources]
+    found += map(list, sorted(brought_by(top, folder).items()) if folder else ())
+    return digest_of("code", found) if found else None

@@ -80,6 +80,11 @@ def only_here(reference: str, base: Path | None) -> str:
     return own if own and own != str(base) and {os.path.dirname(place) for place in found} == {own} else ""
 
 
+def installed_in(top: str, base: Path | None) -> Path | None:
+    """Return the directory of installed packages in which a top-level module lies; None where it lies elsewhere."""
+    return next((place.parent for place in _locations(top, base) if _is_installed(place)), None)
+
+
 def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
     """Return (relative path, path) of all Python files of a top-level module or package, sorted; [] if there are none.
     Links to nothing, which editors leave beside what they edit, are none. base: a directory that is looked at first,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import bigpipe
 from bigpipe.errors import ManifestError, UsageError
 from bigpipe.machine import Machine
 from bigpipe.modules import code_files
+from bigpipe.orchestrator.planning.content import source_digest
 from bigpipe.orchestrator.planning.keys import identity
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage, stage_kinds
@@ -37,6 +39,11 @@ def install(folder: Path, distribution: str, *entries: str, **modules: str) -> N
     (info / "entry_points.txt").write_text("[bigpipe.stages]\n" + "\n".join(entries) + "\n")
     for name, source in modules.items():
         (folder / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def memo(tmp_path: Path) -> StatMemo:
+    return StatMemo(tmp_path / "memo")
 
 
 @pytest.fixture
@@ -239,6 +246,26 @@ def test_an_edited_kind_of_a_distribution_runs_again(workshop: Workshop, site: P
     assert statuses(workshop.run()) == {"note": "succeeded"}
     (site / "noter_texts.py").write_text("TEXT = 'bb'\n")
     assert note(workshop.run()) == "bb"
+
+
+def test_an_upgrade_of_a_distribution_is_another_kind_whatever_it_changed(tmp_path: Path, memo: StatMemo) -> None:
+    packages = tmp_path / "site-packages"
+    install(packages, "wordy", "words = wordy_kinds:STAGE", wordy_kinds="STAGE = 1\n")
+    sys.path.insert(0, str(packages))
+    digests: list[str | None] = []
+    try:
+        for version, words in [("1.0", "sha256=a"), ("1.0", "sha256=b"), ("2.0", "sha256=b")]:
+            record = f"wordy_kinds.py,,\nwordy_words.json,{words},1\nwordy_kinds.pyc,sha256={len(digests)},1\n"
+            (packages / "wordy-1.0.dist-info" / "RECORD").write_text(record)
+            (packages / "wordy-1.0.dist-info" / "METADATA").write_text(f"Name: wordy\nVersion: {version}\n")
+            os.utime(packages, ns=(len(digests), len(digests)))
+            digests.append(source_digest("wordy_kinds:STAGE", None, memo))
+        assert len(set(digests)) == 3
+        (packages / "wordy-1.0.dist-info" / "RECORD").write_text(record.replace("sha256=2", "sha256=9"))
+        os.utime(packages, ns=(9, 9))
+        assert source_digest("wordy_kinds:STAGE", None, memo) == digests[-1]
+    finally:
+        sys.path.remove(str(packages))
 
 
 def test_what_an_editor_leaves_beside_a_module_is_no_source(tmp_path: Path) -> None:
