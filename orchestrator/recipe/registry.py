@@ -17,9 +17,6 @@ from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
 
-from .following import require_followed
-from .guarding import guarded
-
 GROUP = "bigpipe.stages"
 
 _KINDS = (
@@ -119,6 +116,9 @@ def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> S
         raise UsageError(f"{location} is the Stage of kind {found.kind!r}, not of {uses!r}", "correct its entry point")
     if is_built_in(location):
         return found
+    from .following import require_followed  # of what uses others' kinds
+    from .guarding import guarded
+
     require_followed(found, location)
     return guarded(found)
 
