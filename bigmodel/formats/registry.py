@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import foreign, import_attribute
+from bigpipe.modules import code_files, foreign, import_attribute, top_level
 
 if TYPE_CHECKING:
     from .format import Format, Packing
@@ -82,9 +83,14 @@ def distribution_of(name: str) -> str | None:
 
 
 def version_of(name: str) -> str | None:
-    """Return the distribution and version that offer a format; None for those that are built in."""
-    found = None if name in BUILT_IN else offered()[name].dist
-    return f"{found.name} {found.version}" if found else None
+    """Return the distribution and version that offer a format, and a digest of its source, which may be edited where it
+    lies; None for those that are built in."""
+    if name in BUILT_IN or (found := offered()[name].dist) is None:
+        return None
+    digest = sha256()
+    for file, path in code_files(top_level(offered()[name].value), None):
+        digest.update(f"{file}\0{sha256(path.read_bytes()).hexdigest()}\0".encode())
+    return f"{found.name} {found.version} {digest.hexdigest()[:12]}"
 
 
 def read_options(fields: Mapping[str, Any]) -> dict[str, Any]:
