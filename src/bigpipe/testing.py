@@ -123,7 +123,8 @@ def _wired(stage: Stage[Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]
 
 def _location(stage: Stage[Any], settled: Stage[Any]) -> str:
     parts = [part.__module__ for part in (stage.params, stage.metrics, stage.run, stage.forecast)]
-    others = sorted(sys.modules, key="__main__".__eq__)  # which holds what it imported, too
+    main = sys.modules["__main__"]  # which holds what it imported, too, and may have a second name
+    others = [*(name for name, module in sys.modules.items() if module is not main), "__main__"]
     for name in dict.fromkeys([*parts, *others]):
         for attribute, value in list(getattr(sys.modules[name], "__dict__", {}).items()):
             if value is not stage:
