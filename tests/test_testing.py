@@ -148,8 +148,8 @@ def test_a_stage_may_be_put_together_anywhere_of_whatever_parts(tmp_path, monkey
     (tmp_path / "own_space" / "stages.py").write_text(ASSEMBLED)
     (tmp_path / "own_parts.py").write_text(PARTS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    stage = importlib.import_module("own_space.stages").STAGE
     monkeypatch.setitem(sys.modules, "__mp_main__", sys.modules["__main__"])  # of multiprocessing
+    stage = importlib.import_module("own_space.stages").STAGE
     monkeypatch.setitem(vars(sys.modules["__main__"]), "STAGE", stage)
     done = run_stage(stage, folder=tmp_path / "work")
     assert (done.metrics.number, done.metrics.twice) == (2, 4)
