@@ -185,6 +185,7 @@ STAGE = Stage(
         pin_asks=("repo", "revision"),
         reads=reads,
         heeds_code=True,
+        extras=late("bigpipe.plugins.extras:of_estimate"),
     ),
     runs_in="inline",
     packages=("transformers",),

@@ -1,4 +1,5 @@
-"""The extras of bigpipe that a stage needs for the files and addresses that it names: their `Planning.extras`."""
+"""The extras of bigpipe that a stage needs for the files and addresses that it names, and the distributions of the
+formats: their `Planning.extras`."""
 
 from __future__ import annotations
 
@@ -6,13 +7,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigpipe.bigmodel.formats import distribution_of
 from bigpipe.bigmodel.tasks import built_in, named_files
 from bigpipe.errors import UsageError
 
 if TYPE_CHECKING:
     from .distributed_infer import InferParams
+    from .estimate import EstimateParams
     from .evaluate import EvaluateParams
     from .finetune import FinetuneParams
+    from .quantize import QuantizeParams
     from .save import SaveParams
 
 IN_S3 = ("s3", "s3a")
@@ -49,6 +53,20 @@ def of_evaluation(params: EvaluateParams, base: Path) -> set[str]:
 def of_destination(params: SaveParams, base: Path) -> set[str]:
     """Of the file system."""
     return {"s3" for scheme in params.schemes if scheme in IN_S3}
+
+
+def of_quantization(params: QuantizeParams, base: Path) -> set[str]:
+    """Of the format."""
+    return _of_formats([params.scheme])
+
+
+def of_estimate(params: EstimateParams, base: Path) -> set[str]:
+    """Of the formats."""
+    return _of_formats(params.dtypes)
+
+
+def _of_formats(names: Iterable[str]) -> set[str]:
+    return {found for name in names if (found := distribution_of(name))}
 
 
 def _endings(named: Any, base: Path) -> Iterator[str]:

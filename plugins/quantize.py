@@ -78,7 +78,12 @@ STAGE = Stage(
     output="checkpoint",
     run=late("bigpipe.plugins.quantizing:run"),
     forecast=late("bigpipe.plugins.quantizing:forecast"),
-    planning=Planning(check=late("bigpipe.plugins.quantizing:check"), facts=facts, heeds_code=True),
+    planning=Planning(
+        check=late("bigpipe.plugins.quantizing:check"),
+        facts=facts,
+        heeds_code=True,
+        extras=late("bigpipe.plugins.extras:of_quantization"),
+    ),
     passing=Passing(follows="model"),
     packages=("transformers",),
     smoke=late("bigpipe.plugins.smoking:quantize"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import bigpipe
+from bigpipe import errors
 from bigpipe.bigmodel.publishing.addresses import open_destination
-from bigpipe.errors import UsageError
+from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.orchestrator.planning import open_session
 from bigpipe.orchestrator.store.remote import open_remote
 
@@ -115,3 +117,26 @@ def test_a_run_is_offline_where_the_environment_says_so_to_huggingface_hub(
     monkeypatch.setenv(name, said)
     (tmp_path / "r.yaml").write_text("version: 1\nstages:\n  d: {uses: download, with: {repo: a/b}}\n")
     assert open_session(tmp_path / "r.yaml", params={}, store=tmp_path / "store").offline is offline
+
+
+TYPES = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, BigpipeError)]
+PROBLEM = errors.Problem("BP101", errors.Place("r.yaml", 1, 2, "a: b"), "is wrong", "mend it")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_error_of_each_class_comes_whole_out_of_a_process_pool(kind: type[BigpipeError]) -> None:
+    error = kind([PROBLEM]) if kind is errors.ManifestError else kind("it is so", "do that")  # type: ignore[arg-type]
+    error.place, error.node, error.plan = PROBLEM.place, "a", lambda: "functions of a recipe do not go along"
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301  our own
+    assert type(again) is kind
+    assert vars(again) == vars(error) | {"plan": None}
+    assert (str(again), again.args, again.as_json()) == (str(error), error.args, error.as_json())
+
+
+def test_the_error_of_a_refused_run_pickles(tmp_path: Path) -> None:
+    stage = "{uses: command, resources: {ram: 100TiB}, with: {argv: ['true'], produces: checkpoint}}"
+    (tmp_path / "r.yaml").write_text(f"version: 1\nstages:\n  a: {stage}\n")
+    with pytest.raises(errors.DoesNotFit) as told:
+        bigpipe.run(tmp_path / "r.yaml", store=tmp_path / "store")
+    assert told.value.plan is not None
+    assert str(pickle.loads(pickle.dumps(told.value))) == str(told.value)  # noqa: S301  our own

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from support import stages
 from support.models import make_checkpoint
 
 from bigpipe.errors import DoesNotFit, StageFailed, UsageError
+from bigpipe.orchestrator.launch.leaving import await_threads
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.shard import STAGE as SHARD
 from bigpipe.testing import forecast_stage, run_stage
@@ -27,6 +30,27 @@ def test_a_stage_runs_where_its_kind_asks_for(stage, here, tmp_path):
     assert done.metrics.shown == "yes"
     assert done.out == tmp_path / "out"
     assert (done.out / "made").read_text() == "words"
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("stage", "late"), [(stages.INLINE, False), (stages.PROCESS, True)])
+def test_what_a_kind_left_open_is_written_and_its_threads_end(stage, late, tmp_path):
+    done = run_stage(stage, {"do": "open", "text": "" if late else "inline"}, folder=tmp_path)
+    made = {path.name: path.read_text() for path in done.out.iterdir()}
+    stages.close_all()
+    assert made == {name: "rows" for name in ("cycle", "global", *["late"][:late])}
+
+
+def test_a_thread_that_does_not_end_is_named():
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, name="endless")
+    thread.start()
+    try:
+        with pytest.raises(StageFailed, match="kind mine: the thread endless still works 0 s after `run` returned"):
+            await_threads("mine", 0)
+    finally:
+        end.set()
+        thread.join()
 
 
 def test_ranks_are_really_launched(tmp_path):
@@ -92,6 +116,43 @@ def test_a_kind_is_what_it_is_with_these_params(tmp_path):
     foreseen = forecast_stage(stages.SETTLED, {"text": "here"}, inputs={"model": Forecast()}, folder=tmp_path)
     assert foreseen.seconds == 7.0
     assert forecast_stage(stages.SETTLED, folder=tmp_path).seconds != 7.0
+
+
+PARTS = """
+from pydantic import computed_field
+from bigpipe.orchestrator.stage import Forecast, Metrics, Params, StageResult
+
+class Told(Metrics):
+    number: int = 1
+
+    @computed_field
+    @property
+    def twice(self) -> int:
+        return 2 * self.number
+
+def run(params, context):
+    return StageResult(Told(number=2))
+
+def forecast(params, context):
+    return Forecast()
+"""
+ASSEMBLED = """
+from bigpipe.orchestrator.stage import Params, Stage
+from own_parts import Told, run, forecast
+STAGE = Stage(kind="mine", version=1, params=Params, metrics=Told, inputs={}, output=None, run=run, forecast=forecast)
+"""
+
+
+def test_a_stage_may_be_put_together_anywhere_of_whatever_parts(tmp_path, monkeypatch):
+    (tmp_path / "own_space").mkdir()  # without an __init__.py
+    (tmp_path / "own_space" / "stages.py").write_text(ASSEMBLED)
+    (tmp_path / "own_parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "__mp_main__", sys.modules["__main__"])  # of multiprocessing
+    stage = importlib.import_module("own_space.stages").STAGE
+    monkeypatch.setitem(vars(sys.modules["__main__"]), "STAGE", stage)
+    done = run_stage(stage, folder=tmp_path / "work")
+    assert (done.metrics.number, done.metrics.twice) == (2, 4)
 
 
 SCRIPT = """

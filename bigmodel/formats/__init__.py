@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from .packed import PackedWeight, replace_linears, set_apart
     from .plain import decode, decoded, decoding_memory, left_out, plain_dtype, without_quantization
     from .recognition import EIGHT_BITS, castable, computable, format_of, recognise, uncomputable
-    from .registry import BUILT_IN, idle_options, named, names, packing_of, read_options, require_known, version_of
+    from .registry import (
+        BUILT_IN,
+        distribution_of,
+        idle_options,
+        named,
+        names,
+        packing_of,
+        read_options,
+        require_known,
+        version_of,
+    )
     from .widths import DTYPES, PLAIN_DTYPES, WORTHWHILE, asked, dtypes, has_double_quant, packing, require_dtype, width
 
 __getattr__, __all__ = face(__name__)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import import_attribute
+from bigpipe.modules import code_files, foreign, import_attribute, top_level
 
 if TYPE_CHECKING:
     from .format import Format, Packing
@@ -32,10 +33,21 @@ OPTIONS = ("llm_int8_threshold", "bnb_4bit_use_double_quant", "bnb_4bit_compute_
 
 @cache
 def offered() -> Mapping[str, Any]:
-    """Return the entry points of other distributions by name; none is imported."""
+    """Return the entry points of other distributions by name; none is imported. Raise UsageError where two offer the
+    same."""
     from importlib.metadata import entry_points
 
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
+    found: dict[str, Any] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            cause = f"the scheme {entry.name!r} is offered by {_owner(other)} and by {_owner(entry)}"
+            raise UsageError(cause, f"uninstall one, or rename the format in the entry points of {_owner(entry)}")
+    return {name: entry for name, entry in found.items() if name not in BUILT_IN}
+
+
+def _owner(entry: Any) -> str:
+    return str(entry.dist.name if entry.dist is not None else entry.module)
 
 
 def names() -> list[str]:
@@ -57,16 +69,28 @@ def named(name: str) -> Format:
         return built_in
     from .format import Format
 
-    found = offered()[name].load()
+    with foreign(f"scheme {name!r} cannot be loaded from {offered()[name].value}", "mend its distribution"):
+        found = offered()[name].load()
     if not isinstance(found, Format) or found.name != name or found.packing is None:
         raise UsageError(f"{offered()[name].value} is no Format named {name} with a packing", "correct its entry point")
     return found
 
 
+def distribution_of(name: str) -> str | None:
+    """Return the distribution that offers a format; None for those that are built in, and for other names."""
+    entry = None if name in BUILT_IN else offered().get(name)
+    return _owner(entry) if entry is not None and entry.dist else None
+
+
 def version_of(name: str) -> str | None:
-    """Return the distribution and version that offer a format; None for those that are built in."""
-    found = None if name in BUILT_IN else offered()[name].dist
-    return f"{found.name} {found.version}" if found else None
+    """Return the distribution and version that offer a format, and a digest of its source, which may be edited where it
+    lies; None for those that are built in."""
+    if name in BUILT_IN or (found := offered()[name].dist) is None:
+        return None
+    digest = sha256()
+    for file, path in code_files(top_level(offered()[name].value), None):
+        digest.update(f"{file}\0{sha256(path.read_bytes()).hexdigest()}\0".encode())
+    return f"{found.name} {found.version} {digest.hexdigest()[:12]}"
 
 
 def read_options(fields: Mapping[str, Any]) -> dict[str, Any]:

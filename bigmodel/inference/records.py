@@ -214,5 +214,5 @@ def check_errors(count: int, allowed: int, failed: Iterable[Record], rows: Seque
         said = f"prompt {first.index}{f' ({place})' if place else ''}: {first.payload['error']}"
         raise StageFailed(
             f"{counted(count, 'prompt')} failed, and max_errors allows {allowed}; {said}",
-            "mend the prompt, or raise max_errors: the results then hold the error in its place",
+            "mend the prompt, or the task (the log has a traceback), or raise max_errors: results then hold the error",
         )

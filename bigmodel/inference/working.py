@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bigpipe.bigmodel.tasks import OVERFLOWS, Answer, Answerer, Row
 from bigpipe.errors import BigpipeError, DoesNotFit, StageFailed
@@ -197,8 +198,8 @@ def answer_batch(
     try:
         with _no_grad() if computes else nullcontext():
             answers = answerer(rows)
-        _require_writable([without_files(answer.payload) for answer in answers])
-        return answers
+        _require_answers(answers, rows)
+        return _writable(answers)
     except BigpipeError:
         raise
     except Exception as error:
@@ -209,6 +210,34 @@ def answer_batch(
     if computes:
         _empty_caches()
     return [answer for part in parts for answer in answer_batch(answerer, part, log, warn, computes=computes)]
+
+
+def _require_answers(answers: object, rows: Sequence[Row]) -> None:
+    """Raise StageFailed where a task of somebody's own gives something else: that is no row's fault."""
+    if not isinstance(answers, list) or not all(isinstance(each, Answer) for each in answers):
+        of = f" of {type(answers[0]).__name__}" if isinstance(answers, list) and answers else ""
+        raise StageFailed(f"the task gives a {type(answers).__name__}{of}", "mend it: it gives a list of Answers")
+    if len(answers) != len(rows):
+        cause = f"the task gives {counted(len(answers), 'answer')} for {counted(len(rows), 'row')}"
+        raise StageFailed(cause, "mend it: it gives an answer for each row, in their order")
+
+
+def _writable(answers: list[Answer]) -> list[Answer]:
+    """Return the answers, numbers of numpy and torch among them as Python's. Raise as `_require_writable`."""
+    try:
+        _require_writable([without_files(answer.payload) for answer in answers])
+    except TypeError:
+        answers = [replace(answer, payload=_plain(answer.payload)) for answer in answers]
+        _require_writable([without_files(answer.payload) for answer in answers])
+    return answers
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _require_writable(payloads: Sequence[Mapping[str, object]]) -> None:

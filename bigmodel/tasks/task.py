@@ -293,12 +293,12 @@ def function_task(name: str, function: Callable[..., Any]) -> Task:
     `index` and `seed` where it has none of that name, and of `prompt`, the row's prompt in any case. A row of which it
     gives an `error` that is a text failed; `tokens` and `prompt_tokens` are how many it made and read."""
 
-    taken = _keywords(function)
+    taken, called = _keywords(function), name.rpartition(":")[2]
     heeds = taken is None or "max_new_tokens" in taken
 
     def bind(model: Any, path: Path, options: TaskOptions, sources: Sources) -> Answerer:
         length = {"max_new_tokens": options.max_new_tokens} if heeds else {}
-        return partial(_call, partial(function, **{**length, **options.arguments}), model, options.seed)
+        return partial(_call, called, partial(function, **{**length, **options.arguments}), model, options.seed)
 
     checked = partial(refuse_arguments, name, taken)
     return Task(name=name, bind=bind, check_arguments=checked, heeds_length=heeds, reads=())
@@ -332,16 +332,16 @@ def _refuse_changed(name: str, made: Mapping[str, Any], own: Mapping[str, Any], 
             raise TypeError(f"{name} gives another {key!r} than the row's, which a result holds too: name it otherwise")
 
 
-def _call(function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:
+def _call(name: str, function: partial[Any], model: Any, seed: int, rows: Sequence[Row]) -> list[Answer]:
     import torch
 
     torch.manual_seed(seed + rows[0].index)
     given = [{"index": row.index, "seed": seed + row.index, **row.data, "prompt": row.prompt} for row in rows]
     made = function(model, given)
     if not isinstance(made, list) or len(made) != len(rows) or not all(isinstance(entry, dict) for entry in made):
-        raise TypeError(f"{function.func.__name__} must give a list of {len(rows)} dicts, one per row")
+        raise TypeError(f"{name} must give a list of {len(rows)} dicts, one per row")
     for entry, row, fields in zip(made, rows, given, strict=True):
-        _refuse_changed(function.func.__name__, entry, {"index": row.index, "prompt": row.prompt}, fields)
+        _refuse_changed(name, entry, {"index": row.index, "prompt": row.prompt}, fields)
     return [Answer(dict(entry), _count(entry, "tokens"), _count(entry, "prompt_tokens")) for entry in made]
 
 

@@ -201,4 +201,4 @@ class StageContext(Assignment):
         self.reporter.report(Progress(self.node, done, total, unit, task, self.rank, note, tokens, busy, whole))
 
     def log(self, line: str, *, detail: bool = False) -> None:
-        self.reporter.report(LogLine(self.node, line, detail, self.rank))
+        self.reporter.report(LogLine(self.node, str(line), detail, self.rank))

@@ -256,7 +256,8 @@ class Planning(Generic[P]):
     tries, in this order, where the memory is not there. None: all, in the order of the params."""
     extras: Callable[[P, Path], Collection[str]] | None = None
     """The extras of bigpipe that what the params name needs besides `packages`, by the manifest's directory: of files
-    in a format, of an address. An exported recipe installs them."""
+    in a format, of an address; and other distributions, such as one that offers what is named. An exported recipe
+    installs them."""
     heeds_code: bool = False
     """The result is another one where code that came with a model may run: what the recipe trusts so enters the key."""
 
@@ -366,6 +367,15 @@ class Stage(Generic[P]):
     """One sentence for `bigpipe kinds` and the reference."""
     result_line: Callable[[Mapping[str, Json]], str] | None = None
     """Recorded metrics in a few words, for the table at the end of a run; None: its scalar metrics."""
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for what is not of its type, so that its module says so when it is imported."""
+        for name, model in (("params", Params), ("metrics", Metrics)):
+            given = getattr(self, name)
+            if not isinstance(given, type) or not issubclass(given, model):
+                raise TypeError(f"Stage {self.kind}: `{name}` is {given!r}, and not a class of {model.__name__}")
+        if wrong := [name for name, port in self.inputs.items() if not isinstance(port, Port)]:
+            raise TypeError(f"Stage {self.kind}: its input {wrong[0]} is {self.inputs[wrong[0]]!r}, and not a Port")
 
     def port(self, name: str) -> Port | None:
         """Return the port of this name, None where there is none."""

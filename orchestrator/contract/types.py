@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import index
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,3 +135,20 @@ class Forecast:
     """One line for people: `6 shards, +25.7 GB`."""
     details: tuple[str, ...] = ()
     """Lines for those who ask for more: which part of a model goes on which device."""
+
+    def __post_init__(self) -> None:
+        """Make sizes whole numbers, numpy's too. Raise TypeError for what is none."""
+        for name in ("download_bytes", "write_bytes", "file_bytes", "works_on", "ram"):
+            if (given := getattr(self, name)) is not None and type(given) is not int:
+                object.__setattr__(self, name, _whole(name, given))
+        if self.vram:
+            if not isinstance(self.vram, Mapping):
+                raise TypeError(f"Forecast: vram is {self.vram!r}, and not GPU index → bytes")
+            vram = {index(gpu): _whole(f"vram[{gpu}]", size) for gpu, size in self.vram.items()}
+            object.__setattr__(self, "vram", vram)
+
+
+def _whole(name: str, size: Any) -> int:
+    if isinstance(size, str | bytes) or not hasattr(size, "__int__"):
+        raise TypeError(f"Forecast: {name} is {size!r}, and not a number of bytes")
+    return int(size)

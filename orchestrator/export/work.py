@@ -16,7 +16,9 @@ from pathlib import Path
 
 from bigpipe.errors import UsageError
 from bigpipe.git import origin_of
+from bigpipe.modules import installed_in, top_level
 from bigpipe.names import plain_names
+from bigpipe.orchestrator.launch import distributions_with
 from bigpipe.orchestrator.planning import (
     NodeState,
     Plan,
@@ -25,11 +27,12 @@ from bigpipe.orchestrator.planning import (
     States,
     lock_path,
     make_plan,
+    named_code,
     takes_any_gpus,
 )
 from bigpipe.orchestrator.recipe import Recipe, distributions_of, is_built_in
 from bigpipe.orchestrator.sinks import SINKS
-from bigpipe.versions import RUN, package_version, requirement
+from bigpipe.versions import RUN, brought_by, package_version, requirement
 
 COMPUTES = {"torch", "vllm"}
 """Packages that use GPUs."""
@@ -168,22 +171,33 @@ def _requirements(session: Session) -> tuple[str, ...]:
     extras = (packages & offered - set(RUN)) | ({"run"} if "torch" in packages else set())  # kinds that compute name it
     asked = any(node.resources.gpus or node.resources.gpu_memory for node in recipe.nodes.values())
     extras |= {"gpu"} if asked or packages & COMPUTES else set()
+    further = _of_others(recipe, session.base)
     for node in recipe.nodes.values():
         if node.kind.planning.extras is not None:
-            extras |= set(session.ask(node, node.kind.planning.extras, session.base))
+            needed = set(session.ask(node, node.kind.planning.extras, session.base))
+            extras, further = extras | needed & offered, further | needed - offered
     extras |= set(recipe.sinks)
     if recipe.remote and recipe.remote.address.startswith("s3:"):
         extras.add("s3")
     listed = f"[{','.join(sorted(extras))}]" if extras else ""
     brought = {"bigpipe-ml", *offered, *(RUN if "run" in extras else ())}
-    further = sorted(_of_others(recipe) - brought)
-    return (f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}", *map(requirement, further))
+    return (f"bigpipe-ml{listed}=={package_version('bigpipe-ml')}", *map(requirement, sorted(further - brought)))
 
 
-def _of_others(recipe: Recipe) -> set[str]:
-    """The distributions that offer the kinds which are not bigpipe's own, and those that these kinds name."""
-    others = {node.location: node.kind.packages for node in recipe.nodes.values() if not is_built_in(node.location)}
-    return {name for location, packages in others.items() for name in (*distributions_of(location), *packages)}
+def _of_others(recipe: Recipe, base: Path) -> set[str]:
+    """The distributions of the kinds which are not bigpipe's own, and those that these kinds name; of executors, and of
+    what the params name as `module:name`."""
+    found: set[str] = set()
+    for node in recipe.nodes.values():
+        found |= distributions_with(node.kind.runs_in)
+        code = named_code(node.params, base)
+        if not is_built_in(node.location):
+            found |= {*distributions_of(node.location), *node.kind.packages}
+            code.append(node.location)
+        for top in {top_level(each) for each in code}:
+            if folder := installed_in(top, base):
+                found |= brought_by(top, folder).keys()
+    return found
 
 
 def _tasks(recipe: Recipe, plan: Plan) -> Iterator[Task]:

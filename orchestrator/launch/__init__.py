@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .acceleration import effective_launch, require_heeded, runs_on_cpu
     from .clusters import Cluster, Host, open_cluster
     from .environment import DEVICE_ORDER, visible_secrets, worker_environment
-    from .executors import Executor, executor, run_alone
+    from .executors import Executor, distributions_with, executor, run_alone
     from .holding import RAM, gpu_name
     from .jobs import AttemptFolder, Failure, Job, JobFile, Needs, Outcome, ran_out
     from .meeting import Meeting, attend, meeting_place

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from bigpipe.errors import Interrupted, UsageError
 from bigpipe.files import NO_LOCKS, open_lock
+from bigpipe.modules import foreign
 from bigpipe.orchestrator.contract import Machine, late
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def _connect(name: str) -> Connect:
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=GROUP, name=name):
-        found: Connect = entry.load()
+        with foreign(f"the executor {name!r} cannot be loaded from {entry.value}", "mend its distribution"):
+            found: Connect = entry.load()
         return found
     known = ", ".join(CLUSTERS)
     raise UsageError(f"there is no executor {name!r}", f"give one of {known}, as in --executor ray:ADDRESS, or none")

@@ -16,14 +16,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import StageFailed, UsageError
+from bigpipe.modules import foreign
 from bigpipe.orchestrator.contract import Stage, StageContext, Surroundings, late
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Executor:
 def run_inline(job: Job) -> Outcome:
     """Call the stage in this thread. Nobody can end it there: it stops when it reports something."""
     from .jobs import Failure, Outcome
+    from .leaving import write_out
     from .processes import own_peak
     from .supervision import Supervisor
 
@@ -67,6 +69,7 @@ def run_inline(job: Job) -> Outcome:
     try:
         with heavy_imports_barred(job.stage.kind):
             result = job.stage.run(job.params, StageContext.of(job, reporter=supervisor))
+        write_out(job.out, job.scratch)
         outcome = Outcome.of(result, job.stage)
     except Exception as error:
         supervisor.log.write(traceback.format_exc())
@@ -120,12 +123,26 @@ def executor(name: str) -> Executor:
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=GROUP, name=name):
-        found = entry.load()
+        with foreign(f"the executor {name!r} cannot be loaded from {entry.value}", "mend its distribution"):
+            found = entry.load()
         if isinstance(found, Executor):
-            return found
+            return replace(found, run=partial(_run_of_others, name, found.run))
         raise UsageError(f"{entry.value} is a {type(found).__name__}, not an Executor", "correct its entry point")
     known = ", ".join(EXECUTORS)
     raise UsageError(f"there is no executor {name!r}", f"a kind runs in one of {known}, or install the one it needs")
+
+
+def distributions_with(name: str) -> set[str]:
+    """Return the distributions that offer an executor of this name; those that are built in are nobody's."""
+    from importlib.metadata import entry_points
+
+    entries = () if name in EXECUTORS else entry_points(group=GROUP, name=name)
+    return {entry.dist.name for entry in entries if entry.dist}
+
+
+def _run_of_others(name: str, run: Callable[[Job], Outcome], job: Job) -> Outcome:
+    with foreign(f"{job.node}: the executor {name} fails", "mend it", StageFailed):
+        return run(job)
 
 
 def run_alone(

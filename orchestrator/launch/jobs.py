@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bigpipe.errors import BY_NAME, BigpipeError, DoesNotFit, StageFailed, UsageError, gpu_memory_ran_out
 from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.fit import out_of_memory
+from bigpipe.modules import raised_at
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
 from bigpipe.redaction import mask, redact_fields, redact_json
 from bigpipe.versions import lacks
@@ -183,8 +184,7 @@ class JobFile(BaseModel):
     def of(cls, job: Job, *, cpu: bool = False) -> JobFile:
         return cls(
             module=job.module,
-            # As they were written: validators may ask which fields were given, and by what name.
-            params=job.params.model_dump(mode="json", exclude_unset=True, by_alias=True),
+            params=_as_written(job.params),
             assignment=job.within(environment={}),
             environment=tuple(job.environment),
             secrets=job.secrets,
@@ -200,6 +200,29 @@ class JobFile(BaseModel):
         stored = cls.model_validate_json(path.read_bytes())
         seen = {name: environment[name] for name in stored.environment if name in environment}
         return stored.model_copy(update={"assignment": stored.assignment.within(environment=seen)})
+
+
+def _as_written(params: Params) -> dict[str, Any]:
+    """Params as a worker reads them again: what was written, by the name it was, since validators may ask which fields
+    were given; and what was made for a field by a function, which would make something else there."""
+    given = params.model_copy(deep=True)
+    _count_made(given)
+    return given.model_dump(mode="json", exclude_unset=True, by_alias=True, round_trip=True)
+
+
+def _count_made(value: Any) -> bool:
+    """Have fields that a function made count as given, and those that hold such; return whether there are any."""
+    if isinstance(value, BaseModel):
+        factories = {name: info.default_factory for name, info in type(value).model_fields.items()}
+        made = {
+            name
+            for name, factory in factories.items()
+            if _count_made(getattr(value, name)) or (factory is not None and not isinstance(factory, type))
+        }
+        value.model_fields_set.update(made)
+        return bool(made)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any([_count_made(item) for item in items])
 
 
 class Failure(BaseModel):
@@ -223,7 +246,8 @@ class Failure(BaseModel):
             if told is not None and BY_NAME.get(known.__name__) is known:
                 cause = f"{told.place}: {told.cause}" if told.place else told.cause
                 return cls(type=known.__name__, cause=cause, cure=told.cure, field=told.field)
-        return cls(type="StageFailed", cause=_describe(error), expected=False)
+        place = f" ({raised_at(error)})" if error.__traceback__ else ""
+        return cls(type="StageFailed", cause=_describe(error) + place, expected=False)
 
     def error(self, node: str, log: Path) -> BigpipeError:
         """The same class again. Unexpected ones name the node and the log with the traceback."""
@@ -257,6 +281,9 @@ class Outcome(BaseModel):
         """From what a stage returned; StageFailed where that is not what the contract asks for."""
         if not isinstance(result, StageResult) or not isinstance(result.metrics, BaseModel):
             raise StageFailed(f"kind {stage.kind} returned {result!r}", "a stage returns StageResult(metrics, files)")
+        if not isinstance(result.metrics, stage.metrics):
+            cause = f"kind {stage.kind} returned metrics of {type(result.metrics).__name__}"
+            raise StageFailed(cause, f"a stage returns what its `metrics` say: {stage.metrics.__name__}")
         if result.type and not stage.may_give(result.type):
             raise StageFailed(f"kind {stage.kind} gave a {result.type!r}", "its `output` or `outputs` must name that")
         metrics = redact_json(result.metrics.model_dump(mode="json"), mask)

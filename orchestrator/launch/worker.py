@@ -10,7 +10,8 @@ With `--warm` it imports modules and waits until it is told on its input that th
 `WarmWorker`.
 
 The first statements of `begin` tie the process to its parent and its work folder, before anything heavy is imported.
-A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing.
+A worker ends by `os._exit` once its result is written: libraries that crash in their own teardown change nothing. What
+the kind itself left open or under way is finished before (`leaving`).
 
 On further machines (`num_machines` over 1) whoever attends the meeting there, or a person, starts mode `launch` with
 that machine's rank on the job file of the first machine, which must lie on a file system that all share.
@@ -138,6 +139,7 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
     from bigpipe.orchestrator.contract import RankHello, StageContext
 
     from .jobs import Outcome
+    from .leaving import await_threads, write_out
     from .output import EventWriter
 
     job, rank_dir = file.assignment, None
@@ -161,6 +163,8 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
         assert function is not None  # noqa: S101 (the executor asks for what there is)
         given = function(params, context)
+        await_threads(kind.kind)
+        write_out(job.out, job.scratch)
     return Outcome() if mode == "prepare" else Outcome.of(given, stage)
 
 

@@ -7,7 +7,7 @@ from bigpipe.faces import face
 if TYPE_CHECKING:
     from . import fallback, schedule
     from .beside import examined
-    from .content import content_paths, gathered_files
+    from .content import content_paths, gathered_files, named_code
     from .decision import Action, Decision, GateVerdict, decide, difference_json, difference_text
     from .doctor import doctor_text, examine, unsound
     from .effects import clash_with

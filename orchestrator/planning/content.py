@@ -10,21 +10,34 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    Required,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from bigpipe.errors import UsageError
 from bigpipe.files import missing, only_a_shell_reads
-from bigpipe.modules import code_files, top_level
+from bigpipe.modules import code_files, installed_in, only_here, top_level
 from bigpipe.orchestrator.contract import ContentField, Json, Params
 from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 from bigpipe.programs import content_below
+from bigpipe.versions import brought_by
 
 _CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -67,6 +80,13 @@ def gathered_files(params: Params, base: Path) -> list[Path]:
     return gathering.memo.paths
 
 
+def named_code(params: Params, base: Path) -> list[str]:
+    """Return what the params name as `module:name`; nothing is looked for."""
+    naming = _NamingCode(base, _Noted([]), inside=False, strict=False)
+    naming.model(params, "")
+    return naming.found
+
+
 class Digests(Protocol):
     def sha256(self, path: str | Path) -> str: ...
 
@@ -104,14 +124,25 @@ class _Walk:
             return value
         if isinstance(value, str):
             return self.text(value, arms, where)
+        if isinstance(value, os.PathLike):
+            return self.text(os.fspath(value), arms, where)
         if isinstance(value, BaseModel):
             return self.model(value, where)
+        if is_dataclass(value) and not isinstance(value, type):
+            members = _members(type(value))
+            return {name: self.value(getattr(value, name), each, f"{where}.{name}") for name, each in members.items()}
         if isinstance(value, Mapping):
-            items = _inner(arms, of_map=True)
-            return {_key(key): self.value(item, items, f"{where}.{_key(key)}") for key, item in value.items()}
+            items, named = _inner(arms, of_map=True), _named(arms)
+            return {
+                _key(key): self.value(item, (*items, *named.get(key, ())), f"{where}.{_key(key)}")
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
-            items = _inner(arms, of_map=False)
-            return [self.value(item, items, f"{where}[{index}]") for index, item in enumerate(value)]
+            items, placed = _inner(arms, of_map=False), _placed(arms, len(value))
+            return [
+                self.value(item, (*items, *each), f"{where}[{index}]")
+                for index, (item, each) in enumerate(zip(value, placed, strict=True))
+            ]
         if isinstance(value, set | frozenset):
             items = _inner(arms, of_map=False)
             return sorted((self.value(item, items, where) for item in value), key=canonical)
@@ -172,6 +203,9 @@ class _Walk:
         if digest is None:
             cure = f"put {top}.py or {top}/ into {self.base}, or install it beside bigpipe"
             raise UsageError(f"{where}: there is no Python source of a module {top!r}", cure, field=where)
+        if folder := only_here(value, self.base):
+            cause = f"{where}: the module {top} lies in {folder}, where workers do not look for it"
+            raise UsageError(cause, f"put it into {self.base}, or install it", field=where)
         return f"{value}@{digest}"
 
     def _missing(self, where: str, name: str) -> UsageError:
@@ -216,6 +250,20 @@ class _Gathering(_Naming):
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class _NamingCode(_Naming):
+    """Notes the code that it comes by, and looks at no file."""
+
+    found: list[str] = field(default_factory=list)
+
+    def file(self, value: str, where: str, *, names: bool = False) -> str:
+        return ""
+
+    def code(self, value: str, where: str) -> str:
+        self.found.extend([value] if _CODE.fullmatch(value) else ())
+        return ""
+
+
 class _Arm(NamedTuple):
     """One member of a union, with the content marker that holds for it."""
 
@@ -228,6 +276,8 @@ def _arms(annotation: Any, metadata: tuple[Any, ...]) -> tuple[_Arm, ...]:
     content = next((item for item in metadata if isinstance(item, ContentField)), None)
     annotation = getattr(annotation, "__value__", annotation)  # `type X = …`
     origin = get_origin(annotation)
+    if origin in (Required, NotRequired):
+        return _arms(get_args(annotation)[0], metadata)
     if origin is Annotated:
         return _arms(annotation.__origin__, (*annotation.__metadata__, *metadata))
     if origin in (Union, UnionType):
@@ -245,14 +295,45 @@ def _fields(model: type[BaseModel]) -> list[tuple[str, str, tuple[_Arm, ...]]]:
     ]
 
 
+@cache
+def _members(owner: type) -> dict[str, tuple[_Arm, ...]]:
+    """What the fields of a dataclass, a TypedDict or a NamedTuple may be."""
+    hints = get_type_hints(owner, include_extras=True)
+    names = [each.name for each in fields(owner)] if is_dataclass(owner) else hints
+    return {name: _arms(hints[name], ()) for name in names}
+
+
 def _inner(arms: tuple[_Arm, ...], *, of_map: bool) -> tuple[_Arm, ...]:
-    """What the items of those members that are maps, or else lists of some kind, may be."""
+    """What any item of those members that are maps, or else lists of some kind, may be."""
     found: list[Any] = []
     for arm in arms:
-        origin, items = get_origin(arm.type), [item for item in get_args(arm.type) if item is not Ellipsis]
-        if isinstance(origin, type) and issubclass(origin, Mapping) == of_map:
-            found += items[-1:] if of_map else items
+        origin, items = get_origin(arm.type), get_args(arm.type)
+        if not isinstance(origin, type) or issubclass(origin, Mapping) != of_map:
+            continue
+        if of_map or not issubclass(origin, tuple) or items[1:] == (Ellipsis,):
+            found += items[-1:] if of_map else items[:1]
     return tuple(arm for item in found for arm in _arms(item, ()))
+
+
+def _named(arms: tuple[_Arm, ...]) -> dict[str, tuple[_Arm, ...]]:
+    """What the items of those members that are TypedDicts may be, by their names."""
+    found: dict[str, tuple[_Arm, ...]] = {}
+    for arm in filter(lambda arm: hasattr(arm.type, "__total__"), arms):
+        for name, each in _members(arm.type).items():
+            found[name] = (*found.get(name, ()), *each)
+    return found
+
+
+def _placed(arms: tuple[_Arm, ...], count: int) -> list[tuple[_Arm, ...]]:
+    """What the items of those members that are tuples of so many items, or NamedTuples, may be, one by one."""
+    found: list[tuple[_Arm, ...]] = [()] * count
+    for arm in arms:
+        origin, items = get_origin(arm.type), get_args(arm.type)
+        if origin is tuple and len(items) == count and Ellipsis not in items:
+            found = [(*have, *_arms(item, ())) for have, item in zip(found, items, strict=True)]
+        elif isinstance(arm.type, type) and issubclass(arm.type, tuple) and len(_members(arm.type)) == count:
+            found = [(*have, *each) for have, each in zip(found, _members(arm.type).values(), strict=True)]
+    return found
 
 
 def _key(key: Any) -> str:
@@ -261,7 +342,10 @@ def _key(key: Any) -> str:
 
 def source_digest(reference: str, base: Path | None, memo: Digests) -> str | None:
     """Return `sha256:…` over all Python files of the top-level package of `module:name`, and of the modules beside it
-    that it imports; None where there are none. base: the directory in which it is looked for first. Nothing is
-    imported."""
-    sources = code_files(top_level(reference), base)
-    return digest_of("code", [[name, memo.sha256(path)] for name, path in sources]) if sources else None
+    that it imports, or of all files of its distribution where it is installed; None where there are none. base: the
+    directory in which it is looked for first. Nothing is imported."""
+    top = top_level(reference)
+    sources, folder = code_files(top, base), installed_in(top, base)
+    found = [[name, memo.sha256(path)] for name, path in sources]
+    found += map(list, sorted(brought_by(top, folder).items()) if folder else ())
+    return digest_of("code", found) if found else None

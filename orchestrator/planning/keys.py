@@ -19,9 +19,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from bigpipe.errors import UsageError
+from bigpipe.modules import foreign
 from bigpipe.orchestrator.contract import Json, Machine, Params
 from bigpipe.orchestrator.recipe import Node, is_built_in
-from bigpipe.orchestrator.store import StatMemo, digest_of
+from bigpipe.orchestrator.store import StatMemo, canonical, digest_of
 from bigpipe.trust import Trust
 from bigpipe.versions import package_version, planned_version
 
@@ -38,7 +39,8 @@ class Identity:
     kind: str
     version: int
     code: str | None = None
-    """The digest of the kind's source, where it is not built in: its `version` alone need not say what it does."""
+    """Which Stage it is and the digest of its source, `module:NAME@sha256:…`, where it is not built in: its `version`
+    alone need not say what it does."""
     params: Mapping[str, Json]
     env: Mapping[str, str] = field(default_factory=dict)
     packages: Mapping[str, str | None] = field(default_factory=dict)
@@ -84,8 +86,9 @@ class Difference:
 def shown(value: Json) -> str:
     """Return a value as it is shown to people: of a digest the first 12 digits, of a long text the beginning."""
     text = "none" if value is None else str(value)
-    if text.startswith("sha256:"):
-        return text[7:19]
+    named, marked, digest = text.rpartition("sha256:")
+    if marked and " " not in named:
+        return named + digest[:12]
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -112,14 +115,18 @@ def identity(
         _pin(params, path, value)
     for path in kind.planning.apart(node.params) if kind.planning.apart else ():
         _leave_out(params, path)
+    told = facts(node.params, machine) if facts else {}
+    with foreign(f"kind {kind.kind}: `facts`", "give back plain values by their names"):
+        canonical(dict(told))
+    source = None if is_built_in(location) else source_digest(location, trust.home(location, base), memo)
     return Identity(
         kind=kind.kind,
         version=kind.version,
-        code=None if is_built_in(location) else source_digest(location, trust.home(location, base), memo),
+        code=source and f"{location}@{source}",
         params=params,
         env=dict(node.env),
         packages={name: package_version(name) or recorded.get(name) or planned_version(name) for name in kind.packages},
-        facts={**(facts(node.params, machine) if facts else {}), **_facts_of(node, base, memo, trust, ranks, only)},
+        facts={**told, **_facts_of(node, base, memo, trust, ranks, only)},
     )
 
 
@@ -130,7 +137,8 @@ def _facts_of(
     ranks, and what is taken where not all may be."""
     found: dict[str, Json] = {"only": sorted(only)} if only else {}
     if node.kind.planning.leads_to is not None and (paths := node.kind.planning.leads_to(node.params, base)):
-        found["files"] = digest_of("files", [memo.sha256(path) for path in paths])
+        with foreign(f"kind {node.kind.kind}: `leads_to`", "give back files that are there, from the root"):
+            found["files"] = digest_of("files", [memo.sha256(path) for path in paths])
     if node.kind.planning.heeds_code and trust.remote_code:
         found["remote_code"] = sorted(trust.remote_code)
     if node.kind.ranks.counted:

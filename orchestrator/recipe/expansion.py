@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from math import prod
 from typing import Any, NamedTuple
 
-from bigpipe.errors import ManifestError, UsageError
+from bigpipe.errors import ManifestError, StageFailed, UsageError
+from bigpipe.modules import foreign
 from bigpipe.names import did_you_mean, listed
 from bigpipe.orchestrator.contract import Json, Params, Stage
 from bigpipe.orchestrator.launch import executor
@@ -21,6 +23,7 @@ from .interpolation import Scope, as_text, check_passwords, contains_reference, 
 from .manifest import NodeSettings, refused_variable
 from .node import Choice, First, Node, Places
 from .problems import Fault, Problems
+from .registry import is_built_in
 from .validation import Target, measure_of, validate, wrong_metric
 from .wiring import Axes, StageReference, Wired, check_wired, read_picks
 from .yamlsource import Document, Key
@@ -142,7 +145,9 @@ class Expansion:
         kind, params = stage.kind, None
         if kind is not None and isinstance(given, dict):
             target = Target(self.document, (*stage.path, "with"), kind.kind, unresolved)
-            params = validate(kind.params, given, target, self.problems)
+            theirs = foreign(f"{stage.name}: a validator of kind {kind.kind}", "mend the kind", StageFailed)
+            with nullcontext() if is_built_in(stage.location) else theirs:
+                params = validate(kind.params, given, target, self.problems)
         if kind is not None and params is not None:
             kind = kind.with_params(params)
             check_wired(stage, kind, self.stages.values(), self.problems)

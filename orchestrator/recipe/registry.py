@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigpipe.errors import UsageError
-from bigpipe.modules import foreign, import_attribute, is_reference, top_level
+from bigpipe.modules import foreign, import_attribute, is_reference, only_here, top_level
 from bigpipe.names import did_you_mean
 from bigpipe.orchestrator.contract import Stage
 from bigpipe.trust import Trust
@@ -109,9 +109,18 @@ def load_stage(uses: str, trust: Trust = Trust(), base: Path | None = None) -> S
         raise UsageError(f"{what}: it ends the program", "mend the module: it must import") from error
     if not isinstance(found, Stage):
         raise UsageError(f"{location} is a {type(found).__name__}, not a Stage", "name a Stage value of the module")
+    if found.runs_in != "inline" and (folder := only_here(location, trust.home(location, base))):
+        cure = "put the module beside the recipe, or install it"
+        raise UsageError(f"{location} lies in {folder}, where workers do not look for it", cure)
     if ":" not in uses and found.kind != uses:
         raise UsageError(f"{location} is the Stage of kind {found.kind!r}, not of {uses!r}", "correct its entry point")
-    return found
+    if is_built_in(location):
+        return found
+    from .following import require_followed  # of what uses others' kinds
+    from .guarding import guarded
+
+    require_followed(found, location)
+    return guarded(found)
 
 
 def _module_cure(location: str, error: Exception) -> str:

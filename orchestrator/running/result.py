@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.errors import BigpipeError
 from bigpipe.files import without_detours
-from bigpipe.orchestrator.contract import Forecast, Json
+from bigpipe.orchestrator.contract import Forecast, Json, Stage
 from bigpipe.orchestrator.planning import GateVerdict, NodeState, Plan, PlannedNode, Session
 from bigpipe.orchestrator.store import KeyRecord
 from bigpipe.tables import html_table
@@ -74,7 +75,7 @@ class RunResult:
         return {name: self._ran(state) for name, state in self.nodes.items()}
 
     def _ran(self, state: NodeState) -> NodeRun:
-        record, path, in_words = state.record, self.path(state.name), state.node.kind.result_line
+        record, path = state.record, self.path(state.name)
         return NodeRun(
             status=str(state.status),
             **place_of(state.node),
@@ -84,7 +85,7 @@ class RunResult:
             seconds=round(state.seconds, 3),
             peak_rss=record.peak_rss if record else None,
             metrics=dict(record.metrics) if record else {},
-            result=in_words(record.metrics) if record and in_words else "",
+            result=_in_words(state.node.kind, record.metrics) if record else "",
             gates=[Gate(**gate.as_json()) for gate in self.gates.get(state.name, ())],
             foreseen=_foreseen(state.forecast),
             reason=state.reason,
@@ -101,6 +102,13 @@ class RunResult:
             nodes={name: node.model_dump() for name, node in self.ran().items()},
             smoke=self.smoke.as_json() if self.smoke else None,
         )  # fmt: skip
+
+
+def _in_words(kind: Stage[Any], metrics: Mapping[str, Json]) -> str:
+    """What came of a node; "" where its kind does not say, or fails to: that is not worth a run."""
+    with suppress(Exception):
+        return str(kind.result_line(metrics) or "") if kind.result_line else ""
+    return ""
 
 
 def _foreseen(forecast: Forecast | None) -> dict[str, Json]:

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from bigpipe.errors import Interrupted, UsageError
-from bigpipe.files import NO_LOCKS, open_lock
+from bigpipe.files import NO_LOCKS, close_lock, open_lock
 
 from .artifacts import remove_tree
 from .layout import Layout, explained, make_directory, names_in
@@ -38,6 +38,7 @@ class StoreLock:
         self.path = path
         self._operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._descriptor: int | None = None
+        self._holder = 0
 
     @property
     def held(self) -> bool:
@@ -55,7 +56,7 @@ class StoreLock:
                 if _is_at(descriptor, self.path):
                     break
                 os.close(descriptor)  # removed between opening and locking it
-            self._descriptor = descriptor
+            self._descriptor, self._holder = descriptor, os.getpid()
         if self._operation == fcntl.LOCK_EX:
             # Of fixed width: cutting the file first would make ext4 write it out when it is closed. It is only read to
             # tell whoever waits, so a full disk does not matter.
@@ -101,7 +102,7 @@ class StoreLock:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             with suppress(OSError):  # that the sign could not be written: the lock is free all the same
-                os.close(descriptor)
+                close_lock(descriptor, self._holder)
 
     def __enter__(self) -> StoreLock:
         if not self.held:
@@ -168,6 +169,8 @@ class Presence:
             make_directory(self._layout.locks, durable=False)
             with StoreLock(self._layout.locks / "gc", shared=True):
                 name = f"{os.getpid()}-{os.urandom(4).hex()}"
+                if self._lock is not None:  # of the process that forked this one, which must not keep it
+                    self._lock.release()
                 self._lock = StoreLock(tmp / f"{name}.lock")
                 self._lock.acquire()
                 self.locks_work = keeps_out(self._lock.path)

@@ -141,9 +141,20 @@ class BigpipeError(Exception):
         """Return what programs read of it: one object for each thing that is wrong."""
         return [_fields(type(self).__name__, self.cause, self.cure, self.place, self.node)]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: all but the plan, whose functions stay here."""
+        return _again, (type(self), self.args, vars(self) | {"plan": None})
+
     def __str__(self) -> str:
         cause = self.place.before(self.cause) if self.place else self.cause
         return cause + (f"\n  {self.cure}" if self.cure else "")
+
+
+def _again(kind: type[BigpipeError], arguments: tuple[str, ...], values: Mapping[str, object]) -> BigpipeError:
+    """An error as another process had it, whatever its class asks for when it is made."""
+    error = kind.__new__(kind, *arguments)
+    vars(error).update(values)
+    return error
 
 
 class UsageError(BigpipeError):

@@ -566,6 +566,16 @@ def open_lock(path: Path, *, mode: int = 0o666) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
 
 
+def close_lock(descriptor: int, holder: int) -> None:
+    """Close a file that the process `holder` has locked. In that process the lock is then free, though processes that
+    it has forked meanwhile have the file open too; in these it stays."""
+    try:
+        if holder == os.getpid():
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
 class LogFile:
     """A file that grows at its end. Each `append` is one write, so that several processes may share it. Of a FIFO, the
     reader must be there, and keep up: it is waited for once."""
@@ -576,6 +586,7 @@ class LogFile:
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, mode)
         except OSError as error:
             raise (_unread(path) if error.errno == errno.ENXIO else error) from None
+        self._holder = 0
         self._patience = PATIENCE
         self._waiting = bytearray()
 
@@ -583,6 +594,7 @@ class LogFile:
         """Lock the file until it is closed, where the file system has locks, so that `is_held` tells of it."""
         with suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._holder = os.getpid()
 
     def append(self, data: bytes, *, durable: bool = False, later: bool = False) -> None:
         """Write at the end. Durable: it is on the disk on return. Later: with what is appended next."""
@@ -616,7 +628,7 @@ class LogFile:
         try:
             self.append(b"")
         finally:
-            os.close(self._file)
+            close_lock(self._file, self._holder)
 
     def __enter__(self) -> Self:
         return self

@@ -6,11 +6,12 @@ import ast
 import errno
 import os
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from importlib import import_module, invalidate_caches
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
@@ -23,9 +24,13 @@ RAN_OUT = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 Stamps = frozenset[tuple[str, int, int]]
 
 _imported: dict[str, Stamps] = {}
-"""Top-level module → (path, mtime in ns, size) of its code when `import_attribute` first met it."""
-_IMPORTING = {"late", "import_module", "__import__"}
-"""Functions that import what their first argument names."""
+"""Top-level module → (path, mtime in ns, size) of its code when `import_attribute` last met it."""
+_appended: list[str] = []
+"""Directories that `import_attribute` has put at the end of `sys.path`, the last one first."""
+_lock = threading.RLock()
+"""Held while something is imported: what another thread has begun to import is not there yet."""
+_IMPORTING = {"late": "target", "import_module": "name", "__import__": "name"}
+"""Functions that import what their first argument names → what it is called."""
 _INSTALLED = {"site-packages", "dist-packages", Path(os.__file__).parent.name}
 """Names of directories in which nobody edits what lies there."""
 
@@ -35,11 +40,30 @@ def top_level(reference: str) -> str:
     return reference.partition(":")[0].partition(".")[0]
 
 
+def _own_folder() -> str:
+    """The directory of the script, else the one it was started in, that Python itself puts before all else in
+    `sys.path`; no worker has it there. "": there is none."""
+    if sys.flags.safe_path:
+        return ""
+    main = sys.modules["__main__"]
+    script = None if getattr(main, "__spec__", None) else getattr(main, "__file__", None)
+    folder = os.path.dirname(os.path.abspath(script)) if script else os.getcwd()
+    everywhere = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return "" if folder in map(os.path.abspath, everywhere) else folder
+
+
+def _searched(base: Path | None, *, first: bool) -> list[str]:
+    """Where modules are looked for, in the order of a worker; then where this process alone looks. first: in `base`
+    before what is installed, else after it."""
+    own, home = _own_folder(), [str(base)] if base else []
+    everywhere = [each for each in sys.path if each not in _appended and os.path.abspath(each) != own]
+    return [*home, *everywhere, own] if first else [*everywhere, *home, own]
+
+
 def _locations(top: str, base: Path | None, *, first: bool = True) -> tuple[Path, ...]:
     """Where a top-level module lies. first: `base` is looked at before what is installed, else after it."""
-    own = [str(base)] if base else []
     try:
-        spec = PathFinder.find_spec(top, [*own, *sys.path] if first else [*sys.path, *own]) or find_spec(top)
+        spec = PathFinder.find_spec(top, _searched(base, first=first)) or find_spec(top)
     except (ValueError, ImportError):  # `__main__`, or no name
         return ()
     if spec is None:
@@ -47,6 +71,18 @@ def _locations(top: str, base: Path | None, *, first: bool = True) -> tuple[Path
     if spec.submodule_search_locations is not None:
         return tuple(Path(place) for place in spec.submodule_search_locations)
     return (Path(spec.origin),) if spec.origin and spec.has_location else ()
+
+
+def only_here(reference: str, base: Path | None) -> str:
+    """Return the directory in which the module of `module:name` lies, where this process alone looks: that of the
+    script. "": workers find it too."""
+    own, found = _own_folder(), _locations(top_level(reference), base)
+    return own if own and own != str(base) and {os.path.dirname(place) for place in found} == {own} else ""
+
+
+def installed_in(top: str, base: Path | None) -> Path | None:
+    """Return the directory of installed packages in which a top-level module lies; None where it lies elsewhere."""
+    return next((place.parent for place in _locations(top, base) if _is_installed(place)), None)
 
 
 def source_files(top: str, base: Path | None) -> list[tuple[str, Path]]:
@@ -104,20 +140,23 @@ def _imported_by_text(file: Path, facts: tuple[int, ...]) -> frozenset[str]:
             tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return frozenset()
-    return frozenset(top_level(name) for node in ast.walk(tree) for name in _names_of(node)) - {""}
+    nodes = list(ast.walk(tree))
+    aliases = [each for node in nodes if isinstance(node, ast.ImportFrom) for each in node.names if each.asname]
+    importing = _IMPORTING | {str(each.asname): _IMPORTING[each.name] for each in aliases if each.name in _IMPORTING}
+    return frozenset(top_level(name) for node in nodes for name in _names_of(node, importing)) - {""}
 
 
-def _names_of(node: ast.AST) -> Iterator[str]:
+def _names_of(node: ast.AST, importing: Mapping[str, str]) -> Iterator[str]:
     """The modules that a statement or a call names, where they are no relative ones."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and not node.level:
         yield node.module or ""
-    elif isinstance(node, ast.Call) and node.args:
-        called, first = node.func, node.args[0]
-        name = getattr(called, "id", "") or getattr(called, "attr", "")
-        if name in _IMPORTING and isinstance(first, ast.Constant) and isinstance(first.value, str):
-            yield first.value
+    elif isinstance(node, ast.Call):
+        called = getattr(node.func, "id", "") or getattr(node.func, "attr", "")
+        told = [*node.args[:1], *(each.value for each in node.keywords if each.arg == importing.get(called, ""))]
+        if called in importing and told and isinstance(told[0], ast.Constant) and isinstance(told[0].value, str):
+            yield told[0].value
 
 
 @contextmanager
@@ -132,7 +171,7 @@ def foreign(what: str, cure: str, kind: type[BigpipeError] = UsageError) -> Iter
         ran_out = getattr(error, "errno", None) in RAN_OUT or "allocate memory" in str(error)
         if ran_out or gpu_memory_ran_out(error):
             raise
-        raise kind(f"{what}: {said_by(error)} ({_raised_at(error)})", cure) from error
+        raise kind(f"{what}: {said_by(error)} ({raised_at(error)})", cure) from error
 
 
 def said_by(error: BaseException) -> str:
@@ -141,8 +180,9 @@ def said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[:500]}" if said else type(error).__name__
 
 
-def _raised_at(error: BaseException) -> str:
-    """`file:line` of the innermost call outside the standard library and what is installed, or of the innermost."""
+def raised_at(error: BaseException) -> str:
+    """Return `file:line` of the innermost call outside the standard library and what is installed, else of the
+    innermost."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = (str(Path(__file__).parent), str(Path(os.__file__).parent), "<")
     own = [each for each in frames if not each.filename.startswith(theirs) and "site-packages" not in each.filename]
@@ -214,22 +254,63 @@ def import_attribute(reference: str, base: Path | None = None) -> Any:
     top = top_level(reference)
     if top == __package__:  # what runs here does not change
         return getattr(import_module(module), name)
-    if base is not None and str(base) not in sys.path:
-        sys.path.append(str(base))
-    stamps = _stamps(top, base)
-    if _imported.get(top, stamps) != stamps:
-        for one in {top, *(file.partition(":")[0] for file, _ in code_files(top, base) if ":" in file)}:
-            _forget(one)
-    if top not in sys.modules and base is not None:
-        _import_from(top, base)
-    found = import_module(module)
-    _imported[top] = stamps
+    with _lock, _in_order(base):
+        stamps = _stamps(top, base)
+        if any(_is_old(one, found) for one, found in stamps.items()):
+            for one in stamps:
+                _forget(one)
+        if top not in sys.modules and base is not None:
+            _import_from(top, base)
+        found = import_module(module)
+        _imported.update(stamps)
     return reduce(getattr, name.split("."), found)
 
 
-def _stamps(top: str, base: Path | None) -> Stamps:
-    facts = [(str(file), file.stat()) for _, file in code_files(top, base)]
-    return frozenset((file, found.st_mtime_ns, found.st_size) for file, found in facts)
+def _stamps(top: str, base: Path | None) -> dict[str, Stamps]:
+    """Of a top-level module, and of those that it imports from beside it, what tells whether their code changed."""
+    facts: dict[str, set[tuple[str, int, int]]] = {top: set()}
+    for name, file in code_files(top, base):
+        beside, colon, _ = name.partition(":")
+        found = file.stat()
+        facts.setdefault(beside if colon else top, set()).add((str(file), found.st_mtime_ns, found.st_size))
+    return {name: frozenset(found) for name, found in facts.items()}
+
+
+def _is_old(top: str, stamps: Stamps) -> bool:
+    """Is what was imported under this name other code than lies there now? What others imported, and whose file was
+    written after this process began, may be."""
+    if not stamps or top not in sys.modules:
+        return False
+    if top in _imported:
+        return _imported[top] != stamps
+    file = getattr(sys.modules[top], "__file__", None)
+    elsewhere = file is not None and os.path.realpath(file) not in {os.path.realpath(path) for path, _, _ in stamps}
+    return elsewhere or max(changed for _, changed, _ in stamps) > _began()
+
+
+@cache
+def _began() -> float:
+    """When this process began, in nanoseconds since 1970."""
+    import psutil
+
+    return float(psutil.Process().create_time() * 1e9)
+
+
+@contextmanager
+def _in_order(base: Path | None) -> Iterator[None]:
+    """Inside, modules are found in the order in which workers find them. The directory stays in `sys.path`, before
+    those that were put there for others: functions may import, too."""
+    own, path = _own_folder(), [each for each in sys.path if each not in _appended]
+    everywhere = [each for each in path if os.path.abspath(each) != own]
+    home = [] if base is None or str(base) in map(os.path.abspath, path) else [str(base)]
+    _appended[:] = [*home, *(each for each in _appended if each not in home)]
+    inside = [*everywhere, *home, *(each for each in path if each not in everywhere), *_appended[len(home) :]]
+    sys.path[:] = inside
+    try:
+        yield
+    finally:
+        added = [each for each in sys.path if each not in inside and each not in _appended]
+        sys.path[:] = [*added, *path, *_appended]
 
 
 def _forget(top: str) -> None:

@@ -75,7 +75,8 @@ def run_stage(
         inputs={port: _paths(given) for port, given in _wired(settled, inputs)},
         parent_environment=_with_path(module), report=report, timeout=timeout,
     )  # fmt: skip
-    metrics = settled.metrics.model_validate(outcome.metrics)
+    told = {name: value for name, value in outcome.metrics.items() if name not in settled.metrics.model_computed_fields}
+    metrics = settled.metrics.model_validate(told)
     return StageRun(metrics, folder / "out", outcome.files, tuple(lines), outcome.seconds, outcome.peak_rss)
 
 
@@ -121,8 +122,11 @@ def _wired(stage: Stage[Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]
 
 
 def _location(stage: Stage[Any], settled: Stage[Any]) -> str:
-    for name in dict.fromkeys(part.__module__ for part in (stage.params, stage.metrics, stage.run, stage.forecast)):
-        for attribute, value in vars(sys.modules[name]).items():
+    parts = [part.__module__ for part in (stage.params, stage.metrics, stage.run, stage.forecast)]
+    main = sys.modules["__main__"]  # which holds what it imported, too, and may have a second name
+    others = [*(name for name, module in sys.modules.items() if module is not main), "__main__"]
+    for name in dict.fromkeys([*parts, *others]):
+        for attribute, value in list(getattr(sys.modules[name], "__dict__", {}).items()):
             if value is not stage:
                 continue
             if name == "__main__" and settled.runs_in != "inline":
@@ -133,6 +137,7 @@ def _location(stage: Stage[Any], settled: Stage[Any]) -> str:
 
 
 def _with_path(module: str) -> dict[str, str]:
-    file = Path(getattr(sys.modules[top_level(module)], "__file__", None) or "")  # a notebook has none
-    home = file.parents[1] if file.name == "__init__.py" else file.parent
+    top = sys.modules[top_level(module)]
+    place = next(iter(getattr(top, "__path__", ())), None) or getattr(top, "__file__", None)  # a notebook has neither
+    home = Path(place or "").parent
     return {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(home)])}

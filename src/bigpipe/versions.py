@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from bigpipe.errors import UsageError
@@ -17,6 +17,9 @@ RUN = ("accelerate", "bitsandbytes", "tokenizers", "torch", "transformers")
 """What the extra `run` brings."""
 INSTALL_RUN = "pip install 'bigpipe-ml[run]'"
 INSTALL_GPU = "pip install 'bigpipe-ml[gpu]'"
+_NOTED = re.compile(r"\.dist-info/|\.pyc,")
+"""In a line of a RECORD (https://packaging.python.org/specifications/recording-installed-packages): a file that differs
+from one machine to another."""
 TESTED = Path(__file__).with_name("constraints.txt")
 
 
@@ -39,6 +42,26 @@ def planned_version(name: str) -> str | None:
     """Return the version of a distribution that a plan counts with: what is installed here, else, of what runs models,
     the one that bigpipe is tested with. None: neither."""
     return package_version(name) or (_tested().get(name) if name in RUN else None)
+
+
+def brought_by(top: str, folder: Path) -> dict[str, str]:
+    """Return the distributions installed in a folder to which a top-level module belongs: name → version, and a digest
+    of all files that they brought, data and compiled ones among them."""
+    return _brought_by(top, str(folder), folder.stat().st_mtime_ns)
+
+
+@lru_cache(256)
+def _brought_by(top: str, folder: str, changed: int) -> dict[str, str]:
+    from hashlib import sha256
+    from importlib.metadata import distributions
+
+    found = {}
+    for each in distributions(path=[folder]):
+        lines = sorted((each.read_text("RECORD") or "").splitlines())
+        if any(line.startswith((f"{top}/", f"{top}.")) for line in lines):
+            own = [line for line in lines if not line.startswith("..") and not _NOTED.search(line)]
+            found[each.name] = f"{each.version} {sha256(chr(10).join(own).encode()).hexdigest()}"
+    return found
 
 
 def requirement(name: str) -> str:

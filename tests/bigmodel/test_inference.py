@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from bigpipe.bigmodel.inference import Bound, Pace, WorkPlan, compute_share, merge_results, plan_work
+from bigpipe.bigmodel.sources import Sources
 from bigpipe.bigmodel.tasks import Answer, Row, read_prompts
+from bigpipe.bigmodel.tasks.task import TaskOptions, function_task
 from bigpipe.errors import StageFailed
 
 ROWS = read_prompts([f"row {number}" for number in range(7)], "prompt", Path())
@@ -139,3 +143,43 @@ def test_an_answer_that_is_no_json_is_an_error_of_its_row(tmp_path: Path) -> Non
     compute_share(tmp_path, 0, 1, lambda: Bound(answer), max_errors=1)
     merge_results(tmp_path, tmp_path, max_errors=1)
     assert "score is nan, which no result can hold" in str(lines(tmp_path)[1]["error"])
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    share_out(tmp_path, ROWS[:2], batch_size=2, ranks=1)
+    scores: list[Any] = [numpy.float32(0.5), torch.tensor(3)]
+
+    def answer(rows: Sequence[Row]) -> list[Answer]:
+        return [Answer({"score": [scores[row.index]], "of": {"n": numpy.int64(row.index)}}) for row in rows]
+
+    compute_share(tmp_path, 0, 1, lambda: Bound(answer))
+    merge_results(tmp_path, tmp_path)
+    assert [(line["score"], line["of"]) for line in lines(tmp_path)] == [([0.5], {"n": 0}), ([3], {"n": 1})]
+
+
+class Calls:
+    """An object that can be called, and has no name."""
+
+    def __call__(self, model: object, rows: list[dict[str, Any]], k: int = 1) -> list[dict[str, int]]:
+        return [{"k": k} for _ in rows] if k else []
+
+
+def test_an_object_that_can_be_called_is_a_task() -> None:
+    task = function_task("mine:calls", Calls())
+    assert task.bind(None, Path(), TaskOptions(), Sources())(ROWS[:2]) == [Answer({"k": 1})] * 2
+    with pytest.raises(TypeError, match="calls must give a list of 2 dicts"):
+        task.bind(None, Path(), TaskOptions(arguments={"k": 0}), Sources())(ROWS[:2])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([Answer({})], "the task gives 1 answer for 2 rows"),
+        ([{}, {}], "the task gives a list of dict"),
+        (iter(()), "the task gives a tuple_iterator"),
+    ],
+)
+def test_a_task_that_gives_something_else_is_to_blame_and_no_prompt(tmp_path: Path, given: Any, said: str) -> None:
+    share_out(tmp_path, ROWS[:2], batch_size=2, ranks=1)
+    with pytest.raises(StageFailed, match=said):
+        compute_share(tmp_path, 0, 1, lambda: Bound(lambda rows: given), max_errors=2)

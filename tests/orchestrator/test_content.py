@@ -1,12 +1,17 @@
 """Params enter the key by what they point to."""
 
+import json
 import os
 import time
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 import pytest
 from pydantic import BaseModel, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+from typing_extensions import TypedDict
 
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.planning.content import content_params
@@ -21,6 +26,26 @@ class Scheme(Enum):
 class Inner(BaseModel):
     config: File | None = None
     weight: float = 0.5
+
+
+@dataclass
+class Shard:
+    file: File
+    weight: float = 1.0
+
+
+@checked_dataclass
+class CheckedShard:
+    file: File
+
+
+class Typed(TypedDict):
+    file: NotRequired[File]
+
+
+class Named(NamedTuple):
+    name: str
+    file: File
 
 
 class Everything(Params):
@@ -41,6 +66,12 @@ class Everything(Params):
     plain: str = "prompts.txt"
     pictures: Annotated[str | None, ContentField("file", names=True)] = None
     class_: Code = Field(default="builtin", alias="class")
+    shards: list[Shard] = Field(default_factory=list)
+    checked: CheckedShard | None = None
+    typed: Typed = Field(default_factory=Typed)
+    named: tuple[Named, ...] = ()
+    pairs: list[tuple[str, File]] = Field(default_factory=list)
+    path: Annotated[Path | None, ContentField("file")] = None
 
 
 @pytest.fixture
@@ -129,6 +160,25 @@ def test_markers_are_found_wherever_they_stand(base, memo):
     assert found["models"] == {"x": {"config": digest, "weight": 0.5}}
     assert [found["config"], found["mode"], found["maybe"]] == [digest] * 3
     assert (found["files"], found["by_name"]) == ([digest], {"a": [digest]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("shards", [{"file": "prompts.txt"}], [{"file": "DIGEST", "weight": 1.0}]),
+        ("checked", {"file": "prompts.txt"}, {"file": "DIGEST"}),
+        ("typed", {"file": "prompts.txt"}, {"file": "DIGEST"}),
+        ("named", [["prompts.txt", "prompts.txt"]], [["prompts.txt", "DIGEST"]]),
+        ("pairs", [["prompts.txt", "prompts.txt"]], [["prompts.txt", "DIGEST"]]),
+        ("path", "prompts.txt", "DIGEST"),
+    ],
+)
+def test_markers_are_found_in_whatever_holds_fields(base, memo, field, value, expected):
+    found = content(base, memo, **{field: value})[field]
+    digest = f"sha256:{hash_file(base / 'prompts.txt')}.txt"
+    assert str(found).replace(digest, "DIGEST") == str(expected)
+    with pytest.raises(UsageError, match=f"^{field}.*: there is no file none.txt"):
+        content(base, memo, **json.loads(json.dumps({field: value}).replace("prompts.txt", "none.txt")))
 
 
 def test_a_tree_enters_by_the_names_and_bytes_of_its_files(base, memo, tmp_path):

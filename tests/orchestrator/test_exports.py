@@ -10,6 +10,7 @@ import subprocess
 from graphlib import TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -21,11 +22,16 @@ from support.models import make_checkpoint
 from support.pods import expanded, variables
 from support.workshop import Workshop
 
+from bigpipe.bigmodel.formats import registry as formats
 from bigpipe.errors import UsageError
 from bigpipe.machine import Gpu, Machine
 from bigpipe.names import plain_names
 from bigpipe.orchestrator import commands
 from bigpipe.orchestrator.export import TARGETS
+from bigpipe.orchestrator.launch import distributions_with
+from bigpipe.plugins.estimate import EstimateParams
+from bigpipe.plugins.extras import of_estimate, of_quantization
+from bigpipe.plugins.quantize import QuantizeParams
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -503,6 +509,42 @@ def test_what_a_kind_of_ones_own_names_is_installed(
         found = re.findall(r"--constraint .*\)\" (bigpipe.+|'.+)", exported(target, words))
         own, *further = shlex.split(found[-1])
         assert [own.partition("==")[0], *further] == installed
+
+
+def test_what_is_named_of_an_installed_module_is_installed(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages, information = tmp_path / "site-packages", tmp_path / "site-packages/wordy-1.5.dist-info"
+    information.mkdir(parents=True)
+    (packages / "wordy_tasks.py").write_text("def answer(model, rows): return rows\n")
+    (information / "RECORD").write_text("wordy_tasks.py,,\n")
+    (information / "METADATA").write_text("Name: wordy\nVersion: 1.5\n")
+    monkeypatch.syspath_prepend(str(packages))
+    workshop.manifest.write_text("""\
+version: 1
+trust: {modules: [wordy_tasks]}
+stages:
+  model: {uses: download, with: {repo: org/model}}
+  answer: {uses: distributed-infer, inputs: model, with: {task: 'wordy_tasks:answer', prompts: [a]}}
+""")
+    assert "wordy==1.5" in exported("github", workshop, offline=True)
+
+
+def test_the_distributions_of_formats_and_executors_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = SimpleNamespace(name="mine", value="mine:IT", dist=SimpleNamespace(name="of-mine", version="1"))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **asked: [entry])
+    formats.offered.cache_clear()
+    try:
+        assert of_quantization(QuantizeParams(scheme="mine"), Path()) == {"of-mine"}
+        assert of_estimate(EstimateParams(repo="a/b", dtypes=("int8", "mine")), Path()) == {"of-mine"}
+        assert (distributions_with("mine"), distributions_with("process")) == ({"of-mine"}, set())
+        other = SimpleNamespace(name="mine", value="other:IT", dist=SimpleNamespace(name="of-another"))
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda **asked: [entry, entry, other])
+        formats.offered.cache_clear()
+        with pytest.raises(UsageError, match="'mine' is offered by of-mine and by of-another"):
+            formats.names()
+    finally:
+        formats.offered.cache_clear()
 
 
 def test_an_estimate_installs_no_library_whose_models_it_may_never_see(words: Workshop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import bigpipe
 from bigpipe.errors import ManifestError, UsageError
 from bigpipe.machine import Machine
 from bigpipe.modules import code_files
+from bigpipe.orchestrator.planning.content import source_digest
 from bigpipe.orchestrator.planning.keys import identity
 from bigpipe.orchestrator.recipe.graph import load_recipe
 from bigpipe.orchestrator.recipe.registry import BUILT_IN, load_stage, stage_kinds
@@ -37,6 +39,11 @@ def install(folder: Path, distribution: str, *entries: str, **modules: str) -> N
     (info / "entry_points.txt").write_text("[bigpipe.stages]\n" + "\n".join(entries) + "\n")
     for name, source in modules.items():
         (folder / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def memo(tmp_path: Path) -> StatMemo:
+    return StatMemo(tmp_path / "memo")
 
 
 @pytest.fixture
@@ -202,6 +209,18 @@ def test_a_module_beside_it_that_a_kind_imports_counts_through_others_too(worksh
     assert (note(two), statuses(two)) == ("the second", {"note": "succeeded"})
 
 
+def test_two_kinds_of_one_module_with_one_name_have_results_of_their_own(workshop: Workshop) -> None:
+    (workshop.folder / "two_texts.py").write_text("TEXT = 'first'\n")
+    second = "from dataclasses import replace\ndef other(params, context):\n    global TEXT\n    TEXT = 'second'\n"
+    second += "    return run(params, context)\nOTHER = replace(STAGE, run=other)\n"
+    (workshop.folder / "two_kinds.py").write_text(NOTE.format(helper="two_texts", runs_in="inline") + second)
+    assert note(workshop.run(RECIPE % ("two_kinds", "two_kinds"))) == "first"
+    again = workshop.run((RECIPE % ("two_kinds", "two_kinds")).replace("STAGE", "OTHER"))
+    assert (note(again), statuses(again)) == ("second", {"note": "succeeded"})
+    assert "two_kinds:STAGE@" in again["note"].reason
+    assert "two_kinds:OTHER@" in again["note"].reason
+
+
 def test_the_module_beside_the_manifest_counts_not_an_installed_namesake(workshop: Workshop, site: Path) -> None:
     write_package(site, "notes_twice", "installed", "inline")
     write_package(workshop.folder, "notes_twice", "beside", "inline")
@@ -229,6 +248,26 @@ def test_an_edited_kind_of_a_distribution_runs_again(workshop: Workshop, site: P
     assert note(workshop.run()) == "bb"
 
 
+def test_an_upgrade_of_a_distribution_is_another_kind_whatever_it_changed(tmp_path: Path, memo: StatMemo) -> None:
+    packages = tmp_path / "site-packages"
+    install(packages, "wordy", "words = wordy_kinds:STAGE", wordy_kinds="STAGE = 1\n")
+    sys.path.insert(0, str(packages))
+    digests: list[str | None] = []
+    try:
+        for version, words in [("1.0", "sha256=a"), ("1.0", "sha256=b"), ("2.0", "sha256=b")]:
+            record = f"wordy_kinds.py,,\nwordy_words.json,{words},1\nwordy_kinds.pyc,sha256={len(digests)},1\n"
+            (packages / "wordy-1.0.dist-info" / "RECORD").write_text(record)
+            (packages / "wordy-1.0.dist-info" / "METADATA").write_text(f"Name: wordy\nVersion: {version}\n")
+            os.utime(packages, ns=(len(digests), len(digests)))
+            digests.append(source_digest("wordy_kinds:STAGE", None, memo))
+        assert len(set(digests)) == 3
+        (packages / "wordy-1.0.dist-info" / "RECORD").write_text(record.replace("sha256=2", "sha256=9"))
+        os.utime(packages, ns=(9, 9))
+        assert source_digest("wordy_kinds:STAGE", None, memo) == digests[-1]
+    finally:
+        sys.path.remove(str(packages))
+
+
 def test_what_an_editor_leaves_beside_a_module_is_no_source(tmp_path: Path) -> None:
     write_package(tmp_path, "edited_kind", "text")
     (tmp_path / "edited_kind/.#texts.py").symlink_to("ada@laptop.1234:1700000000")
@@ -244,7 +283,9 @@ def test_what_an_editor_leaves_beside_a_module_is_no_source(tmp_path: Path) -> N
         "try: import beside\nexcept ImportError: beside = None",
         "def run():\n    if True: from beside.inner import TEXT",
         "STAGE = Stage(run=stage.late('beside:run'))",
+        "STAGE = Stage(run=stage.late(target='beside:run'))",
         "import importlib; TEXT = importlib.import_module('beside').TEXT",
+        "from importlib import import_module as imp; TEXT = imp(name='beside').TEXT",
     ],
 )
 def test_a_module_beside_a_kind_counts_however_it_is_imported(tmp_path: Path, text: str) -> None:

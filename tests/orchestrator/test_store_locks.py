@@ -3,14 +3,15 @@
 import os
 import signal
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.stores import contents, fill, in_child, in_memory, killed_at, publish, record
 
 from bigpipe.errors import Interrupted
-from bigpipe.files import partial_name
-from bigpipe.orchestrator.store.locks import StoreLock
+from bigpipe.files import LogFile, is_held, partial_name
+from bigpipe.orchestrator.store.locks import StoreLock, if_free
 from bigpipe.orchestrator.store.store import Store
 
 
@@ -107,6 +108,47 @@ class TestLocks:
             assert worker.try_acquire()  # one's own workers may start
             worker.release()
         assert heard == ["processes that an earlier run left behind"]
+
+    def test_a_process_that_was_forked_meanwhile_keeps_nothing(self, store, tmp_path):
+        lock, log = StoreLock(tmp_path / "lock"), LogFile(tmp_path / "log")
+        lock.acquire()
+        log.hold()
+        with outlived(lock.release):  # there, it lets nothing of ours go
+            assert not StoreLock(lock.path).try_acquire()
+            lock.release()
+            log.close()
+            with if_free(lock.path) as free:
+                assert free
+            assert not is_held(tmp_path / "log")
+
+    def test_a_forked_process_that_enters_is_somebody_else(self, store, monkeypatch):
+        own = store.enter()._presence.enter()
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        assert store.enter()._presence.enter() != own
+        assert not own.with_name(f"{own.name}.lock").exists()  # it held the one before no more: as of the dead
+
+
+@contextmanager
+def outlived(action):
+    """Within, a fork of this process lives, which has done `action`."""
+    done, end = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        try:
+            action()
+            os.write(done[1], b"x")
+            os.close(end[1])
+            os.read(end[0], 1)
+        finally:
+            os._exit(0)
+    try:
+        os.close(done[1])
+        assert os.read(done[0], 1) == b"x"
+        yield
+    finally:
+        os.close(end[1])
+        os.waitpid(child, 0)
+        os.close(done[0])
+        os.close(end[0])
 
 
 FILES = {"config.json": b"{}", "w/1.bin": b"1" * 5000, "w/2.bin": b"2" * 5000, "same": b"{}"}

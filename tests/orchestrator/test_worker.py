@@ -10,15 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, Field, computed_field
+from support import stages
 from support.launching import TESTS, Launched, gone, make_job, read_pid, wait_for
 
 from bigpipe.errors import Interrupted, NotAuthorised, Place, UsageError
 from bigpipe.orchestrator.contract.contexts import Assignment
 from bigpipe.orchestrator.contract.events import LogLine, Progress
+from bigpipe.orchestrator.contract.stage import Params
 from bigpipe.orchestrator.launch import lifeline, processes
 from bigpipe.orchestrator.launch.jobs import Failure, JobFile, Outcome
 from bigpipe.orchestrator.launch.output import EventTail, EventWriter
@@ -221,6 +225,34 @@ def test_a_job_survives_its_file(tmp_path: Path) -> None:
     assert all(getattr(again.assignment, item.name) == getattr(job, item.name) for item in fields(Assignment))
     assert job.stage.params.model_validate(again.params) == job.params
     assert (again.secrets, again.cpu) == (job.secrets, True)
+
+
+NUMBERS = count()
+
+
+class Drawn(BaseModel):
+    number: int = Field(default_factory=lambda: next(NUMBERS))
+
+
+class Made(Params):
+    number: int = Field(default_factory=lambda: next(NUMBERS))
+    inner: Drawn = Field(default_factory=Drawn)
+    more: list[Drawn] = Field(default_factory=list)
+    empty: list[int] = Field(default_factory=list)
+    plain: int = 1
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def twice(self) -> int:
+        return 2 * self.number
+
+
+def test_a_worker_is_given_what_was_made_for_a_field(tmp_path: Path) -> None:
+    job = make_job(tmp_path, stage=replace(stages.PROCESS, params=Made), params={"more": [{}]})
+    written = JobFile.of(job).params
+    assert Made.model_validate(written) == job.params
+    assert written.keys() == {"number", "inner", "more"}
+    assert job.params.model_fields_set == {"more"}
 
 
 def test_a_worker_imports_nothing_heavy_before_it_is_tied() -> None:

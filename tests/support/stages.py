@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,36 @@ def _leave_a_child(params: Action, context: StageContext) -> None:
     Path(context.scratch / "child").write_text(str(child.pid))
 
 
+class _Rows:
+    """A writer in a cycle, as those of many libraries are."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.itself = path.open("w"), self
+        self.file.write("rows")
+
+
+_open: list[Any] = []
+
+
+def _leave_open(params: Action, context: StageContext) -> None:
+    """Nothing here is closed, or waited for: Python would do that at the end of a program."""
+
+    def late() -> None:
+        time.sleep(0.2)
+        (context.out / "late").write_text("rows")
+
+    _Rows(context.out / "cycle")
+    _open.extend([_Rows(context.out / "global"), ThreadPoolExecutor(1)])
+    if params.text != "inline":
+        _open[-1].submit(late)
+
+
+def close_all() -> None:
+    for rows in _open[::2]:
+        rows.file.close()
+    _open.clear()
+
+
 def _swell(params: Action, context: StageContext) -> None:
     block = bytearray(int(params.text))
     block[::4096] = b"x" * len(block[::4096])
@@ -159,6 +190,7 @@ ACTIONS = {
     "succeed": _succeed, "talk": _talk, "fail": _fail_expected, "transient": _fail_transient, "crash": _fail_unexpected,
     "memory": _run_out_of_memory, "die": _die, "vanish": _vanish, "desert": _desert, "choke": _choke, "flood": _flood,
     "sleep": _sleep, "ignore": _ignore_sigterm, "child": _leave_a_child, "swell": _swell, "torch": _import_torch,
+    "open": _leave_open,
     "barrier": _barrier, "once": _die_once,
 }  # fmt: skip
 
