@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -112,6 +112,12 @@ def in_words(metrics: Mapping[str, Json]) -> str:
     return ", ".join([*words, f"{metrics.get('trainable_parameters', 0):,} parameters"])
 
 
+def unmeasured(params: FinetuneParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    if metric == "eval_loss" and params.eval_data is None:
+        return "`eval_data`", "write `eval_data: …` under `with`, rows that are not learnt"
+    return None
+
+
 def facts(params: FinetuneParams, machine: Machine) -> Mapping[str, Json]:
     """What decides the dtype where none is given: whether there is a GPU."""
     return {} if params.dtype else {"gpu": bool(machine.gpus)}
@@ -137,6 +143,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.finetuning:check"),
         leads_to=late("bigpipe.plugins.finetuning:leads_to"),
         facts=facts,
+        apart=lambda params: ("save_steps",),
         smaller=("batch_size", "max_length", "dtype"),
         heeds_code=True,
         extras=late("bigpipe.plugins.extras:of_training"),
@@ -144,6 +151,7 @@ STAGE = Stage(
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
     smoke=late("bigpipe.plugins.smoking:finetune"),
     reproducible=False,
+    unmeasured=unmeasured,
     title="Trains a low-rank adapter (LoRA) on a model, plain or quantized, over one or more ranks.",
     result_line=in_words,
 )

@@ -144,6 +144,8 @@ def test_a_recipe_tunes_a_quantized_model_and_knows_it_again(tmp_path: Path, mod
     page = (tmp_path / "page.html").read_text()
     assert "Curve of loss: finetune" in page
     assert "<polyline" in page
+    shop.manifest.write_text(RECIPE.format(model=model).replace("max_steps: 3", "max_steps: 3, save_steps: 1"))
+    assert statuses(shop.run(**options))["finetune"] == "cached"
     shop.manifest.write_text(RECIPE.format(model=model).replace("bound: 100", "bound: 0.1"))
     with pytest.raises(GateFailed, match=r"loss.last <= 0.1"):
         shop.run(**options)

@@ -15,6 +15,8 @@ from support.hub_state import files_of
 from support.models import make_checkpoint
 from support.workshop import Workshop, statuses
 
+from bigpipe.errors import ManifestError
+
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,6 +71,24 @@ def test_a_merge_is_planned_to_the_byte_and_equals_peft(shop: Workshop) -> None:
     assert set(statuses(shop.run()).values()) == {"cached"}
     tuned(shop.folder / "base", shop.folder / "lora", seed=9, r=4, target_modules=["q_proj", "down_proj"])
     assert statuses(shop.run()) == {"base": "cached", "lora": "succeeded", "merge": "succeeded"}
+
+
+def test_an_adapter_comes_from_any_tool(shop: Workshop) -> None:
+    copying = "import sys, shutil; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
+    made = f"uses: command, with: {{argv: ['${{python}}', -c, '{copying}', lora, '${{out}}'], files: [lora], PRODUCES}}"
+    text = RECIPE.replace("uses: download, with: LORA", made)
+    shop.manifest.write_text(text.replace("PRODUCES", "produces: directory"))
+    with pytest.raises(ManifestError) as caught:
+        shop.run()
+    (problem,) = caught.value.problems  # the base is wired already, and is no adapter
+    assert problem.cause == "lora (command) gives a directory, but port 'adapter' of merge takes an adapter"
+    assert problem.cure == "wire a stage that gives an adapter"
+    shop.manifest.write_text(text.replace("PRODUCES", "produces: adapter"))
+    assert set(statuses(shop.run()).values()) == {"succeeded"}
+    assert shop.run().nodes["lora"].record.artifact_type == "adapter"
+    shop.manifest.write_text(shop.manifest.read_text().replace("60KB", "50KB"))
+    foreseen = shop.json("plan", "recipe.yaml")["nodes"]["merge"]["forecast"]["metrics"]
+    assert foreseen["merged"] == 4, "it is known what the adapter changes"
 
 
 def test_an_adapter_comes_from_a_hub(shop: Workshop, server: LoopbackHub, tmp_path: Path) -> None:
