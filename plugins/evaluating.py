@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
@@ -16,6 +17,7 @@ from bigpipe.bigmodel.evaluation import (
 from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import Bound, compute_share, peak_of
+from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_size
@@ -99,7 +101,7 @@ def run(params: EvaluateParams, ctx: StageContext) -> StageResult:
     def bound() -> Bound:
         placement = placement_of(ctx)
         sides = _wired(params, ctx, tokens_in(ctx.scratch))[0] if placement else []
-        wheres = [where for _, where in sides] or [None, None]
+        wheres: Sequence[Placement | None] = [where for _, where in sides] or [None, None]
         ports = [port for port in PORTS if port in ctx.inputs]
         models = [load_on_rank(ctx, params.dtype, where, port) for port, where in zip(ports, wheres, strict=False)]
         return bind(ctx.scratch, question(params), *models)
