@@ -342,7 +342,7 @@ def _resumed(params: InferParams) -> Sequence[str]:
 
 STAGE = Stage(
     kind="distributed-infer",
-    version=13,
+    version=14,
     params=InferParams,
     metrics=InferMetrics,
     inputs={

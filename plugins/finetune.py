@@ -68,6 +68,9 @@ class FinetuneParams(Params):
     """Compute activations again rather than keep them: less memory, a third more time."""
     max_length: int = Field(512, ge=2)
     """Tokens of a text, at most; longer ones are cut."""
+    end: bool = False
+    """Does each text that is no chat end with the token that the model ends its answers with? The tokenizers of most
+    models add none: without it, a model that learns questions with answers is not taught where an answer ends."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the adapter's first values, the order of rows, and dropout."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -125,7 +128,7 @@ def facts(params: FinetuneParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="finetune",
-    version=4,
+    version=5,
     params=FinetuneParams,
     metrics=FinetuneMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},
