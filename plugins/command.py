@@ -26,8 +26,9 @@ class CommandParams(Params):
     files: list[AnyPath] = Field(default_factory=list)
     """Code and data of the recipe's own: files, globs, directories, relative to the manifest. They enter the key by
     content, and lie in the working directory under the same paths, as copies. What is not listed is not there."""
-    produces: Literal["checkpoint", "report", "results", "directory"]
-    """What `${out}` is in the end. A checkpoint is read as any other, results are rows in `results.jsonl`."""
+    produces: Literal["checkpoint", "adapter", "report", "results", "directory"]
+    """What `${out}` is in the end. A checkpoint is read as any other, an adapter is peft's own files, results are rows
+    in `results.jsonl`."""
     metrics: str | None = None
     """A JSON file under `${out}`: one object of names and numbers, which gates can read."""
 
@@ -85,7 +86,7 @@ STAGE = Stage(
     inputs={},
     open_ports=Port(ANY, optional=True, many=True),
     output="directory",
-    outputs=("checkpoint", "report", "results"),
+    outputs=("checkpoint", "adapter", "report", "results"),
     output_field="produces",
     unmeasured=unmeasured,
     settled=settled,

@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bigpipe.errors import StageFailed
 from bigpipe.files import parse_json, read_file
-from bigpipe.orchestrator.stage import Json, StageContext
+from bigpipe.orchestrator.stage import Json, StageContext, late
 
 from .command import CommandParams
 
@@ -19,6 +20,11 @@ LARGEST_ROW = 2**24
 RESULTS = "results.jsonl"
 METRIC = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 """What gates can name."""
+READERS = {
+    "checkpoint": late("bigpipe.bigmodel.checkpoint:describe_checkpoint"),
+    "adapter": late("bigpipe.bigmodel.checkpoint:describe_adapter"),
+}
+"""By what is produced, who reads it."""
 
 
 def lead_links_back(context: StageContext) -> None:
@@ -44,12 +50,15 @@ def check_output(params: CommandParams, out: Path) -> None:
     if not any(path.is_symlink() or not path.is_dir() for path in out.rglob("*")):
         cure = "write the result under ${out}, which is passed as an argument"
         raise StageFailed("the command wrote nothing under ${out}", cure, field="argv")
-    if params.produces == "checkpoint":
-        from bigpipe.bigmodel.checkpoint import describe_checkpoint
-
-        describe_checkpoint(out)
-    elif params.produces == "results":
+    described(params, out)
+    if params.produces == "results":
         _check_rows(out / RESULTS)
+
+
+def described(params: CommandParams, out: Path) -> Any:
+    """Return what is known of a model or an adapter that the command made; None where it makes none. Raise
+    InvalidCheckpoint or NoWeights where it is not one."""
+    return READERS[params.produces](out) if params.produces in READERS else None
 
 
 def _check_rows(path: Path) -> None:

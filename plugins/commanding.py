@@ -15,7 +15,7 @@ from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, 
 from bigpipe.programs import Ended, laid_out, laid_out_at, run_program, signal_in_words
 
 from .command import PLACEHOLDER, CommandMetrics, CommandParams
-from .command_output import check_output, lead_links_back, read_metrics
+from .command_output import check_output, described, lead_links_back, read_metrics
 from .library import about
 
 SHOWN = 10
@@ -79,11 +79,7 @@ def _require_program(params: CommandParams, context: CheckContext) -> None:
 
 
 def forecast(params: CommandParams, context: ForecastContext) -> Forecast:
-    output = None
-    if context.artifact is not None and params.produces == "checkpoint":
-        from bigpipe.bigmodel.checkpoint import describe_checkpoint
-
-        output = describe_checkpoint(context.artifact)
+    output = described(params, context.artifact) if context.artifact is not None else None
     told = " ".join(params.argv[:3])[:60]
     unknown = ("what the program downloads, writes and takes of memory",)
     return Forecast(output=output, summary=told, unknown=unknown)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -95,6 +95,16 @@ def settled(params: DispatchParams) -> Stage[DispatchParams]:
     return replace(STAGE, reproducible=False) if chosen or params.device_map == "optimal" else STAGE
 
 
+LOADED = ("measured", "load_seconds")
+"""What begins with one of these is measured on the loaded model."""
+
+
+def unmeasured(params: DispatchParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    if metric.startswith(LOADED) and params.verify == "none":
+        return "the loaded model", "write `verify: load` under `with`, or leave `verify` out"
+    return None
+
+
 def warms(params: DispatchParams) -> tuple[str, ...]:
     modules = ("bigpipe.plugins.dispatching", "accelerate", "transformers.modeling_utils")
     return () if params.verify == "none" else modules
@@ -113,6 +123,7 @@ STAGE = Stage(
     planning=Planning(check=late("bigpipe.plugins.dispatching:check"), facts=facts, heeds_code=True),
     packages=("torch", "transformers", "accelerate"),
     settled=settled,
+    unmeasured=unmeasured,
     smoke=late("bigpipe.plugins.smoking:dispatch"),
     warms=warms,
     title="Decides what goes on which GPU, in RAM and on disk, and tries it out.",

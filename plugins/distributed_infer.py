@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
@@ -303,6 +303,20 @@ def _settled(params: InferParams) -> Stage[InferParams]:
     )
 
 
+STREAMED = ("limit_tokens_per_second", "share_of_limit")
+"""What is measured only where layers are streamed."""
+
+
+def unmeasured(params: InferParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    """Whether a placement streams layers, nobody knows before it is there; without one, nothing does."""
+    if metric in STREAMED and "placement" not in ports:
+        return (
+            "a placement",
+            "leave it out, or let ranks compute by one that streams layers: wire inputs: placement to a dispatch",
+        )
+    return None
+
+
 def _apart(params: InferParams) -> Sequence[str]:
     return [
         "split",
@@ -359,6 +373,7 @@ STAGE = Stage(
     ),
     packages=("torch", "transformers", "tokenizers", "bitsandbytes"),
     smoke=late("bigpipe.plugins.smoking:infer"),
+    unmeasured=unmeasured,
     reproducible=False,
     title="Runs a model over prompts on one or more ranks and gathers one result per prompt.",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 from bigpipe.bigmodel.checkpoint import describe_checkpoint
@@ -10,16 +11,19 @@ from bigpipe.bigmodel.evaluation import (
     conclude,
     prepare as prepare_windows,
     read_texts,
+    tokens_in,
     write_report,
 )
+from bigpipe.bigmodel.footprint import Workload
 from bigpipe.bigmodel.formats import computable
 from bigpipe.bigmodel.inference import Bound, compute_share, peak_of
+from bigpipe.bigmodel.placement import Placement
 from bigpipe.errors import UsageError
 from bigpipe.orchestrator.stage import CheckContext, Forecast, ForecastContext, StageContext, StageResult
 from bigpipe.sizes import counted, format_size
 
 from .evaluate import EvaluateMetrics, EvaluateParams
-from .evaluation_needs import PORTS, Sides, question, sides_of, together_of, with_memory
+from .evaluation_needs import PORTS, Sides, question, sides_of, together_of, tokens_at_most, with_memory, workload
 from .library import about, sources_of, tell_pace
 from .ranked import check_weights, load_on_rank, placement_of
 from .wired import attached, require_class, single_model
@@ -44,7 +48,7 @@ def check(params: EvaluateParams, ctx: CheckContext) -> None:
         question(params).check(model, models.get("baseline"), sources_of(ctx))
 
 
-def _read(params: EvaluateParams, ctx: CheckContext) -> str:
+def _read(params: EvaluateParams, ctx: CheckContext | StageContext) -> str:
     try:
         return read_texts(params.data, params.column, ctx.base)
     except UsageError as error:
@@ -61,28 +65,31 @@ def _refuse_baseline_fields(params: EvaluateParams, ctx: CheckContext) -> None:
 
 def forecast(params: EvaluateParams, ctx: ForecastContext) -> Forecast:
     try:
-        size = len(_read(params, ctx).encode())
+        text = _read(params, ctx)
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
     most = f", the first {params.max_tokens:,} tokens" if params.max_tokens else ""
-    told = f"{format_size(size)} of text{most} over {counted(ctx.launch.num_processes, 'rank')}"
+    told = f"{format_size(len(text.encode()))} of text{most} over {counted(ctx.launch.num_processes, 'rank')}"
     known = Forecast(download_bytes=0, write_bytes=REPORT_BYTES, summary=told)
     with suppress(UsageError):  # said where it is checked, or once the trusted code is here
-        return with_memory(params, ctx, known, min(size, params.max_tokens or size))
+        return with_memory(params, ctx, known, tokens_at_most(params, text))
     return known
 
 
-def _wired(params: EvaluateParams, ctx: StageContext) -> Sides:
+def _wired(params: EvaluateParams, ctx: StageContext, tokens: int) -> tuple[Sides, Workload]:
+    """The models with where they go, and what a batch of windows is to them. tokens: of the text, at most."""
     models = [describe_checkpoint(ctx.input(port)) for port in PORTS if port in ctx.inputs]
-    return sides_of(params, models, placement_of(ctx), ctx)
+    work = workload(params, models, ctx, tokens)
+    return sides_of(params, models, placement_of(ctx), work, ctx), work
 
 
 def prepare(params: EvaluateParams, ctx: StageContext) -> None:
     """Reads the text as tokens, and shares out the windows that no earlier attempt has finished."""
-    sources, sides = sources_of(ctx), _wired(params, ctx)
+    sides, work = _wired(params, ctx, tokens_at_most(params, _read(params, ctx)))
     plan = prepare_windows(
         ctx.scratch, question(params), ctx.input("model"), ctx.input("baseline") if len(sides) > 1 else None, ctx.base,
-        sources, ranks=ctx.launch.num_processes, together=together_of(params, sides, ctx).count, bounded=ctx.bounded,
+        sources_of(ctx), ranks=ctx.launch.num_processes, together=together_of(params, sides, work, ctx).count,
+        bounded=ctx.bounded,
     )  # fmt: skip
     if plan.finished:
         ctx.log(f"{plan.finished} of {counted(len(plan.chunks), 'batch', 'es')} were finished before")
@@ -93,7 +100,8 @@ def run(params: EvaluateParams, ctx: StageContext) -> StageResult:
 
     def bound() -> Bound:
         placement = placement_of(ctx)
-        wheres = [where for _, where in _wired(params, ctx)] if placement else [None, None]
+        sides = _wired(params, ctx, tokens_in(ctx.scratch))[0] if placement else []
+        wheres: Sequence[Placement | None] = [where for _, where in sides] or [None, None]
         ports = [port for port in PORTS if port in ctx.inputs]
         models = [load_on_rank(ctx, params.dtype, where, port) for port, where in zip(ports, wheres, strict=False)]
         return bind(ctx.scratch, question(params), *models)

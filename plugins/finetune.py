@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -68,6 +68,9 @@ class FinetuneParams(Params):
     """Compute activations again rather than keep them: less memory, a third more time."""
     max_length: int = Field(512, ge=2)
     """Tokens of a text, at most; longer ones are cut."""
+    end: bool = False
+    """Does each text that is no chat end with the token that the model ends its answers with? The tokenizers of most
+    models add none: without it, a model that learns questions with answers is not taught where an answer ends."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the adapter's first values, the order of rows, and dropout."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -112,6 +115,12 @@ def in_words(metrics: Mapping[str, Json]) -> str:
     return ", ".join([*words, f"{metrics.get('trainable_parameters', 0):,} parameters"])
 
 
+def unmeasured(params: FinetuneParams, ports: Collection[str], metric: str) -> tuple[str, str] | None:
+    if metric == "eval_loss" and params.eval_data is None:
+        return "`eval_data`", "write `eval_data: …` under `with`, rows that are not learnt"
+    return None
+
+
 def facts(params: FinetuneParams, machine: Machine) -> Mapping[str, Json]:
     """What decides the dtype where none is given: whether there is a GPU."""
     return {} if params.dtype else {"gpu": bool(machine.gpus)}
@@ -119,7 +128,7 @@ def facts(params: FinetuneParams, machine: Machine) -> Mapping[str, Json]:
 
 STAGE = Stage(
     kind="finetune",
-    version=4,
+    version=5,
     params=FinetuneParams,
     metrics=FinetuneMetrics,
     inputs={"model": Port("checkpoint"), "adapter": Port("adapter", optional=True)},
@@ -137,6 +146,7 @@ STAGE = Stage(
         check=late("bigpipe.plugins.finetuning:check"),
         leads_to=late("bigpipe.plugins.finetuning:leads_to"),
         facts=facts,
+        apart=lambda params: ("save_steps",),
         smaller=("batch_size", "max_length", "dtype"),
         heeds_code=True,
         extras=late("bigpipe.plugins.extras:of_training"),
@@ -144,6 +154,7 @@ STAGE = Stage(
     packages=("torch", "transformers", "tokenizers", "bitsandbytes", "peft"),
     smoke=late("bigpipe.plugins.smoking:finetune"),
     reproducible=False,
+    unmeasured=unmeasured,
     title="Trains a low-rank adapter (LoRA) on a model, plain or quantized, over one or more ranks.",
     result_line=in_words,
 )

@@ -34,12 +34,14 @@ from .wired import agreed, single_model, wired_adapters
 RANK_BASE = 490 * 2**20
 """Bytes of a rank that has imported torch, transformers and peft and holds no model, with what kernels keep: 454 to
 548 MiB were seen (`benchmarks/finetune.py`)."""
+OF_A_ROW, OF_A_TOKEN = 1024, 4
+"""Bytes that a rank keeps of each row, with what holds it, and of each token that it learns."""
 
 
 def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     """Steps, parameters of the adapter and its bytes are known; memory as far as headers are."""
     try:
-        rows, _ = rows_of(params, ctx.base)
+        rows, others = rows_of(params, ctx.base)
     except UsageError as error:
         return Forecast(unknown=(error.cause,))
     ranks, training = ctx.launch.num_processes, training_of(params)
@@ -57,11 +59,13 @@ def forecast(params: FinetuneParams, ctx: ForecastContext) -> Forecast:
     longest = max(row.nbytes for row in rows)
     given = max(len(row.data[column].encode()) for row in rows) if (column := input_of(params)) else 0
     memory = training_memory(model, architecture, count, training, dtype, longest, gpu=gpu, given=given)
+    lengths = (min(training.max_length, row.nbytes) for row in (*rows, *others))
+    held = sum(OF_A_ROW + OF_A_TOKEN * tokens for tokens in lengths)
     local, runtime = ctx.launch.local_processes, Budget(architecture, dtype, Workload()).runtime.high
     return Forecast(
         download_bytes=0,
         write_bytes=4 * count + stored_beside(adapter),
-        ram=(RANK_BASE + CUDA_BASE) * local if gpu else _ram(memory, local),
+        ram=(RANK_BASE + CUDA_BASE + held) * local if gpu else _ram(memory, local) + held * local,
         vram=dict.fromkeys(range(local), memory.own + runtime) if gpu else {},
         metrics=known | {"trainable_parameters": count},
         summary=f"{work}; {count:,} parameters on {counted(adapted, 'module')}",

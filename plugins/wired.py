@@ -65,7 +65,11 @@ def wired_adapters(context: CheckContext | ForecastContext) -> list[AdapterDescr
             found.append(wired.output)
         elif wired.output is not None:
             cause = "what is wired to the port `adapter` holds a model, and no adapter_config.json"
-            raise UsageError(cause, "wire a download of peft's own files, or a finetune", field="inputs.adapter")
+            raise UsageError(
+                cause,
+                "wire a download of peft's own files, a finetune, or a command that produces one",
+                field="inputs.adapter",
+            )
     return found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bigpipe.faces import face
 
 if TYPE_CHECKING:
-    from .evaluating import Question, bind, conclude, evaluate, prepare
+    from .evaluating import Question, bind, conclude, evaluate, prepare, tokens_in
     from .layers import LayerLoss, Layers, lose_least
     from .placing import Known, at_work, comparing, place_pair, together_windows
     from .reporting import REPORT, render, write_report

@@ -98,9 +98,9 @@ class Question:
         limits = {who: positions_of(described[who], architecture) for who, architecture in known.items()}
         return check_windows(limits, self.sequence_length, self.stride)
 
-    def workload(self, length: int) -> Workload:
-        """Return that of one batch. length: tokens of a window."""
-        return Workload(batch_size=self.batch_size, sequence_length=length, all_logits=True)
+    def workload(self, length: int, tokens: int) -> Workload:
+        """Return that of one batch. length: tokens of a window. tokens: of the text, at most."""
+        return Workload(batch_size=self.batch_size, sequence_length=min(length, tokens), all_logits=True)
 
 
 def prepare(
@@ -144,6 +144,11 @@ def prepare(
         folder, rows, lambda row: row.data["end"] - row.data["begin"], batch_size=question.batch_size, ranks=ranks,
         together=lambda batching: min(together, math.ceil(len(batching.sizes) / ranks)),
     )  # fmt: skip
+
+
+def tokens_in(folder: Path) -> int:
+    """Return how many tokens `prepare` found in the text."""
+    return (folder / TOKENS).stat().st_size // array("i").itemsize
 
 
 def bind(folder: Path, question: Question, model: Any, baseline: Any = None) -> Bound:
@@ -237,7 +242,7 @@ def evaluate(
             refuse_overlap(Path(written), read, around=False)
 
     def bound(work: Path) -> Bound:
-        places = _places(placement, own, other, question, sources)
+        places = _places(placement, own, other, question, sources, tokens_in(work))
         asked: dict[str, Any] = {
             "dtype": dtype, "trust": trust, "trust_remote_code": trust_remote_code, "base": base,
         }  # fmt: skip
@@ -274,13 +279,15 @@ def _dtypes_of(placement: Any) -> Any:
     return placed.dtype, placed.compute_dtype, sorted(placed.special_dtypes.items()), on_cpu
 
 
-def _places(placement: Any, own: Path, other: Path | None, question: Question, sources: Sources) -> tuple[Any, Any]:
-    """Where each of both goes, as `load` takes it."""
+def _places(
+    placement: Any, own: Path, other: Path | None, question: Question, sources: Sources, tokens: int
+) -> tuple[Any, Any]:
+    """Where each of both goes, as `load` takes it. tokens: of the text."""
     if other is None or not isinstance(placement, Placement):
         return placement, placement
     known = [_look(path, sources) for path in (own, other)]
     length, _ = question.check(known[0].model, known[1].model, sources)
-    return place_pair(placement, known[0], known[1], question.workload(length), detect(Path.cwd()))
+    return place_pair(placement, known[0], known[1], question.workload(length, tokens), detect(Path.cwd()))
 
 
 def _look(path: Path, sources: Sources) -> Known:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bigpipe.bigmodel.tasks import READERS, Wording, named_files, read_rows, require_writable
+from bigpipe.bigmodel.tasks import READERS, Wording, named_files, read_rows, require_writable, textless
 from bigpipe.errors import UsageError
 from bigpipe.files import read_file
 
@@ -60,7 +60,8 @@ def _text_of(row: object, column: str, place: str) -> str:
         raise UsageError(f"{place}: there is no {column!r}, only {there}", cure, field="column")
     text = row[column]
     if not isinstance(text, str):
-        raise UsageError(f"{place}: {column!r} holds no text", "name a column of texts", field="column")
+        cause, cure = textless(column, text)
+        raise UsageError(f"{place}: {cause}", cure)
     require_writable({column: text}, place)
     return text
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from bigpipe.bigmodel.tasks import (
 )
 from bigpipe.errors import BigpipeError, UsageError
 from bigpipe.modules import foreign
+
+from .pieces import Encoded, encode
 
 EVALUATE = Asking("evaluation", "take a model of transformers that goes on with a text, such as OPT, GPT-2 or Llama")
 MOST = 64
@@ -90,21 +94,28 @@ def tokenize(
     have."""
     tokenizer = load_tokenizer(path, sources, bounded)
     broken = foreign(f"{path} has a tokenizer that cannot be used", "mend it, or take another model")
-    with broken, bounded(f"the tokenizer of {path}"):
-        offsets = bool(tokenizer.is_fast)
-        encoded = tokenizer(text, return_offsets_mapping=offsets, verbose=False)
-        ids = array("i", encoded["input_ids"][:most])
-        cause = beyond(tokenizer, ids, limit)
-        scored = _together((window.scored, window.end) for window in windows(len(ids)))
-        size = _bytes_of(text, encoded["offset_mapping"], scored) if offsets else _decoded(tokenizer, ids, scored)
+    around = partial(bounded, f"the tokenizer of {path}")
+    with broken:
+        encoded = encode(tokenizer, text, around, most) if tokenizer.is_fast else _whole(tokenizer, text, around)
+        with around():
+            ids = encoded.ids[:most]
+            cause = beyond(tokenizer, ids, limit)
+            scored = _together((window.scored, window.end) for window in windows(len(ids)))
+            size = _bytes_of(text, encoded, scored) if encoded.ends else _decoded(tokenizer, ids, scored)
     if len(ids) < 2:
         cause = f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}, and the first is never scored"
         raise UsageError(cause, "give a longer text", field="data")
     if cause is not None:
         first = next(place for place, token in enumerate(ids) if token == max(ids))
-        place = where(encoded["offset_mapping"][first][0]) if offsets else f"token {first} of the text"
+        place = where(encoded.begins[first]) if encoded.begins else f"token {first} of the text"
         raise UsageError(f"{place}: {cause}", OTHER_TOKENIZER, field="data")
     return Tokens(ids, size)
+
+
+def _whole(tokenizer: Any, text: str, bounded: Callable[[], AbstractContextManager[None]]) -> Encoded:
+    """The same of a tokenizer that does not say where tokens stand, so that nothing can be put together."""
+    with bounded():
+        return Encoded(array("i", tokenizer(text, verbose=False)["input_ids"]), array("q"), array("q"))
 
 
 def _together(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -116,26 +127,25 @@ def _together(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def _bytes_of(text: str, offsets: Sequence[tuple[int, int]], scored: Iterable[tuple[int, int]]) -> int:
-    """UTF-8 bytes of the tokens from each begin to its end, the first never among them. offsets: of each token its
-    characters, (0, 0) for a special one. What a tokenizer leaves out between two tokens belongs to the second."""
-    ends = list(accumulate((end for _, end in offsets), max))
+def _bytes_of(text: str, encoded: Encoded, scored: Iterable[tuple[int, int]]) -> int:
+    """UTF-8 bytes of the tokens from each begin to its end, the first never among them. What a tokenizer leaves out
+    between two tokens belongs to the second."""
+    ends = array("q", accumulate(encoded.ends, max))
     return sum(
         len(text[ends[begin - 1] : ends[end - 1]].encode())
-        + _shared(text, offsets, begin)
-        - _shared(text, offsets, end)
+        + _shared(text, encoded, begin)
+        - _shared(text, encoded, end)
         for begin, end in scored
     )
 
 
-def _shared(text: str, offsets: Sequence[tuple[int, int]], token: int) -> int:
+def _shared(text: str, encoded: Encoded, token: int) -> int:
     """Where a character is of several tokens, of which this one is not the first: the bytes that fall to it and those
     after it, as all have equal parts."""
-    alike = offsets[token] if token < len(offsets) else None
-    if alike is None or alike != offsets[token - 1]:
+    behind, ahead = encoded.spans(max(0, token - MOST), token), encoded.spans(token, token + MOST)
+    if not ahead or (alike := ahead[0]) != behind[-1]:
         return 0
-    before = sum(1 for _ in takewhile(alike.__eq__, reversed(offsets[max(0, token - MOST) : token])))
-    after = sum(1 for _ in takewhile(alike.__eq__, offsets[token : token + MOST]))
+    before, after = (sum(1 for _ in takewhile(alike.__eq__, spans)) for spans in (reversed(behind), ahead))
     size = len(text[slice(*alike)].encode())
     return size - size * before // (before + after)
 

@@ -142,7 +142,7 @@ def foreseen_card(model: Path | None, extra: Mapping[str, Any]) -> str:
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:
     known = {key: value for key, value in metadata.items() if value is not None}
-    return redact(f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n")
+    return redact_value(f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n")
 
 
 @dataclass(frozen=True, slots=True)

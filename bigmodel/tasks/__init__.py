@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from .promptfiles import READERS, Wording, read_rows, require_pyarrow
     from .registry import TASKS, BuiltIn, built_in, find_task, require_known, task_arguments
     from .requests import URLS, Requests, request_reader, response
-    from .rows import Prompts, Row, named_files, read_prompts, require_fetched, require_writable, template_parts
+    from .rows import (
+        Prompts,
+        Row,
+        named_files,
+        read_prompts,
+        require_fetched,
+        require_writable,
+        template_parts,
+        textless,
+        tools_of,
+    )
     from .sounds import read_sound, sound_seconds
     from .task import OVERFLOWS, Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments
     from .text_generation import own_arguments

@@ -55,8 +55,9 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of its prompt in UTF-8, of a chat as JSON: more tokens it rarely has."""
-        text = self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
+        """Return the bytes of its prompt in UTF-8, of a chat as JSON with its tools: more tokens it rarely has."""
+        chat = self.prompt if not self.data.get("tools") else [self.prompt, self.data["tools"]]
+        text = self.prompt if isinstance(self.prompt, str) else json.dumps(chat, ensure_ascii=False)
         return len(text.encode())
 
     def wrong(self, cause: str, cure: str, field: str = "prompts") -> UsageError:
@@ -231,6 +232,28 @@ def _written_as(prompt: Any) -> str:
     if prompt is None:
         return "write a text, or leave the row out"
     return "put it in quotes" if isinstance(prompt, int | float) else "write a message as {role: user, content: …}"
+
+
+def textless(name: str, value: Any) -> tuple[str, str]:
+    """Return what is wrong with the field of a row that is there and holds no text, and what to do."""
+    if isinstance(value, Mapping) and "bytes" in value:  # as the Hub's sets of sounds and pictures have it
+        return f"{name!r} holds what is in a file", "write that into a file, and the file's name into the row"
+    number = isinstance(value, int | float)
+    cure = _written_as(value) if value is None or number else "write a text, or name another column"
+    return f"{name!r} holds no text{'' if value is not None else ': it is null'}", cure
+
+
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """Return the tools of a chat, which stand beside it as a list or its JSON; None where there are none. Raise
+    UsageError, naming the row, for what is no list of objects."""
+    given = row.data.get("tools")
+    try:
+        found = json.loads(given) if isinstance(given, str) and given.strip() else given or None
+    except ValueError:
+        found = given
+    if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+        raise row.wrong("'tools' is no list of tools", "write a list of objects, as chat templates take it")
+    return found or None
 
 
 def require_writable(data: dict[str, Any], where: str) -> None:

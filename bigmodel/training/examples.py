@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from bigpipe.bigmodel.tasks import (
     require_template,
     require_tokenizer,
     sound_seconds,
+    textless,
+    tools_of,
     vocabulary,
 )
 from bigpipe.errors import UsageError
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 FINETUNE = Asking("fine-tuning", "take a model of transformers that makes texts, such as OPT, Llama, T5 or Whisper")
 IGNORED = -100
 """A label that no loss counts, in transformers."""
+AT_ONCE = 512
+"""Rows between two looks at what the tokenizer takes."""
 SLACK = 0.1
 """Seconds of a sound that hold no word: by so much it may be longer than what is heard of it."""
 SPEECH_CLASSES = ("WhisperForConditionalGeneration",)
@@ -107,10 +112,12 @@ def read_data(
     for row in rows:
         if row.reads != "text":
             raise UsageError(f"{field}: a {row.reads} says no text to learn", NEEDS_TEXT, field=field)
-        if input_column and not isinstance(row.data.get(input_column), str):
+        if input_column and input_column not in row.data:
             there = ", ".join(map(repr, row.data))
             cure = "set `input_column` to the one that the model is given"
             raise row.wrong(f"there is no text {input_column!r}, only {there}", cure)
+        if input_column and not isinstance(row.data[input_column], str):
+            raise row.wrong(*textless(input_column, row.data[input_column]))
     _refuse_empty([row for row in rows if not _says(row.prompt)], column)
     return rows
 
@@ -213,6 +220,8 @@ class Reading:
     bounded: Bounded
     start: int | None
     """The token that a decoder begins with, which its labels leave out."""
+    end: int | None
+    """The token that a text is to end with; None: as the tokenizer ends it."""
     limits: tuple[int | None, int | None]
     """How many tokens the model has embeddings of, and how many it predicts; None: nobody knows."""
 
@@ -226,15 +235,25 @@ class Reading:
             self._require_heard(rows, input_column)
         cut = 0
         made = []
-        with self.bounded("the tokenizer, or the chat template, of the model"):
-            for row in rows:
-                labels, shortened = self._encode(self._text(row), max_length, target=self.task == "seq2seq-lm")
-                if self.start is not None and labels[:1] == [self.start]:
-                    labels = labels[1:]
-                given, also = self._given(row, input_column, max_length if max_given is None else max_given)
-                made.append(self._require(Example(labels, given), row, input_column))
-                cut += shortened or also
+        for begin in range(0, len(rows), AT_ONCE):
+            with self.bounded("the tokenizer, or the chat template, of the model"):
+                for row in rows[begin : begin + AT_ONCE]:
+                    labels, shortened = self._labels(row, max_length)
+                    given, also = self._given(row, input_column, max_length if max_given is None else max_given)
+                    made.append(self._require(Example(labels, given), row, input_column))
+                    cut += shortened or also
         return Examples(self.task, made, cut, self._collate)
+
+    def _labels(self, row: Row, most: int) -> tuple[array[int], bool]:
+        """The tokens that a row teaches, with the end that a text is to have, and whether they were cut."""
+        text = self._text(row)
+        labels, cut = self._encode(text, most, target=self.task == "seq2seq-lm")
+        if self.start is not None and labels[:1] == array("i", [self.start]):
+            labels = labels[1:]
+        if self.end is not None and text[1] and not cut and labels[-1:] != array("i", [self.end]):
+            cut = len(labels) == most
+            labels = labels if cut else labels + array("i", [self.end])
+        return labels, cut
 
     def _require_heard(self, rows: Sequence[Row], column: str) -> None:
         """Of a sound that is cut the text would be learnt whole: what nobody has heard."""
@@ -265,7 +284,7 @@ class Reading:
         if isinstance(row.prompt, str):
             return row.prompt, True
         with foreign(f"{row.place}: the model's chat template refuses it", "mend the chat, or the template"):
-            return str(self.tokenizer.apply_chat_template(row.prompt, tokenize=False)), False
+            return str(self.tokenizer.apply_chat_template(row.prompt, tools=tools_of(row), tokenize=False)), False
 
     def _given(self, row: Row, column: str, max_length: int) -> tuple[Any, bool]:
         if not column:
@@ -274,13 +293,13 @@ class Reading:
             return Row(row.index, row.data[column], {}, "sound"), False
         return self._encode((row.data[column], True), max_length)
 
-    def _encode(self, text: tuple[str, bool], most: int, *, target: bool = False) -> tuple[list[int], bool]:
+    def _encode(self, text: tuple[str, bool], most: int, *, target: bool = False) -> tuple[array[int], bool]:
         """The tokens of a text, and whether it was cut."""
         named = {"text_target" if target else "text": text[0], "add_special_tokens": text[1], "verbose": False}
-        whole: list[int] = self.tokenizer(**named)["input_ids"]
+        whole = array("i", self.tokenizer(**named)["input_ids"])
         if len(whole) <= most:
             return whole, False
-        return self.tokenizer(**named, truncation=True, max_length=most)["input_ids"], True
+        return array("i", self.tokenizer(**named, truncation=True, max_length=most)["input_ids"]), True
 
     def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         labels = _padded([example.labels for example in examples], IGNORED)
@@ -303,16 +322,21 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def reading(
-    task: TaskName, architecture: Architecture | None, path: Path, sources: Sources, bounded: Bounded
-) -> Reading:
-    """Return what makes examples for a model, from the files beside it: nothing of it need be loaded. Raise UsageError
-    where one lacks."""
+    task: TaskName, architecture: Architecture | None, path: Path, sources: Sources, bounded: Bounded,
+    *, end: bool = False,
+) -> Reading:  # fmt: skip
+    """Return what makes examples for a model, from the files beside it: nothing of it need be loaded. end: do texts end
+    with the token that the model ends its answers with? Raise UsageError where a file lacks, or that token."""
     limits = vocabulary(architecture) if architecture else (None, None)
     tokenizer = load_tokenizer(path, sources, bounded, limits[0])
     hears = task == "speech-seq2seq"
     processor = load_processor("AutoFeatureExtractor", path, sources, bounded) if hears else None
     start = architecture.config.get("decoder_start_token_id") if hears and architecture else None
-    return Reading(task, tokenizer, processor, sources, bounded, start, limits)
+    if end and tokenizer.eos_token_id is None:
+        cause = f"the tokenizer of {path} has no token that ends a text"
+        raise UsageError(cause, "name its eos_token in tokenizer_config.json, or leave `end` out", field="end")
+    last = tokenizer.eos_token_id if end else None
+    return Reading(task, tokenizer, processor, sources, bounded, start, last, limits)
 
 
 def require_sound_reader(paths: Sequence[Path]) -> None:

@@ -171,7 +171,9 @@ def _examples(work: Work) -> tuple[Examples, Examples, int, int]:
         work.training.max_length if limit is None else min(work.training.max_length, limit)
         for limit in (position_limit(config), read_limit(config))
     )
-    read = reading(work.training.task, architecture, work.model, work.sources, work.bounded)
+    read = reading(
+        work.training.task, architecture, work.model, work.sources, work.bounded, end=work.training.end
+    )  # fmt: skip
     made, others = (read.examples(rows, work.input_column, length, given) for rows in (work.rows, work.eval_rows))
     return made, others, length, given
 

@@ -42,6 +42,7 @@ class Training:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     max_length: int = 512
+    end: bool = False
     seed: int = 0
     save_steps: int = 10
 
@@ -56,6 +57,8 @@ class Training:
         for name in ("max_steps", "num_train_epochs", *COUNTS):
             if getattr(self, name) is not None or name in COUNTS:
                 _require_count(name, getattr(self, name))
+        if type(self.end) is not bool:
+            raise UsageError(f"end is {self.end!r:.60}", "it must be True or False", field="end")
         if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
             raise UsageError(f"seed is {self.seed!r:.60}", "give a whole number from 0 on, below 2³²", field="seed")
 

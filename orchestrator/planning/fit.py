@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, dropwhile, islice, takewhile
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -22,6 +22,8 @@ from .states import NodeState
 
 MOST_HALVINGS = 8
 """Values that are tried to find the largest number that passes."""
+MOST_DOUBLINGS = 24
+"""Values that are tried where a field has none."""
 MOST_DROPPED = 8
 """Artifacts of which it is tried not to keep the bytes."""
 
@@ -70,10 +72,19 @@ def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
     forecast anew. A forecast that knows less does not fit better."""
     node, machine, context = state.node, rehearsal.session.machine_of(state.node), rehearsal.contexts[state.name]
 
+    def changed(name: str, value: Any) -> Any:
+        return type(node.params).model_validate({**node.params.model_dump(exclude_unset=True), name: value})
+
+    def valid(name: str, value: Any) -> bool:
+        try:
+            changed(name, value)
+        except ValueError:
+            return False
+        return True
+
     def holds(name: str, value: Any) -> bool:
         try:
-            params = type(node.params).model_validate({**node.params.model_dump(exclude_unset=True), name: value})
-            forecast = node.kind.forecast(params, context)
+            forecast = node.kind.forecast(changed(name, value), context)
         except (BigpipeError, ValueError):
             return False
         knows = set(forecast.unknown) <= set(state.forecast.unknown) and not forecast.misfits
@@ -82,16 +93,23 @@ def _smaller(rehearsal: Rehearsal, state: NodeState) -> Cure | str:
     fields, named = type(node.params).model_fields, node.kind.planning.smaller
     for name in fields if named is None else named:
         written, value = fields[name].alias or name, getattr(node.params, name)
-        if (found := another(fields[name], value, partial(holds, written))) is not None:
+        found = another(fields[name], value, partial(valid, written), partial(holds, written))
+        if found is not None:
             return Cure({written: found})
     return "none of its fields alone makes it fit: plan for another --machine"
 
 
-def another(field: FieldInfo, value: Any, passes: Callable[[Any], bool]) -> Any:
-    """Return a value of a field that passes: the largest smaller whole number, to a 256th of what it is, or another
-    choice; None where none does."""
+def another(field: FieldInfo, value: Any, valid: Callable[[Any], bool], passes: Callable[[Any], bool]) -> Any:
+    """Return a value of a field that passes: the largest smaller whole number, to a 256th of what it is; where there is
+    none, as many as a power of two; or another choice. None where none does. valid: may it stand there at all?"""
     if isinstance(value, int) and not isinstance(value, bool):
-        return nearest(1, value, passes, step=max(1, value // 2**MOST_HALVINGS)) if value > 1 else None
+        least = nearest(value, 0, valid)
+        return (
+            nearest(least, value, passes, step=max(1, value // 2**MOST_HALVINGS)) if least and least < value else None
+        )
+    if value is None and int in get_args(field.annotation):
+        numbers = dropwhile(lambda number: not valid(number), (2**power for power in range(MOST_DOUBLINGS)))
+        return max(takewhile(passes, numbers), default=None)
     tables = (mark.names() for mark in field.metadata if isinstance(mark, OneOf))
     choices = (choice for choice in chain(_choices(field.annotation), *tables) if choice != value)
     return next(filter(passes, choices), None)

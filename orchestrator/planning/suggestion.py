@@ -44,6 +44,14 @@ def _passes(plan: Plan, node: str, gate: int, parameter: str, value: Any) -> boo
     return tried is not None and node in tried.nodes and tried.nodes[node].gates[gate].verdict is not None
 
 
+def _valid(plan: Plan, parameter: str, value: Any) -> bool:
+    try:
+        plan.session.recipe.with_arguments({**plan.session.arguments, parameter: str(value)})
+    except BigpipeError:
+        return False
+    return True
+
+
 def _accepted(plan: Plan, arguments: Arguments) -> Plan | None:
     """Return the plan with these arguments; None where it is not accepted. The recipe is resolved again from the
     document as it was read."""
@@ -99,7 +107,8 @@ def _with_cure(plan: Plan, planned: PlannedNode, gate: GateVerdict) -> GateVerdi
         for name, field in node.kind.params.model_fields.items():
             if parameter := _parameter(node, name):
                 value = plan.session.recipe.params.get(parameter)
-                found = another(field, value, partial(_passes, plan, planned.node.name, at, parameter))
+                passes = partial(_passes, plan, planned.node.name, at, parameter)
+                found = another(field, value, partial(_valid, plan, parameter), passes)
                 if found is not None:
                     return replace(gate, cure=f"{as_parameters({parameter: str(found)})} passes; or change the gate")
     return gate

@@ -99,14 +99,20 @@ def check_wired(stage: Wired, kind: Stage[Any], stages: Collection[Wired], probl
     for name, port in ports.items() if kind.open_ports is None else ():  # such a kind says itself what it lacks
         if not port.optional and name not in stage.inputs and not stage.unread and stage.inputs.keys() <= ports.keys():
             short = f"inputs: {{{name}: STAGE}}" if name != DEFAULT_PORT else "inputs: STAGE"
-            cause = f"{kind.kind} needs a {port.told} on its port {name!r}"
+            cause = f"{kind.kind} needs {_a(port.told)} on its port {name!r}"
             problems.add(Fault.MISSING_PORT, path, cause, f"add `{short}`{_candidates(stage, port, stages)}", key=True)
 
 
 def _candidates(stage: Wired, port: Port, stages: Collection[Wired]) -> str:
     fitting = [other.name for other in stages if other.kind and other.kind.may_fill(port)]
-    fitting = [name for name in fitting if name != stage.name]
+    wired = {source.stage for sources in stage.inputs.values() for source in sources}
+    fitting = [name for name in fitting if name != stage.name and name not in wired]
     return f"; {listed(fitting, 'or')} would fit" if 0 < len(fitting) <= 5 else ""
+
+
+def _a(noun: str) -> str:
+    """`a report`, `an adapter`."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _unknown_port(stage: Wired, kind: Stage[Any], name: str, problems: Problems) -> None:
@@ -208,12 +214,12 @@ class Wiring:
             return
         if written in port.types if written else producer.may_fill(port):
             return
-        gives = f"a {written or producer.output}" if producer.output else "no artifact"
+        gives = _a(written or producer.output) if producer.output else "no artifact"
         named = source.stage if source.stage == producer.kind else f"{source.stage} ({producer.kind})"
-        cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes a {port.told}"
+        cause = f"{named} gives {gives}, but port {name!r} of {stage.name} takes {_a(port.told)}"
         cure = (
             _candidates(stage, port, self.stages.values()).removeprefix("; ")
-            or f"wire a stage that gives a {port.told}"
+            or f"wire a stage that gives {_a(port.told)}"
         )
         self.problems.add(Fault.WRONG_ARTIFACT, source.path, cause, cure)
 

@@ -330,6 +330,7 @@ def test_rows_and_texts_are_joined_by_blank_lines(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"body": "one"}\n', "a.jsonl:1: there is no 'text', only 'body'"),
         ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: 'text' holds no text"),
+        ("a.jsonl", '{"text": null}\n', "a.jsonl:1: 'text' holds no text: it is null"),
         (
             "a.jsonl",
             '{"text": "a \\ud800"}\n',

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from bigpipe.bigmodel.architecture import describe_architecture
 from bigpipe.bigmodel.checkpoint import describe_adapter, describe_checkpoint
 from bigpipe.bigmodel.quantization import quantize_checkpoint
 from bigpipe.bigmodel.sources import Sources
+from bigpipe.bigmodel.tasks import Row, require_template
+from bigpipe.bigmodel.tasks.tokenizing import text_of
 from bigpipe.bigmodel.training import (
     Lora,
     Training,
@@ -52,6 +56,7 @@ ROWS = [
     "the cat sat on the mat", "hello world", "paris is in france", "a cat is in paris, and so is a mat",
     "the world is a mat on which cats sit", "hello, cat!", "on and on",
 ]  # fmt: skip
+CHAT = {"text": [{"role": "user", "content": "hi"}]}
 FAST: dict[str, Any] = {"learning_rate": 1e-2, "batch_size": 2, "max_steps": 6}
 
 
@@ -405,6 +410,81 @@ def test_what_an_encoder_reads_is_cut_at_a_length_of_its_own(tmp_path: Path) -> 
         assert made.cut == (lengths != (12, 12))
 
 
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_checkpoint(tmp_path_factory.mktemp("chatting"), "llama")
+    template = "{% for tool in tools or [] %}{{ tool.name }}:{% endfor %}{{ messages[0].content }}"
+    (model / "chat_template.jinja").write_text(template)
+    return model
+
+
+def test_a_text_ends_with_the_token_that_ends_answers_where_that_is_asked(chatting: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chatting)
+    rows = read_data(["ab", *CHAT.values(), "abcdefgh"], "text", "", Path())
+    bare, ended = (
+        reading("causal-lm", None, chatting, Sources(), unbounded, end=end).examples(rows, "", 8)
+        for end in (False, True)
+    )
+    assert [list(each.labels) for each in bare.all] == [
+        tokenizer(text)["input_ids"] for text in ("ab", "hi", "abcdefgh")
+    ]
+    text, chat, long = (each.labels for each in bare.all)
+    assert [each.labels for each in ended.all] == [text + array("i", [tokenizer.eos_token_id]), chat, long]
+    assert (bare.cut, ended.cut) == (0, 1), "what has no room for its end is cut"
+
+
+TOOLS = [{"name": "weather"}, {"name": "time"}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, [], ""])
+def test_a_chat_is_learnt_and_prompted_with_its_tools(chatting: Path, tools: Any) -> None:
+    rows = read_data([{**CHAT, "tools": tools}], "text", "", Path())
+    wanted = "weather:time:hi" if tools else "hi"
+    tokenizer = AutoTokenizer.from_pretrained(chatting)
+    [example] = reading("causal-lm", None, chatting, Sources(), unbounded).examples(rows, "", 64).all
+    assert list(example.labels) == tokenizer(wanted, add_special_tokens=False)["input_ids"]
+    assert text_of(tokenizer, rows[0]) == (wanted, False)
+    assert (rows[0].nbytes > Row(0, rows[0].prompt, CHAT).nbytes) is bool(tools)
+
+
+@pytest.mark.parametrize("tools", ["hammer", {"name": "weather"}, ["weather"], 3])
+def test_tools_that_are_none_are_refused_where_they_stand(chatting: Path, tools: Any) -> None:
+    [row] = read_data([{**CHAT, "tools": tools}], "text", "", Path())
+    with pytest.raises(UsageError, match=r"data\[0\]: 'tools' is no list of tools"):
+        require_template(describe_checkpoint(chatting))(row)
+
+
+def test_limits_are_of_some_rows_however_many_there_are(chatting: Path) -> None:
+    begun = []
+
+    @contextmanager
+    def bounded(what: str) -> Iterator[None]:
+        begun.append(what)
+        yield
+
+    rows = read_data(["ab"] * 1025, "text", "", Path())
+    read = reading("causal-lm", None, chatting, Sources(), bounded)
+    begun.clear()
+    assert len(read.examples(rows, "", 8).all) == 1025
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "cause", "cure"),
+    [
+        (None, "'input' holds no text: it is null", "write a text, or leave the row out"),
+        (3, "'input' holds no text", "put it in quotes"),
+        ({"bytes": "UklGRg==", "path": "a.wav"}, "'input' holds what is in a file", "write that into a file"),
+        (["a"], "'input' holds no text", "write a text, or name another column"),
+    ],
+)
+def test_an_input_that_is_there_and_holds_no_text_is_told_apart(given: Any, cause: str, cure: str) -> None:
+    with pytest.raises(UsageError) as error:
+        read_data([{"input": "a", "text": "b"}, {"input": given, "text": "b"}], "text", "input", Path())
+    assert error.value.cause == f"data[1]: {cause}"
+    assert error.value.cure.startswith(cure)
+
+
 def test_the_largest_seed_is_one_for_every_rank() -> None:
     """Each draws from its own."""
     seeds = [Training(max_steps=1, seed=2**32 - 1).seed_of(rank) for rank in range(3)]
@@ -447,6 +527,7 @@ BAD = {
     "a name as text": ({"target_modules": "q_proj"}, "matches no module"),
     "expression": ({"target_modules": "(("}, "is no regular expression"),
     "adapters": ({"adapter": ["a"]}, r"adapter is \['a'\]"),
+    "end": ({"end": "yes"}, "end is 'yes'"),
     "flag": ({"gradient_checkpointing": "no"}, "gradient_checkpointing is 'no'"),
 }
 
@@ -501,9 +582,6 @@ def test_a_row_that_is_written_in_a_list_is_told_by_its_number(tmp_path: Path, u
             finetune(unloadable, rows, tmp_path / "out", max_steps=1)
         assert error.value.cause.startswith(f"{place}: ")
         assert error.value.field == place
-
-
-CHAT = {"text": [{"role": "user", "content": "hi"}]}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic.fields import FieldInfo
 
 import bigpipe
 from bigpipe.errors import BigpipeError
 from bigpipe.fit import Misfit
 from bigpipe.machine import Gpu, Machine
+from bigpipe.orchestrator.planning.fit import another
 from bigpipe.orchestrator.planning.misfits import asked_misfits, foreseen_misfits
 from bigpipe.orchestrator.recipe import ResourcesSpec
 from bigpipe.orchestrator.stage import Forecast
@@ -254,3 +256,57 @@ def test_an_inference_that_does_not_fit_is_cured_by_less_at_a_time_and_stays_the
     small = replace(BARE, memory=memory * 2**20)
     [error] = bigpipe.plan(recipe, machine=small, store=tmp_path / "store").errors()
     assert error.cure.startswith(cure)
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most", "found"),
+    [
+        (2**17, 1, 5000, range(4489, 5001)),
+        (2**17, 2, 5000, range(4489, 5001)),  # of windows, which score what follows their first token
+        (2**17, 512, 600, range(512, 601)),  # with a stride of 512
+        (2**17, 2, 1, [None]),
+        (2, 2, 1, [None]),
+        (None, 2, 5000, [4096]),  # as many as there are positions
+        (None, 512, 600, [512]),
+        (None, 2, 1, [None]),
+    ],
+)
+def test_a_number_that_fits_is_found_among_those_that_may_stand_there(
+    value: int | None, least: int, most: int, found: Any
+) -> None:
+    field = FieldInfo.from_annotation(int | None)  # type: ignore[arg-type]
+    assert another(field, value, lambda tried: tried >= least, lambda tried: least <= tried <= most) in found
+
+
+LONG = """\
+version: 1
+name: long
+stages:
+  download: {{uses: download, with: {{path: {model}}}}}
+  work: {{uses: {kind}, inputs: download, with: {{data: long.jsonl, {fields}}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "more"),
+    [
+        ("evaluate", "sequence_length", 256, ""),
+        ("evaluate", "sequence_length", None, ""),
+        ("finetune", "max_length", 256, ", max_steps: 1, gradient_checkpointing: false"),
+    ],
+)
+def test_shorter_texts_are_the_cure_where_only_they_fit(
+    tmp_path: Path, kind: str, field: str, value: int | None, more: str
+) -> None:
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "a long text " * 64 + '"}\n')
+
+    def plan(memory: int, length: int | None) -> Any:
+        fields = f"{field}: {'null' if length is None else length}{more}, batch_size: 1, dtype: float32"
+        (tmp_path / "recipe.yaml").write_text(LONG.format(model=MODEL, kind=kind, fields=fields))
+        return bigpipe.plan(tmp_path / "recipe.yaml", machine=replace(BARE, memory=memory), store=tmp_path / "store")
+
+    long, short = (plan(2**40, length).nodes["work"].forecast.ram for length in (value, 128))
+    assert short < long
+    [error] = plan((short + long) // 2, value).errors()
+    assert error.cure.startswith(f"set {field} to ")
+    assert 64 <= int(error.cure.split()[-1]) < 256

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
 from support.workshop import Workshop, statuses
@@ -390,3 +391,26 @@ print(*sorted(name.removeprefix("bigpipe.bigmodel.") for name in sys.modules if 
         "memo", "placement", "placement.devices", "sources", "tasks", "tasks.arguments", "tasks.registry", "tasks.task",
         "tasks.text_generation", "tasks.together", "tasks.tokenizing",
     ], done.stderr  # fmt: skip
+
+
+WITHOUT: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "dispatch": ({}, {"limit_tokens_per_second"}),  # whether the placement streams layers, nobody knows before
+    "distributed-infer": ({"task": "text-generation", "prompts": ["one"]}, set()),
+    "evaluate": ({"data": "text.txt"}, set()),
+    "finetune": ({"data": ["one"], "max_steps": 1}, set()),
+}
+"""Kind → the least of its params, and metrics of which these do not tell that they are not measured."""
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_number_that_may_lack_is_said_to_lack_before_anything_runs(name: str) -> None:
+    """Else a gate on it is refused only after the work."""
+    kind = load_stage(name)
+    fields = kind.metrics.model_fields.items()
+    optional = {metric for metric, field in fields if {float, NoneType} <= set(get_args(field.annotation))}
+    if not optional:
+        return
+    params, told_later = WITHOUT[name]
+    assert kind.unmeasured is not None
+    asked = kind.params.model_validate(params)
+    assert {metric for metric in optional if kind.unmeasured(asked, ["model"], metric) is None} == told_later

@@ -332,6 +332,7 @@ WRITES = "import sys, pathlib; pathlib.Path(sys.argv[1], '{name}').write_text({t
         ("m.json", "{", "metrics: m.json", "m.json is no JSON"),
         ("n.json", "{}", "metrics: m.json", "the file of metrics, ${out}/m.json, cannot be read"),
         ("x", "x", "produces: checkpoint", "no"),
+        ("x", "x", "produces: adapter", "is no adapter: there is no adapter_config.json"),
         ("model.safetensors", "x", "produces: checkpoint", "model.safetensors"),
         ("x", "x", "produces: results", "the command wrote no results.jsonl under ${out}"),
         ("results.jsonl", "{}\n[1]\n", "produces: results", "results.jsonl:2 is no JSON object"),

@@ -366,6 +366,17 @@ def test_a_plan_counts_both_models(tmp_path: Path, model: Path, made: dict[str, 
     assert "404 B of text over 1 rank" in both.summary
 
 
+def test_a_plan_counts_no_longer_window_than_there_is_text(tmp_path: Path) -> None:
+    """Llama 3.1 has 131,072 positions, whatever it is given to read."""
+    far = make_checkpoint(tmp_path / "far", "llama", max_position_embeddings=2**17)
+    all_positions = foreseen(tmp_path, EvaluateParams(data="text.txt"), model=far, baseline=far)
+    assert all_positions == foreseen(
+        tmp_path, EvaluateParams(data="text.txt", sequence_length=len(TEXT)), model=far, baseline=far
+    )
+    few = foreseen(tmp_path, EvaluateParams(data="text.txt", max_tokens=50), model=far, baseline=far)
+    assert (few.ram or 0) < (all_positions.ram or 0)
+
+
 def test_a_line_for_the_table() -> None:
     metrics = {"perplexity": 37.312, "perplexity_stderr": 1.14, "tokens": 5589}
     assert result_line(metrics) == "perplexity 37.31 ± 1, 5,589 tokens"

@@ -144,6 +144,8 @@ def test_a_recipe_tunes_a_quantized_model_and_knows_it_again(tmp_path: Path, mod
     page = (tmp_path / "page.html").read_text()
     assert "Curve of loss: finetune" in page
     assert "<polyline" in page
+    shop.manifest.write_text(RECIPE.format(model=model).replace("max_steps: 3", "max_steps: 3, save_steps: 1"))
+    assert statuses(shop.run(**options))["finetune"] == "cached"
     shop.manifest.write_text(RECIPE.format(model=model).replace("bound: 100", "bound: 0.1"))
     with pytest.raises(GateFailed, match=r"loss.last <= 0.1"):
         shop.run(**options)
@@ -168,7 +170,7 @@ def test_a_plan_counts_what_an_encoder_reads(tmp_path: Path) -> None:
 
     def ram(tokens: int, **fields: Any) -> int:
         rows = [{"input": "a" * tokens, "text": "yes"}] * 2
-        asked = params(task="seq2seq-lm", data=rows, **fields)
+        asked = params(task="seq2seq-lm", **{"data": rows, **fields})
         found = training_needs.forecast(asked, forecast_context(tmp_path, inputs=wired, machine=MACHINE)).ram
         assert found is not None
         return found
@@ -177,6 +179,9 @@ def test_a_plan_counts_what_an_encoder_reads(tmp_path: Path) -> None:
     assert ram(500, gradient_checkpointing=False) - ram(5, gradient_checkpointing=False) >= 2 * 495 * layer
     assert ram(500) > ram(5)
     assert ram(500, max_length=50) == ram(50, max_length=50)
+    assert (
+        ram(5, data=[{"input": "a", "text": "b" * 9}] * 1000) > ram(5, data=[{"input": "a", "text": "b" * 9}]) + 10**6
+    )
 
 
 WRONG = {

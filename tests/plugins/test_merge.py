@@ -18,6 +18,7 @@ from support.workshop import Workshop, statuses
 from transformers import AutoTokenizer
 
 import bigpipe
+from bigpipe.errors import ManifestError
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -101,6 +102,24 @@ def test_a_merged_model_speaks_as_its_adapter_was_trained(shop: Workshop, whose:
     assert {path.name for path in (shop.folder / "by-hand").glob("[!m]*")} == {
         path.name for path in merged.glob("[!m]*")
     }
+
+
+def test_an_adapter_comes_from_any_tool(shop: Workshop) -> None:
+    copying = "import sys, shutil; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
+    made = f"uses: command, with: {{argv: ['${{python}}', -c, '{copying}', lora, '${{out}}'], files: [lora], PRODUCES}}"
+    text = RECIPE.replace("uses: download, with: LORA", made)
+    shop.manifest.write_text(text.replace("PRODUCES", "produces: directory"))
+    with pytest.raises(ManifestError) as caught:
+        shop.run()
+    (problem,) = caught.value.problems  # the base is wired already, and is no adapter
+    assert problem.cause == "lora (command) gives a directory, but port 'adapter' of merge takes an adapter"
+    assert problem.cure == "wire a stage that gives an adapter"
+    shop.manifest.write_text(text.replace("PRODUCES", "produces: adapter"))
+    assert set(statuses(shop.run()).values()) == {"succeeded"}
+    assert shop.run().nodes["lora"].record.artifact_type == "adapter"
+    shop.manifest.write_text(shop.manifest.read_text().replace("60KB", "50KB"))
+    foreseen = shop.json("plan", "recipe.yaml")["nodes"]["merge"]["forecast"]["metrics"]
+    assert foreseen["merged"] == 4, "it is known what the adapter changes"
 
 
 def test_an_adapter_comes_from_a_hub(shop: Workshop, server: LoopbackHub, tmp_path: Path) -> None:
