@@ -89,7 +89,7 @@ def _seam(found: Encoded, following: Encoded, begin: int) -> tuple[int, int] | N
     while place and (found.begins[place - 1] >= begin + SHARED // 2 or not found.ends[place - 1]):
         place -= 1
     for own in range(place, len(found.ids)):
-        there = places.get(found.begins[own]) if found.ends[own] else None
-        if there is not None and found.same(own, following, there):
-            return own, there
+        same = places.get(found.begins[own]) if found.ends[own] else None
+        if same is not None and found.same(own, following, same):
+            return own, same
     return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bigpipe.bigmodel.architecture import read_request, storage_of, with_empty_parameters
 from bigpipe.bigmodel.checkpoint import ModelDescription
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError
+from bigpipe.modules import foreign
 
 if TYPE_CHECKING:
     import torch
@@ -47,3 +48,16 @@ def emptied(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             if buffer is not None and buffer.is_floating_point() and buffer.dtype in common:
                 module._buffers[name] = buffer.to(dtype)
     return model
+
+
+def read_generation_config(model: Any, path: Path) -> None:
+    """What `generate` does unless it is told otherwise, as the checkpoint says: in a file of its own or, in older ones
+    without it, among the fields of config.json."""
+    name = next((name for name in ("generation_config.json", "config.json") if (path / name).is_file()), None)
+    if name is None or getattr(model, "generation_config", None) is None:
+        return
+    from transformers import GenerationConfig
+
+    older = {"config_file_name": name, "_from_model_config": True} if name == "config.json" else {}
+    with foreign(f"{path / name} cannot be used", "mend it, or leave it out", InvalidCheckpoint):
+        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True, **older)

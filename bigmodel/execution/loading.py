@@ -58,13 +58,12 @@ from bigpipe.bigmodel.placement import Device, Placement, PlacementRequest, as_m
 from bigpipe.bigmodel.sources import Sources
 from bigpipe.errors import InvalidCheckpoint, UsageError, first_few
 from bigpipe.machine import detect
-from bigpipe.modules import foreign
 from bigpipe.names import Given, as_names, checked, refuse_unknown
 from bigpipe.trust import Trust
 from bigpipe.versions import require
 
 from .away import stand_in
-from .empty import build_empty, emptied
+from .empty import build_empty, emptied, read_generation_config
 from .experts import moved_by_a_token
 from .homes import DeviceMap, Homes, HostMemory, as_placement, host_memory, loading_dtype
 from .offload import WeightStream, cut_into_groups, follow_devices
@@ -179,7 +178,7 @@ def load(
         _fill(model, checkpoint, described, homes, wanted, memory)
         for device, size in attach(model, found, opened, dtype_name(wanted), homes.execution).items():
             loaded(model).held["cpu" if device.type == "cpu" else device.index - homes.first_gpu] += size
-    _read_generation_config(model, checkpoint.folder)
+    read_generation_config(model, checkpoint.folder)
     return model.eval()
 
 
@@ -436,16 +435,3 @@ def _settle_unstored(model: torch.nn.Module, matches: Packed, initialised: Seque
             there = value.detach().to(device)
             setattr(module, attribute, there if buffer else torch.nn.Parameter(there, value.requires_grad))
             state.held["cpu" if device.type == "cpu" else device.index - state.homes.first_gpu] += value.nbytes
-
-
-def _read_generation_config(model: Any, path: Path) -> None:
-    """What `generate` does unless it is told otherwise, as the checkpoint says: in a file of its own or, in older ones
-    without it, among the fields of config.json."""
-    name = next((name for name in ("generation_config.json", "config.json") if (path / name).is_file()), None)
-    if name is None or getattr(model, "generation_config", None) is None:
-        return
-    from transformers import GenerationConfig
-
-    older = {"config_file_name": name, "_from_model_config": True} if name == "config.json" else {}
-    with foreign(f"{path / name} cannot be used", "mend it, or leave it out", InvalidCheckpoint):
-        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True, **older)
