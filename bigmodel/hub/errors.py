@@ -211,7 +211,8 @@ def _of_transport(error: BaseException, asked: _Asked) -> BigpipeError | None:
         return Offline(cause, cure)
     if names & {"UnsupportedProtocol", "InvalidURL"} and is_address(asked.endpoint, login=True):
         return _no_answer_of_a_hub(error, asked)
-    if names & {"UnsupportedProtocol", "InvalidURL", "ValueError"} and not is_address(asked.endpoint, login=True):
+    unread = names & {"UnsupportedProtocol", "InvalidURL"} or type(error) is ValueError  # of the client's own import
+    if unread and not is_address(asked.endpoint, login=True):
         return UsageError(f"HF_ENDPOINT is not an address: {asked.endpoint}", "write it as https://huggingface.co")
     if names & {"TransportError", "DecodingError"}:
         told = f"{type(error).__name__}: {text}"
