@@ -87,9 +87,8 @@ def bind(
     binding = _Binding(adapter, lora, architecture, match_stored(described, architecture, memo).made)
     modules, whole = _sorted_apart(adapter)
     names = _names_of_class(modules, whole, described, architecture, memo)
-    return list(
-        binding.changes(*({names.get(name, name): each for name, each in held.items()} for held in (modules, whole)))
-    )
+    modules = {names.get(name, name): held for name, held in modules.items()}
+    return list(binding.changes(modules, {names.get(name, name): held for name, held in whole.items()}))
 
 
 def require_made_for(
