@@ -86,7 +86,10 @@ def bind(
     lora = read_lora(adapter)
     architecture = agree(described, architecture, memo).architecture
     binding = _Binding(adapter, lora, architecture, match_stored(described, architecture, memo).made)
-    return list(binding.changes(*_sorted_apart(adapter)))
+    modules, whole = _sorted_apart(adapter)
+    names = _names_of_class(modules, whole, described, architecture, memo)
+    modules = {names.get(name, name): held for name, held in modules.items()}
+    return list(binding.changes(modules, {names.get(name, name): held for name, held in whole.items()}))
 
 
 def require_made_for(
@@ -100,7 +103,8 @@ def require_made_for(
 
 
 def _sorted_apart(adapter: AdapterDescription) -> tuple[dict[str, _OfModule], dict[str, Held]]:
-    """Return what it holds by module, and the tensors that replace others by the names of those."""
+    """Return what it holds by module, and the tensors that replace others by the names of those. What a module was
+    before a copy of it was trained, which peft saves beside that where the vocabulary was resized, is neither."""
     modules: dict[str, _OfModule] = {}
     whole: dict[str, Held] = {}
     for name, (dtype, shape) in require_tensors(adapter).items():
@@ -108,12 +112,35 @@ def _sorted_apart(adapter: AdapterDescription) -> tuple[dict[str, _OfModule], di
             cause = f"{adapter.where}: {name} is stored as {dtype}, and an adapter's tensors are floats"
             raise InvalidCheckpoint(cause, "fetch it again, or save it anew with peft")
         own = name.removeprefix(PREFIX)
+        if ".original_module." in own:
+            continue
         if match := PART.fullmatch(own.removesuffix(".weight") if own.endswith("magnitude_vector.weight") else own):
             modules.setdefault(match["module"], _OfModule()).found[match["part"]] = (name, dtype, shape)
         else:
             own = own.replace(".modules_to_save.", ".").removeprefix("modules_to_save.")
             whole[own.replace(".base_layer.", ".")] = (name, dtype, shape)
     return modules, whole
+
+
+def _names_of_class(
+    modules: Collection[str], whole: Collection[str], described: ModelDescription, architecture: Architecture,
+    memo: Path | None,
+) -> dict[str, str]:  # fmt: skip
+    """Return the names that the class has today for those that it does not: an adapter may be of the class as it was,
+    or of its base alone (`AutoModel`), and is read as a checkpoint with such names is."""
+    specs = {tensor.name for module in architecture.modules for tensor in module.tensors}
+    weights = {name: f"{name}.weight" for name in modules if name not in architecture.by_name}
+    strange = {**weights, **{name: name for name in whole if name not in specs}}
+    if not strange:
+        return {}
+    outline = replace(described, tensors=dict.fromkeys(strange.values(), ("float32", (1,))), tied={})
+    matching = match_stored(outline, architecture, memo)
+    own = {
+        stored[0]: name for name, stored in matching.made.items() if len(stored) == 1 and name not in matching.changed
+    }
+    found = {name: own[stored] for name, stored in strange.items() if stored in own}
+    found = {name: today.removesuffix(".weight") if name in weights else today for name, today in found.items()}
+    return {name: today for name, today in found.items() if today not in modules and today not in whole}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +214,18 @@ class _Binding:
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
 
     def _require_shape(self, target: str, name: str, shape: Shape) -> None:
+<<<<<<< HEAD
         if shape != (wanted := self.architecture.specs[target].shape):
             raise self._misshapen(target, wanted, f"{name} is {list(shape)}")
+=======
+        if shape != (wanted := self._specs[target].shape):
+            error = self._other(target, wanted, f"{name} is {list(shape)}")
+            embedding = self._specs.get(f"{self.architecture.input_embedding}.weight")
+            if embedding is not None and wanted == embedding.shape and shape[1:] == wanted[1:]:
+                resized = f"`resize_token_embeddings({shape[0]})` and save it with the tokenizer beside the adapter"
+                error.cure = f"give the model with the adapter's vocabulary: {resized}"
+            raise error
+>>>>>>> mquality
 
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
         """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they

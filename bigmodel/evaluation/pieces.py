@@ -80,11 +80,11 @@ def _seam(found: Encoded, following: Encoded, begin: int) -> tuple[int, int] | N
     """The places of the first token that both have, with those after it, from the middle on of what they share, which
     begins at `begin`; None where there is none."""
     places: dict[int, int] = {}
-    for there, (first, last) in enumerate(zip(following.begins, following.ends, strict=True)):
+    for number, (first, last) in enumerate(zip(following.begins, following.ends, strict=True)):
         if first >= begin + SHARED:
             break
         if last:
-            places.setdefault(first, there)
+            places.setdefault(first, number)
     place = len(found.ids)
     while place and (found.begins[place - 1] >= begin + SHARED // 2 or not found.ends[place - 1]):
         place -= 1

@@ -236,7 +236,7 @@ def _written_as(prompt: Any) -> str:
 
 def textless(name: str, value: Any) -> tuple[str, str]:
     """Return what is wrong with the field of a row that is there and holds no text, and what to do."""
-    if isinstance(value, Mapping) and "bytes" in value:  # as the Hub's sets of sounds and pictures have it
+    if isinstance(value, Mapping) and "path" in value:  # as the Hub's sets of sounds and pictures have it
         return f"{name!r} holds what is in a file", "write that into a file, and the file's name into the row"
     number = isinstance(value, int | float)
     cure = _written_as(value) if value is None or number else "write a text, or name another column"

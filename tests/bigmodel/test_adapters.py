@@ -212,6 +212,65 @@ def test_an_adapter_for_another_model_says_what_differs(tmp_path: Path, llama: P
         merge_adapter(llama, adapter, tmp_path / "out")
 
 
+def test_an_adapter_of_the_base_alone_is_merged_into_the_model(tmp_path: Path, llama: Path) -> None:
+    """Of `AutoModel`, as retrievers are trained, on a repository whose class has a head."""
+    import transformers
+
+    base = transformers.AutoModel.from_pretrained(llama, dtype="auto")
+    adapter = tuned(llama, tmp_path / "lora", model=base, r=2, target_modules=["q_proj", "embed_tokens"])
+    assert "base_model.model.layers.0.self_attn.q_proj.lora_A.weight" in open_adapter(adapter).tensors
+    merge_adapter(llama, adapter, tmp_path / "out")
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModel.from_pretrained(llama, dtype="auto")
+    wanted = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    made = loaded(tmp_path / "out").model.state_dict()
+    assert [name for name in wanted if not torch.equal(made[name], wanted[name])] == []
+
+
+def test_an_adapter_with_the_names_that_the_class_had_is_merged(tmp_path: Path) -> None:
+    """Before transformers 4.52, LLaVA's language model stood where today its base model does."""
+    import transformers
+
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config={**text, "num_attention_heads": 2},
+        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": 8, "patch_size": 4},
+        image_token_index=5,
+    )
+    base = tmp_path / "base"
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(base)
+    adapter = tuned(base, tmp_path / "lora", r=2, target_modules=r".*language_model.*q_proj")
+    held = load_file(adapter / "adapter_model.safetensors")
+    now, before = "model.model.language_model.", "model.language_model.model."
+    assert all(now in name for name in held)
+    old = {name.replace(now, before): tensor for name, tensor in held.items()}
+    save_file(old, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    merge_adapter(base, adapter, tmp_path / "out")
+    assert_same(tmp_path / "out", merged_by_peft(base, adapter))
+
+
+def test_a_vocabulary_that_was_resized_and_learnt_is_merged_into_the_resized_model_alone(
+    tmp_path: Path, llama: Path
+) -> None:
+    """peft saves the modules beside their trained copies then."""
+    wider = loaded(llama)
+    wider.resize_token_embeddings(wider.config.vocab_size + 2)
+    wider.save_pretrained(tmp_path / "wider")
+    saved = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter = tuned(llama, tmp_path / "lora", model=wider, **saved)
+    held = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.lm_head.{}weight"
+    save_file(
+        {**held, name.format("original_module."): held[name.format("")] + 1}, adapter / "adapter_model.safetensors"
+    )
+    merge_adapter(tmp_path / "wider", adapter, tmp_path / "out")
+    assert_same(tmp_path / "out", merged_by_peft(tmp_path / "wider", adapter))
+    with pytest.raises(UsageError, match="was made for another model") as error:
+        merge_adapter(llama, adapter, tmp_path / "none")
+    assert f"`resize_token_embeddings({wider.config.vocab_size})`" in error.value.cure
+
+
 def test_a_head_that_the_model_lacks_is_refused(tmp_path: Path, llama: Path) -> None:
     import transformers
 

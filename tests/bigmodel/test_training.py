@@ -474,7 +474,7 @@ def test_limits_are_of_some_rows_however_many_there_are(chatting: Path) -> None:
     [
         (None, "'input' holds no text: it is null", "write a text, or leave the row out"),
         (3, "'input' holds no text", "put it in quotes"),
-        ({"bytes": "UklGRg==", "path": "a.wav"}, "'input' holds what is in a file", "write that into a file"),
+        ({"path": "a.wav"}, "'input' holds what is in a file", "write that into a file"),
         (["a"], "'input' holds no text", "write a text, or name another column"),
     ],
 )
