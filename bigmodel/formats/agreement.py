@@ -99,7 +99,8 @@ def cure_of_missing(stored: Collection[str]) -> str:
     for prefix, wrapper in WRAPPERS.items():
         if stored and all(name.startswith(prefix) for name in stored):
             return f"the names begin with {prefix!r}, which {wrapper} put there: save the model inside of it"
-    return "check that `architectures` in config.json names the class that was saved; its weights would be random"
+    named = "`architectures` in config.json, or `architecture` or model= for one of your own"
+    return f"check that the class is the one that was saved ({named}); its weights would be random"
 
 
 def refuse_strangers(

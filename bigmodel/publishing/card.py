@@ -35,8 +35,8 @@ FRONT_MATTER = re.compile(r"\A\ufeff?(?:\s|<!--(?:(?!-->).)*-->)*---\s*\n(.*?)\n
 MOST_KEYS = 1000
 
 LARGEST_README = 2**20
-UNTOLD = frozenset({"files", "fetched_bytes"})
-"""Metrics that say nothing about the model."""
+UNTOLD = frozenset({"files", "fetched_bytes", "timeline"})
+"""Metrics that say nothing about the model, with all that lies in them."""
 TASKS = re.compile(r"[a-z]+(-[a-z]+)+")
 """Names of pipeline tasks on the Hub; a `module:function` is none."""
 
@@ -282,10 +282,12 @@ def _measured(step: Step) -> list[tuple[str, str, str]]:
         return []
 
     def flatten(prefix: str, value: Any) -> Iterator[tuple[str, str, str]]:
+        if prefix in UNTOLD:
+            return
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 yield from flatten(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and prefix not in UNTOLD:
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             yield step.node, prefix, _readable(prefix, value)
 
     return list(flatten("", step.metrics))

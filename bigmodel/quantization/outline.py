@@ -68,7 +68,8 @@ class Settings:
         for name in ("dtype", "bnb_4bit_compute_dtype"):
             object.__setattr__(self, name, dtype_name(getattr(self, name)))
             if (value := getattr(self, name)) not in DTYPES:
-                cure = did_you_mean(SPELLINGS.get(value, value), DTYPES, otherwise="choose one of")
+                meant = SPELLINGS.get(value)
+                cure = f"write {meant}" if meant in DTYPES else f"choose one of {', '.join(DTYPES)}"
                 raise UsageError(f"{name} {value!r} is not possible", cure)
         odd = isinstance(self.llm_int8_threshold, bool) or not isinstance(self.llm_int8_threshold, int | float)
         if odd or not math.isfinite(self.llm_int8_threshold):

@@ -127,7 +127,7 @@ def test_a_mode_keeps_to_caps_as_in_accelerate(model: Path) -> None:
     (lambda model: bigpipe.load(model, max_memry={}), "load has no argument 'max_memry'\n  did you mean 'max_memory'"),
     (lambda model: bigpipe.place(model, verbose=True), r"place has no argument 'verbose'\n  see help\(place\)"),
     (lambda model: bigpipe.quantize_checkpoint(model, "x", scheme="nf4", bnb_4bit_compute_dtype="bf16"),
-     "bnb_4bit_compute_dtype 'bf16' is not possible\n  did you mean 'bfloat16'"),
+     "bnb_4bit_compute_dtype 'bf16' is not possible\n  write bfloat16"),
 ])  # fmt: skip
 def test_an_argument_that_there_is_not_is_told_with_what_there_is(given: Any, told: str, model: Path) -> None:
     with pytest.raises(UsageError, match=told):

@@ -383,8 +383,11 @@ def test_card_and_provenance_hold_the_parameters_that_were_used_and_the_commit(w
 
 
 def test_the_card_names_the_seeds_of_steps(tmp_path: Path) -> None:
-    step = Step("generate", "distributed-infer", "key", None, {"task": "text-generation", "seed": 5}, {})
+    metrics = {"prompts": 3, "timeline": {"0": {"began": 0.5, "ended": 2.5}}}
+    step = Step("generate", "distributed-infer", "key", None, {"task": "text-generation", "seed": 5}, metrics)
     card = card_of(tmp_path, Provenance(recipe="r", text="version: 1", steps=(step,)), "name", {})
+    assert "| generate | prompts | 3 |" in card
+    assert "timeline" not in card, "when ranks were at work is nothing about the model"
     assert "| generate.seed | 5 |" in card
 
 
