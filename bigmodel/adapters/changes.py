@@ -214,18 +214,13 @@ class _Binding:
         return Bound(target, stored, Replaced(dtype, math.prod(shape[1:])), ((0, name),), apart)
 
     def _require_shape(self, target: str, name: str, shape: Shape) -> None:
-<<<<<<< HEAD
         if shape != (wanted := self.architecture.specs[target].shape):
-            raise self._misshapen(target, wanted, f"{name} is {list(shape)}")
-=======
-        if shape != (wanted := self._specs[target].shape):
-            error = self._other(target, wanted, f"{name} is {list(shape)}")
-            embedding = self._specs.get(f"{self.architecture.input_embedding}.weight")
+            error = self._misshapen(target, wanted, f"{name} is {list(shape)}")
+            embedding = self.architecture.specs.get(f"{self.architecture.input_embedding}.weight")
             if embedding is not None and wanted == embedding.shape and shape[1:] == wanted[1:]:
                 resized = f"`resize_token_embeddings({shape[0]})` and save it with the tokenizer beside the adapter"
                 error.cure = f"give the model with the adapter's vocabulary: {resized}"
             raise error
->>>>>>> mquality
 
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
         """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they
