@@ -30,6 +30,10 @@ from .content import content_params, source_digest
 
 ABSENT = "(absent)"
 """Stands in a `Difference` for a value that is not there on one side."""
+SHOWN = 60
+"""Characters of a value that are shown."""
+MOST_ITEMS = 3
+"""Items of a list that are named one by one where they differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,20 @@ class Difference:
     """Now."""
 
     def __str__(self) -> str:
-        return f"{self.path} {shown(self.old)} → {shown(self.new)}"
+        old, new = self.old, self.new
+        if isinstance(old, str) and isinstance(new, str):
+            old, new = _around_the_first_difference(old, new)
+        return f"{self.path} {shown(old)} → {shown(new)}"
+
+
+def _around_the_first_difference(old: str, new: str) -> tuple[str, str]:
+    """Of long texts that begin alike, what comes before they differ is left out but for some of it."""
+    shorter, longer = sorted(map(len, (old, new)))
+    same = next((index for index in range(shorter) if old[index] != new[index]), shorter)
+    start = same - SHOWN // 4
+    if longer <= SHOWN or same <= SHOWN // 2:
+        return old, new
+    return f"…{old[start:]}", f"…{new[start:]}"
 
 
 def shown(value: Json) -> str:
@@ -89,7 +106,7 @@ def shown(value: Json) -> str:
     named, marked, digest = text.rpartition("sha256:")
     if marked and " " not in named:
         return named + digest[:12]
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "…"
 
 
 def identity(
@@ -217,5 +234,14 @@ def changed(path: str, old: Json, new: Json) -> Iterator[Difference]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in sorted(old.keys() | new.keys()):
             yield from changed(f"{path}.{name}", old.get(name, ABSENT), new.get(name, ABSENT))
+    elif isinstance(old, list) and isinstance(new, list) and 0 < len(apart := _items_apart(old, new)) <= MOST_ITEMS:
+        for index in apart:
+            yield from changed(f"{path}[{index}]", old[index], new[index])
     elif type(old) is not type(new) or old != new:
         yield Difference(path, old, new)
+
+
+def _items_apart(old: Sequence[Json], new: Sequence[Json]) -> list[int]:
+    """Where two lists of one length differ; nowhere where their lengths do."""
+    pairs = enumerate(zip(old, new, strict=True)) if len(old) == len(new) else ()
+    return [index for index, (before, after) in pairs if type(before) is not type(after) or before != after]

@@ -166,10 +166,11 @@ def _good(states: States, state: NodeState) -> Step:
         return Step(Do.WAIT)
     sharing = _sharing(states, state)
     consumers = (each for one in sharing for each in reversed(one.consumers))
-    # One that failed will want its producers' bytes again.
+    # One that failed will want its producers' bytes again, unless it has a record: then but a gate of it failed.
     taken = all(
         each.status is Status.SKIPPED
         or (each.status in GOOD and _up_to_date(states, each))
+        or (each.status is Status.FAILED and each.record is not None)
         or not any(fallback.still_takes(states, each, one) for one in sharing if each in one.consumers)
         for each in consumers
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from bigpipe.orchestrator.contract import (
 )
 from bigpipe.orchestrator.planning import Difference, changed, node_folder
 from bigpipe.orchestrator.recipe import Node, Recipe, is_meant, parts_of
-from bigpipe.orchestrator.store import explained, make_directory
+from bigpipe.orchestrator.store import explained, make_directory, names_in
 from bigpipe.redaction import redact_fields
 from bigpipe.tables import html_table
 
@@ -47,15 +48,33 @@ LAST = "last"
 """Names the newest run wherever an id is asked for."""
 SAVE_SECONDS = 1.0
 """What happened is on record after this long. Nodes that end quickly one after the other share one writing."""
+RUN_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{9}")
+"""What `new_run_id` gives."""
 DEAD = "dead"
 """The status of a run that was killed, and of the nodes that it was at: nobody was left to write it."""
 
 
-def new_run_id(now: datetime | None = None) -> str:
+def new_run_id(now: datetime | None = None, *, after: str = "") -> str:
     """`20260103-174500-1f43f9a2c`: UTC, milliseconds in three hexadecimal digits, six of chance.
-    Sorts by time as far as the clock can be trusted, and is unique without it."""
-    now = now or datetime.now(UTC)
-    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03x}{os.urandom(3).hex()}"
+    Unique without the clock. Sorts by time, also where a clock was ahead before: then it has the moment behind `after`,
+    the largest id that is there."""
+    moment = max(now or datetime.now(UTC), _next_moment(after))
+    return f"{moment:%Y%m%d-%H%M%S}-{moment.microsecond // 1000:03x}{os.urandom(3).hex()}"
+
+
+def _next_moment(run: str) -> datetime:
+    """The first millisecond behind that of an id; the beginning of time for what is none."""
+    try:
+        second = datetime.fromisoformat(f"{run[:8]}T{run[9:15]}+00:00")
+        return second + timedelta(milliseconds=int(run[16:19], 16) + 1)
+    except (ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def latest_run(runs: Path) -> str:
+    """Return the largest id of the runs that have begun; "" where there is none."""
+    with explained(runs):
+        return max(filter(RUN_ID.fullmatch, names_in(runs)), default="")
 
 
 class RunRecord(BaseModel):

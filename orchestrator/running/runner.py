@@ -57,7 +57,7 @@ from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
 
 from .lineage import lineage
-from .records import RunRecorder, new_run_id
+from .records import RunRecorder, latest_run, new_run_id
 from .result import RunResult
 from .signals import caught_once
 from .streaming import Streams, provisional_key
@@ -116,7 +116,7 @@ def run_plan(
     BigpipeError that it raises. A node that fails is in the result, not raised. SIGINT, SIGTERM and SIGHUP stop the
     children and leave everything resumable."""
     started = time.monotonic()
-    run_id = new_run_id()
+    run_id = new_run_id(after=latest_run(session.store.runs))
     recorder = RunRecorder(session.store.runs / run_id, run_id, session.recipe, session.checkout)
     jobs = jobs or session.jobs if plan.to_run else 1
     states = States(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .fetching import known_rate, lacking, note_rate
     from .garbage import RUNS, Freed, GcReport, Keeping
     from .hashing import StatMemo, canonical, digest_of
-    from .layout import default_root, explained, make_directory, memo_directory
+    from .layout import default_root, explained, make_directory, memo_directory, names_in
     from .remote import Away, Remote, open_remote
     from .store import Store
     from .work import Work

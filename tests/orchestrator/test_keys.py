@@ -156,6 +156,21 @@ class TestDifferences:
         assert self.changes(old, replace(old, params={"x": True})) == [Difference("params.x", 1, True)]
 
     @pytest.mark.parametrize(
+        ("old", "new", "told"),
+        [
+            (["sh", "-c", "x" * 80, 1], ["sh", "-c", "x" * 80, 2], ["params.x[3] 1 → 2"]),
+            ([1, {"a": [2]}], [1, {"a": [3]}], ["params.x[1].a[0] 2 → 3"]),
+            ([1, 2], [1, 2, 3], ["params.x [1, 2] → [1, 2, 3]"]),
+            ([1, 2, 3, 4], [5, 6, 7, 8], ["params.x [1, 2, 3, 4] → [5, 6, 7, 8]"]),
+            ("y" * 70 + "1", "y" * 70 + "22", [f"params.x …{'y' * 15}1 → …{'y' * 15}22"]),
+        ],
+    )
+    def test_what_differs_is_in_what_is_shown(self, of, old, new, told):
+        """The first items of a list, and the beginning of a text, said nothing where they were alike."""
+        before, now = replace(of(), params={"x": old}), replace(of(), params={"x": new})
+        assert [str(change) for change in self.changes(before, now)] == told
+
+    @pytest.mark.parametrize(
         ("before", "after", "expected"),
         [
             ({"model": [A]}, {"model": [B]}, [Difference("inputs.model", A, B)]),

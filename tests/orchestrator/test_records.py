@@ -19,12 +19,14 @@ from bigpipe.orchestrator.running.records import (
     NodeRun,
     RunRecorder,
     diff,
+    latest_run,
     list_runs,
     load_run,
     log_files,
     meant,
     new_run_id,
     node_folder,
+    run_ids,
 )
 
 NODE = SimpleNamespace(kind=SimpleNamespace(kind="write"), predecessors=())
@@ -71,6 +73,21 @@ def test_ids_sort_by_time_and_never_meet(tmp_path):
     assert ids == sorted(ids)
     assert new_run_id(noon).startswith("20260103-120000-")
     assert len({new_run_id(noon) for _ in range(100)}) == 100
+
+
+def test_a_run_after_one_of_a_clock_that_was_ahead_is_the_last(tmp_path):
+    """For ten years `get`, `show` and `log` took that run for the latest, and gc kept it instead of others."""
+    now = datetime(2026, 1, 3, 12, tzinfo=UTC)
+    ahead = new_run_id(now + timedelta(days=3650, milliseconds=999))
+    run(tmp_path, ahead, {})
+    (tmp_path / "zz-no-run").mkdir()
+    for _ in range(2):
+        assert latest_run(tmp_path) == load_run(tmp_path, "last").run
+        run(tmp_path, new_run_id(now, after=latest_run(tmp_path)), {})
+    assert run_ids(tmp_path)[0] == ahead
+    assert len(run_ids(tmp_path)) == 3
+    assert new_run_id(now, after="").startswith("20260103-120000-000")
+    assert latest_run(tmp_path / "nowhere") == ""
 
 
 def test_a_record_says_what_the_run_was(tmp_path):

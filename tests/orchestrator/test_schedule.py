@@ -539,6 +539,15 @@ def test_bytes_that_are_not_kept_go_after_the_last_consumer(b: str, c: str, drop
     assert next_of(scene(tmp_path, THREE.replace(", cache: false", ""), given), "a") is Do.WAIT
 
 
+def test_bytes_go_after_a_consumer_of_which_but_a_gate_failed(tmp_path: Path) -> None:
+    """It is recorded; they were kept for ever, for a work that is not done again."""
+    now = scene(tmp_path, A_DROPS + AB.removeprefix(A), {"a": "succeeded", "b": "done"})
+    schedule.end(now.states, now.states["b"], Status.FAILED, "a gate")
+    assert next_of(now, "a") is Do.DROP
+    now.states["b"].record = None
+    assert next_of(now, "a") is Do.WAIT
+
+
 TWINS = "".join(
     f"  {name}: {{uses: make{more}}}\n  {name}2: {{uses: use, inputs: {{first: {name}}}}}\n"
     for name, more in (("a", ", cache: false"), ("b", "MORE"))
