@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         require_writable,
         template_parts,
         textless,
-        tools_of,
     )
     from .sounds import read_sound, sound_seconds
     from .task import OVERFLOWS, Answer, Answerer, Arguments, ResultFile, Task, TaskOptions, faults, refuse_arguments

@@ -60,6 +60,19 @@ class Row:
         text = self.prompt if isinstance(self.prompt, str) else json.dumps(chat, ensure_ascii=False)
         return len(text.encode())
 
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Return the tools of a chat, which stand beside it as a list or its JSON; None where there are none. Raise
+        UsageError, naming the row, for what is no list of objects."""
+        given = self.data.get("tools")
+        try:
+            found = json.loads(given) if isinstance(given, str) and given.strip() else given or None
+        except ValueError:
+            found = given
+        if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+            raise self.wrong("'tools' is no list of tools", "write a list of objects, as chat templates take it")
+        return found or None
+
     def wrong(self, cause: str, cure: str, field: str = "prompts") -> UsageError:
         """Return the error that says what is wrong with it, and where it stands. field: where nobody knows of it."""
         return UsageError(f"{self.place or f'row {self.index}'}: {cause}", cure, field=self.field or field)
@@ -241,19 +254,6 @@ def textless(name: str, value: Any) -> tuple[str, str]:
     number = isinstance(value, int | float)
     cure = _written_as(value) if value is None or number else "write a text, or name another column"
     return f"{name!r} holds no text{'' if value is not None else ': it is null'}", cure
-
-
-def tools_of(row: Row) -> list[dict[str, Any]] | None:
-    """Return the tools of a chat, which stand beside it as a list or its JSON; None where there are none. Raise
-    UsageError, naming the row, for what is no list of objects."""
-    given = row.data.get("tools")
-    try:
-        found = json.loads(given) if isinstance(given, str) and given.strip() else given or None
-    except ValueError:
-        found = given
-    if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
-        raise row.wrong("'tools' is no list of tools", "write a list of objects, as chat templates take it")
-    return found or None
 
 
 def require_writable(data: dict[str, Any], where: str) -> None:

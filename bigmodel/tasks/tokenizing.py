@@ -19,13 +19,13 @@ from bigpipe.errors import UsageError
 from bigpipe.modules import foreign
 from bigpipe.sizes import counted
 
-from .rows import Row, tools_of
-
 if TYPE_CHECKING:
     import torch
 
     from bigpipe.bigmodel.architecture import Architecture
     from bigpipe.bigmodel.checkpoint import ModelDescription
+
+    from .rows import Row
 
 Encoded = Mapping[str, Sequence[int]]
 """A text as a tokenizer gives it: `input_ids` and, by the tokenizer, `token_type_ids` and others, of one length."""
@@ -82,7 +82,7 @@ def require_template(model: ModelDescription) -> Callable[[Row], None]:
             cause = "this is a chat, and the model's tokenizer has no chat template"
             raise row.wrong(cause, "write it as a text, or add chat_template.jinja to the model")
         if not isinstance(row.prompt, str):
-            tools_of(row)
+            _ = row.tools  # which raises for what is none
 
     return check
 
@@ -228,7 +228,7 @@ def text_of(tokenizer: Any, row: Row, *, going_on: bool = False) -> tuple[str, b
     if isinstance(row.prompt, str):
         return row.prompt, True
     opened = ending(row) if going_on else ANSWERED
-    return str(tokenizer.apply_chat_template(row.prompt, tools=tools_of(row), tokenize=False, **opened)), False
+    return str(tokenizer.apply_chat_template(row.prompt, tools=row.tools, tokenize=False, **opened)), False
 
 
 def ending(row: Row) -> Mapping[str, bool]:

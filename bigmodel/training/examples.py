@@ -30,7 +30,6 @@ from bigpipe.bigmodel.tasks import (
     require_tokenizer,
     sound_seconds,
     textless,
-    tools_of,
     vocabulary,
 )
 from bigpipe.errors import UsageError
@@ -284,7 +283,7 @@ class Reading:
         if isinstance(row.prompt, str):
             return row.prompt, True
         with foreign(f"{row.place}: the model's chat template refuses it", "mend the chat, or the template"):
-            return str(self.tokenizer.apply_chat_template(row.prompt, tools=tools_of(row), tokenize=False)), False
+            return str(self.tokenizer.apply_chat_template(row.prompt, tools=row.tools, tokenize=False)), False
 
     def _given(self, row: Row, column: str, max_length: int) -> tuple[Any, bool]:
         if not column:

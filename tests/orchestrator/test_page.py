@@ -399,7 +399,7 @@ def test_a_graph_is_drawn_as_its_form_says_whatever_the_name(workshop):
         assert f"name {'another file with -o' if odd == 'folder.svg' else endings}" in refused.stderr
     onto = workshop.command("graph", "recipe.yaml", "--format", "svg", "-o", "folder.svg")
     assert onto.returncode == 2
-    assert "folder.svg: Is a directory\n  name another file with -o\n" in onto.stderr
+    assert "folder.svg is a directory\n  name another file with -o\n" in onto.stderr
     assert workshop.manifest.read_text() == RECIPE
 
 
