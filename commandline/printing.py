@@ -16,7 +16,7 @@ import click
 
 from bigpipe.errors import BigpipeError
 from bigpipe.orchestrator import report
-from bigpipe.redaction import plain, unfinished
+from bigpipe.redaction import plain, redact, unfinished
 from bigpipe.tables import Screen, coloured
 
 from .streams import below
@@ -52,7 +52,7 @@ class Others(io.TextIOBase):
 
     def _show(self, lines: Sequence[str]) -> None:
         for line in lines:
-            self._screen.write(report.clean(plain(line.rstrip("\r").rpartition("\r")[2])) + "\n")
+            self._screen.write(report.clean(plain(redact(line.rstrip("\r").rpartition("\r")[2]))) + "\n")
         self._screen.flush()
 
     def fileno(self) -> int:

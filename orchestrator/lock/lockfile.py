@@ -29,7 +29,7 @@ from bigpipe.orchestrator.contract import Json, PinnedFile
 from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
-from bigpipe.redaction import redact_json, redact_value
+from bigpipe.redaction import redact_fields
 
 from .answers import Illegible, again_by, read_answers, refuse, unmind, write_answers, writing
 
@@ -124,15 +124,12 @@ def _conflict(path: Path, text: bytes) -> Place | None:
 
 
 def write(path: Path, lock: LockFile) -> None:
-    """Write the lock if it says anything new. Sorted, so that a diff shows what changed. What the recipe says stands in
-    it as it is, to be compared. Raise BigpipeError."""
+    """Write the lock if it says anything new. Sorted, so that a diff shows what changed. Raise BigpipeError."""
     import yaml
 
-    data = lock.model_dump(mode="json", exclude_defaults=True) | {"version": lock.version}
+    data = redact_fields(lock.model_dump(mode="json", exclude_defaults=True)) | {"version": lock.version}
     for name, item in lock.inputs.items():
         data["inputs"][name] |= {"params": item.params}  # params in full, nulls included: they are what was chosen
-    for item in data.get("outputs", {}).values():
-        item |= redact_json({name: said for name, said in item.items() if name == "review"}, redact_value)
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text = HEADER + yaml.dump(data, Dumper=dumper, sort_keys=True, allow_unicode=True, width=120)
     try:

@@ -43,11 +43,16 @@ have, such as the `EMPTY` that a server of one's own takes for a key: masked, th
 or a metric with them. What a program or server says of a failure is masked from `SHORTEST` on."""
 NAMES = frozenset({
     "action", "after", "became", "commit", "created", "device", "digest", "directory", "event", "field", "file",
-    "inputs", "key", "kind", "lock", "manifest", "model", "name", "needs", "node", "nodes", "path", "place",
-    "recipe", "run", "runs", "source", "started", "status", "store", "target", "time", "type", "unit", "uses",
+    "inputs", "key", "kind", "lock", "manifest", "model", "name", "needs", "node", "nodes", "path", "place", "recipe",
+    "run", "runs", "started", "status", "store", "time", "type", "unit", "uses",
 })  # fmt: skip
 """Fields of JSON of ours that name something: who reads them looks for just that."""
-TEXTS = frozenset({"cause", "cure", "error", "line", "note", "reason", "task", "verdict", "what", "why"})
+VALUES = frozenset({"asked", "env", "facts", "metrics", "parameters", "params", "pins"})
+"""Fields of JSON of ours below which others choose what things are called, and what they hold."""
+TEXTS = frozenset({
+    "cause", "cure", "details", "error", "line", "lines", "message", "note", "reason", "result", "summary", "task",
+    "text", "verdict", "what", "why",
+})  # fmt: skip
 """Fields of JSON of ours that hold what somebody else may have said."""
 _MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 # As text: `re` compiles a pattern when it is first searched for, and keeps it.
@@ -231,36 +236,39 @@ def mask(text: str) -> str:
 
 
 def redact_json(value: Any, by: Callable[[str], str] = redact) -> Any:
-    """Return the same JSON value, every string in it redacted, also keys, but for those of letters alone: such a one
-    names something. by: `mask` for data."""
+    """Return the same JSON value, every string in it redacted; keys as what we state. by: `mask` for data."""
     if isinstance(value, str):
         return by(value)
     if value is None or isinstance(value, (int, float)):  # before Mapping, to which a look is dear
         return value
     if isinstance(value, Mapping):
-        return {key if _is_name(key) else by(key): redact_json(item, by) for key, item in value.items()}
+        return {_key(key): redact_json(item, by) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         found = [redact_json(item, by) for item in value]
         return tuple(found) if isinstance(value, tuple) else found
     return value
 
 
-def _is_name(key: Any) -> bool:
-    return not isinstance(key, str) or key.replace("_", "").isalpha()
+def _key(key: Any) -> Any:
+    return redact_value(key) if isinstance(key, str) else key
 
 
 def redact_fields(value: Any, field: str = "") -> Any:
-    """Return the same JSON of ours: what is known stays in a field of `NAMES`, and in every key; what is in one of
-    `TEXTS` is redacted, `metrics` are data, every other string is a value. field: whose value it is."""
+    """Return the same JSON of ours: what is known stays in a field of `NAMES` and in keys; what is in one of `TEXTS` is
+    redacted, every other string is a value, and below one of `VALUES` all are, whatever they are called. field: whose
+    value it is."""
+    if field in VALUES:
+        return redact_json(value, redact_value)
     if isinstance(value, str):
         by = _without_given_away if field in NAMES else redact if field in TEXTS else redact_value
         return by(value)
     if value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, Mapping):
-        if field == "metrics":
-            return redact_json(value, mask)
-        return {key: redact_fields(item, str(key)) for key, item in value.items()}
+        return {
+            _without_given_away(key) if isinstance(key, str) else key: redact_fields(item, str(key))
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         found = [redact_fields(item, field) for item in value]
         return tuple(found) if isinstance(value, tuple) else found
