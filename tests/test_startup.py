@@ -33,12 +33,12 @@ ROOMS = {
     "orchestrator": "commands contract launch lock planning recipe report running stage store",
     "orchestrator.contract": "contexts events stage types",
     "orchestrator.launch": "environment executors lifeline schedulers",
-    "orchestrator.planning": "content decision fallback fit keys misfits plan rehearsal schedule session states"
-    " suggestion",
-    "orchestrator.recipe": "arguments conditions expansion graph interpolation manifest node problems registry"
+    "orchestrator.planning": "alike content decision effects fallback fit keys misfits plan rehearsal schedule"
+    " session states suggestion",
+    "orchestrator.recipe": "arguments conditions expansion graph interpolation manifest node problems registry spelling"
     " validation wiring yamlsource",
     "orchestrator.report": "progress rendering reporters shown",
-    "orchestrator.running": "nodes records result runner signals streaming",
+    "orchestrator.running": "lineage nodes records result runner signals streaming timing",
     "orchestrator.store": "artifacts hashing keeping layout locks store",
     "bigmodel": "formats publishing sources",
     "bigmodel.formats": "registry widths",

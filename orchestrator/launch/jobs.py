@@ -32,7 +32,7 @@ from bigpipe.files import LIMITS, NO_SPACE, explain, write_file
 from bigpipe.fit import out_of_memory
 from bigpipe.modules import raised_at
 from bigpipe.orchestrator.contract import Assignment, Event, Params, Stage, StageResult
-from bigpipe.redaction import redact_fields, redact_json, redact_value
+from bigpipe.redaction import redact_fields, redact_metrics
 from bigpipe.versions import lacks
 
 from .lifeline import host
@@ -286,7 +286,7 @@ class Outcome(BaseModel):
             raise StageFailed(cause, f"a stage returns what its `metrics` say: {stage.metrics.__name__}")
         if result.type and not stage.may_give(result.type):
             raise StageFailed(f"kind {stage.kind} gave a {result.type!r}", "its `output` or `outputs` must name that")
-        metrics = redact_json(result.metrics.model_dump(mode="json"), redact_value)
+        metrics = redact_metrics(result.metrics.model_dump(mode="json"))
         if (wrong := _not_finite(metrics)) is not None:
             raise StageFailed(f"kind {stage.kind} measured {wrong}", "a metric is a finite number, or null")
         return cls(metrics=metrics, files=dict(result.files), type=result.type)

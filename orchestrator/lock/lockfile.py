@@ -29,7 +29,7 @@ from bigpipe.orchestrator.contract import Json, PinnedFile
 from bigpipe.orchestrator.planning import ABSENT, Difference, Session, changed, lock_path
 from bigpipe.orchestrator.recipe import Node
 from bigpipe.orchestrator.store import KeyRecord
-from bigpipe.redaction import redact_fields
+from bigpipe.redaction import redact_fields, redact_json, redact_value
 
 from .answers import Illegible, again_by, read_answers, refuse, unmind, write_answers, writing
 
@@ -183,7 +183,7 @@ def _current(session: Session, lock: LockFile | None, now: Mapping[str, LockedIn
             inputs[name] = item.model_copy(update={"files": {**item.files, **known}})
     return LockFile(
         recipe=recipe.name,
-        params=json.loads(json.dumps(dict(recipe.params), default=str)),
+        params=redact_json(json.loads(json.dumps(dict(recipe.params), default=str)), redact_value),
         inputs=inputs,
         outputs={name: output for name, output in old.outputs.items() if name in unmoved},
     )
@@ -208,9 +208,10 @@ def _input_now(session: Session, node: Node) -> LockedInput:
     files = dict(pinned.files())
     if not files and not node.inputs and (record := session.store.find(identity.key({}))):
         files = _brought(record)
-    own = {name: getattr(identity, name) for name in ("kind", "version", "code", "params", "env")}
+    own = {name: getattr(identity, name) for name in ("kind", "version", "code", "params")}
     return LockedInput(
-        **own, inputs={port: list(nodes) for port, nodes in node.inputs.items()}, pins=dict(pinned.values),
+        **own, env=redact_json(identity.env, redact_value),
+        inputs={port: list(nodes) for port, nodes in node.inputs.items()}, pins=dict(pinned.values),
         asked=session.asked(node) if pinned.values else {}, files=files,
     )  # fmt: skip
 

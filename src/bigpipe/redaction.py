@@ -47,7 +47,7 @@ NAMES = frozenset({
     "run", "runs", "started", "status", "store", "time", "type", "unit", "uses",
 })  # fmt: skip
 """Fields of JSON of ours that name something: who reads them looks for just that."""
-VALUES = frozenset({"asked", "env", "facts", "metrics", "parameters", "params", "pins"})
+VALUES = frozenset({"asked", "env", "facts", "parameters", "params", "pins"})
 """Fields of JSON of ours below which others choose what things are called, and what they hold."""
 TEXTS = frozenset({
     "cause", "cure", "details", "error", "line", "lines", "message", "note", "reason", "result", "summary", "task",
@@ -259,6 +259,8 @@ def redact_fields(value: Any, field: str = "") -> Any:
     value it is."""
     if field in VALUES:
         return redact_json(value, redact_value)
+    if field == "metrics" and isinstance(value, Mapping):
+        return redact_metrics(value)
     if isinstance(value, str):
         by = _without_given_away if field in NAMES else redact if field in TEXTS else redact_value
         return by(value)
@@ -273,6 +275,11 @@ def redact_fields(value: Any, field: str = "") -> Any:
         found = [redact_fields(item, field) for item in value]
         return tuple(found) if isinstance(value, tuple) else found
     return value
+
+
+def redact_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics by the names that gates know, with what is in them as values."""
+    return {_without_given_away(name): redact_json(value, redact_value) for name, value in metrics.items()}
 
 
 def masked_texts(values: Iterable[Any], encode: Callable[[Any], str]) -> tuple[list[str], list[int]]:
