@@ -105,15 +105,19 @@ def read_lock(path: Path, illegible: Illegible = refuse) -> LockFile | None:
     except OSError as error:
         raise UsageError(f"the lock file {path} cannot be read: {error.strerror}", again) from error
     except plainyaml.NotPlain as error:
-        place = _conflict(path, text)
-        wrong = "has a merge conflict, as git left it" if place else f"is not YAML as it is written: {error}"
-        illegible(UsageError(f"the lock file {path} {wrong}", again, place=place))
+        illegible(_not_a_lock(path, text, f"is not YAML as it is written: {error}"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        wrong = f"{where}: {first['msg']}" if text.strip() else "it is empty"
-        illegible(UsageError(f"the lock file {path} is not one of ours: {wrong}", again))
+        wrong = f"{where}: {first['msg']}".removeprefix(": ") if text.strip() else "it is empty"
+        illegible(_not_a_lock(path, text, f"is not one of ours: {wrong}"))
     return None
+
+
+def _not_a_lock(path: Path, text: bytes, wrong: str) -> UsageError:
+    place = _conflict(path, text)
+    said = "has a merge conflict, as git left it" if place else wrong
+    return UsageError(f"the lock file {path} {said}", again_by(path), place=place)
 
 
 def _conflict(path: Path, text: bytes) -> Place | None:

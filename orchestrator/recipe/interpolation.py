@@ -22,7 +22,7 @@ from bigpipe.redaction import has_password, holds_token, redact
 
 from .arguments import Argument
 from .problems import Fault, Problems
-from .spelling import Spelt, spelt
+from .spelling import Spelt, plain, spelt
 from .yamlsource import Key, read_value
 
 WELL_KNOWN_SECRETS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
@@ -154,14 +154,12 @@ def _interpolate_text(text: str, scope: Scope) -> Json:
 
 def as_text(value: str | bool | int | float) -> str:
     """Return what a value is inside a text: a number as it is written, `2.10`."""
-    if isinstance(value, Spelt):
-        return value.spelling
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _as_text(reference: str, value: Json, scope: Scope) -> str:
     if scope.stages and isinstance(value, Spelt):
-        return str(value)  # a condition compares numbers
+        return str(plain(value))  # a condition compares numbers
     if isinstance(value, str | bool | int | float):
         return as_text(value)
     kind = "null" if value is None else "a map" if isinstance(value, Mapping) else "a list"

@@ -9,6 +9,10 @@ class Spelt:
     spelling: str
     """How the number is written: `2.10`, `1e3`, `0x10`."""
 
+    def __str__(self) -> str:
+        """What becomes of it where a text is taken: fields of pydantic that coerce numbers ask for it too."""
+        return self.spelling
+
 
 class _Float(Spelt, float):
     pass

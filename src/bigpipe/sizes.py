@@ -66,14 +66,14 @@ BARE = 10**6
 
 def is_bare(value: int | str) -> bool:
     """Return whether it is a number without a unit that nobody means as bytes."""
-    text = str(value).strip()
+    text = value.strip() if isinstance(value, str) else repr(value)
     return re.fullmatch(r"\d{1,40}(\.\d{1,40})?", text, re.ASCII) is not None and 0 < float(text) < BARE
 
 
 def refuse_bare(value: int | str) -> None:
     """Raise ValueError, with cause and cure, for a number without a unit that nobody means as bytes."""
     if is_bare(value):
-        text = str(value).strip()
+        text = value.strip() if isinstance(value, str) else repr(value)
         raise ValueError(f"{text} has no unit; write {text}GB or {text}GiB, or {text}B if it is bytes")
 
 

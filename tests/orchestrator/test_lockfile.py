@@ -176,8 +176,9 @@ class TestReading:
         ("content", "message"),
         [
             ("recipe: x\n<<<<<<< ours\nversion: 1\n=======\n", "opt.yaml.lock:2:1: .* has a merge conflict"),
+            ("<<<<<<< ours\n=======\n>>>>>>> theirs\n", "opt.yaml.lock:1:1: .* has a merge conflict"),
             ("a: b: c", "is not YAML as it is written: line 1: mapping values"),
-            ("[1, 2]", "is not one of ours"),
+            ("[1, 2]", "is not one of ours: Input"),
             ("", "is not one of ours: it is empty"),
             ("recipe: x\nversoin: 1\n", "not one of ours: versoin: Extra inputs"),
             ("recipe: x\ninputs: {a: {kind: k}}\n", r"inputs\.a\.version: Field required"),

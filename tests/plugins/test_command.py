@@ -83,6 +83,14 @@ def test_numbers_that_parameters_and_axes_bring_are_arguments_and_variables(work
     assert nodes["train@rate=0.1"].env == {"RATE": "0.1", "STEPS": "3", "FAST": "true"}
 
 
+@pytest.mark.parametrize(("number", "rate"), [("2.10", "1.50"), ("0x10", "1e3")])
+def test_a_number_is_an_argument_as_it_is_written(workshop, number, rate):
+    workshop.manifest.write_text(NUMBERS.replace("steps: 3", f"steps: {number}").replace("[0.1, 2]", f"[{rate}]"))
+    (node,) = bigpipe.load_manifest(workshop.manifest).nodes.values()
+    assert list(node.params.argv) == ["train", number, rate, f"--rate={rate}"]
+    assert node.env == {"RATE": rate, "STEPS": number, "FAST": "true"}
+
+
 def test_what_is_written_as_a_number_or_switch_is_not_guessed_to_be_text(workshop):
     """`2.10` would become 2.1."""
     workshop.manifest.write_text(NUMBERS.replace('"${matrix.rate}", "--', '2.10, 3, "${params.fast}", "--'))
