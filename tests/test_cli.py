@@ -370,15 +370,15 @@ def test_a_reporter_that_breaks_ends_the_run_and_what_runs(workshop):
     with pytest.raises(RuntimeError, match="out of ink"):
         workshop.run(
             "version: 1\nname: r\nstages:\n"
-            "  a: {uses: sleep, with: {seconds: 60}}\n  b: {uses: sleep, with: {seconds: 60}}\n",
+            "  a: {uses: sleep, with: {seconds: 60}}\n  b: {uses: sleep, with: {seconds: 61}}\n",
             reporter=Broken(),
         )
     assert {item["action"] for item in workshop.json("status", "recipe.yaml")["nodes"].values()} == {"run"}
 
 
 def test_every_failure_of_a_run_is_told_with_its_node(workshop) -> None:
-    stage = "  {0}: {{uses: flaky, with: {{fatal: true}}}}\n"
-    workshop.manifest.write_text("version: 1\nstages:\n" + stage.format("one") + stage.format("two"))
+    stage = "  {0}: {{uses: flaky, with: {{fatal: true, times: {1}}}}}\n"
+    workshop.manifest.write_text("version: 1\nstages:\n" + stage.format("one", 1) + stage.format("two", 2))
     done = workshop.command("run", "recipe.yaml", "--keep-going")
     assert done.returncode == 6
     assert re.findall(r"^error: (?:\S+: )?(one|two): the toy is broken", done.stderr, re.MULTILINE) == ["one", "two"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bigpipe.orchestrator.contract import Json
-
 from .shown import clean
 
 if TYPE_CHECKING:
     from jinja2 import BaseLoader, Environment
+
+    from bigpipe.orchestrator.contract import Json
 
 
 def page_environment(loader: BaseLoader | None = None) -> Environment:

@@ -126,7 +126,7 @@ def _location(stage: Stage[Any], settled: Stage[Any]) -> str:
     main = sys.modules["__main__"]  # which holds what it imported, too, and may have a second name
     others = [*(name for name, module in sys.modules.items() if module is not main), "__main__"]
     for name in dict.fromkeys([*parts, *others]):
-        for attribute, value in list(getattr(sys.modules[name], "__dict__", {}).items()):
+        for attribute, value in list(getattr(sys.modules.get(name), "__dict__", {}).items()):
             if value is not stage:
                 continue
             if name == "__main__" and settled.runs_in != "inline":

@@ -45,7 +45,7 @@ def test_a_start_imports_only_what_listens(tmp_path):
     inner = {name for name in imported if name.startswith(("bigpipe.bigmodel.", "bigpipe.plugins."))}
     assert inner == set()
     assert {name for name in imported if name.startswith("bigpipe.orchestrator.")} <= {
-        "bigpipe.orchestrator.report", "bigpipe.orchestrator.report.shown",
+        "bigpipe.orchestrator.report", "bigpipe.orchestrator.report.shown", "bigpipe.orchestrator.report.templates",
     }  # fmt: skip
     assert {"starlette.applications", "uvicorn.server", "jinja2"} <= imported
 
