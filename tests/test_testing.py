@@ -17,7 +17,7 @@ from support import stages
 from support.models import make_checkpoint
 
 from bigpipe.errors import DoesNotFit, StageFailed, UsageError
-from bigpipe.orchestrator.launch.leaving import await_threads
+from bigpipe.orchestrator.launch.leaving import await_threads, write_out
 from bigpipe.orchestrator.stage import Forecast
 from bigpipe.plugins.shard import STAGE as SHARD
 from bigpipe.testing import forecast_stage, run_stage
@@ -41,16 +41,28 @@ def test_what_a_kind_left_open_is_written_and_its_threads_end(stage, late, tmp_p
     assert made == {name: "rows" for name in ("cycle", "global", *["late"][:late])}
 
 
-def test_a_thread_that_does_not_end_is_named():
+def test_a_thread_that_does_not_end_fails_what_it_may_still_write(tmp_path, capsys):
     end = threading.Event()
     thread = threading.Thread(target=end.wait, name="endless")
     thread.start()
+    said = "kind mine: the thread endless still works 0 s after `run` returned"
     try:
-        with pytest.raises(StageFailed, match="kind mine: the thread endless still works 0 s after `run` returned"):
-            await_threads("mine", 0)
+        await_threads("mine", tmp_path, seconds=0)
+        assert said in capsys.readouterr().out
+        with (tmp_path / "rows").open("w"), pytest.raises(StageFailed, match=said):
+            await_threads("mine", tmp_path, seconds=0)
     finally:
         end.set()
         thread.join()
+
+
+def test_only_files_of_the_attempt_are_written_out(tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/rows").open("w") as rows, (tmp_path / "other").open("w") as other:
+        rows.write("rows")
+        other.write("rows")
+        write_out(tmp_path / "out")
+        assert ((tmp_path / "out/rows").read_text(), (tmp_path / "other").read_text()) == ("rows", "")
 
 
 def test_ranks_are_really_launched(tmp_path):

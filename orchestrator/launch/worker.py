@@ -163,7 +163,7 @@ def _call_stage(file: JobFile, folder: AttemptFolder, mode: Mode, rank: int) -> 
         function: Callable[..., StageResult | None] | None = functions.get(mode, stage.run)
         assert function is not None  # noqa: S101 (the executor asks for what there is)
         given = function(params, context)
-        await_threads(kind.kind)
+        await_threads(kind.kind, job.out, job.scratch)
         write_out(job.out, job.scratch)
     return Outcome() if mode == "prepare" else Outcome.of(given, stage)
 

@@ -278,8 +278,11 @@ def redact_fields(value: Any, field: str = "") -> Any:
 
 
 def redact_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics by the names that gates know, with what is in them as values."""
-    return {_without_given_away(name): redact_json(value, redact_value) for name, value in metrics.items()}
+    """Return metrics with what is in them as values; a name that a gate can ask for stays."""
+    return {
+        name if name.replace(".", "_").isidentifier() else redact_value(name): redact_json(value, redact_value)
+        for name, value in metrics.items()
+    }
 
 
 def masked_texts(values: Iterable[Any], encode: Callable[[Any], str]) -> tuple[list[str], list[int]]:
