@@ -18,7 +18,7 @@ from support import leaking
 from support.hub import LoopbackHub
 from support.workshop import Workshop
 
-from bigpipe.redaction import redact
+from bigpipe.redaction import conceal, redact, redact_fields
 from bigpipe.trust import Limits
 
 SECRET = 'k"ana/ri+ü\\9f31c7&x'
@@ -442,3 +442,30 @@ def test_a_secret_that_is_a_word_like_any_other_breaks_nothing(words: tuple[str,
     assert (shown["manifest"], shown["status"]) == (str(shop.manifest), "succeeded")
     assert set(shown["nodes"]) == {"test", "findings-test"}
     command("get", "test", "out")
+
+
+def test_a_secret_under_a_name_like_any_other_is_in_no_record(tmp_path: Path) -> None:
+    """What a recipe calls its parameters, and a kind its metrics, says nothing of what is in them."""
+    secret = "Zx9-corr3ct-horse-battery"
+    shop = Workshop(tmp_path)
+    shop.manifest.write_text(
+        "version: 1\nname: named\nsecrets: [PASSPHRASE]\nparams: {key: x, path: y, source: z, other: w}\nstages:\n"
+        "  one:\n    uses: write\n    secrets: [PASSPHRASE]\n"
+        '    env: {A: "${params.key}", B: "${params.path}", C: "${params.source}"}\n'
+        '    with: {text: "${params.other}"}\n'
+    )
+    given = [each for name in ("key", "path", "source") for each in ("-p", f"{name}={secret}")]
+    for command in (("run", "--json"), ("plan", "--json"), ("lock",)):
+        done = shop.command(command[0], "recipe.yaml", *given, *command[1:], PASSPHRASE=secret)
+        assert done.returncode == 0, done.stderr
+        assert secret not in done.stdout + done.stderr
+    texts = [shop.manifest.with_name("recipe.yaml.lock"), *(tmp_path / "store" / "runs").rglob("*.json*")]
+    told = [path for path in texts if path.name != "job.json"]  # which is what the stage is given
+    assert {"run.json", "events.jsonl", "recipe.yaml.lock"} <= {path.name for path in told}
+    assert [path for path in told if secret in path.read_text()] == []
+
+
+def test_metrics_keep_no_secret() -> None:
+    conceal(["Zx9-corr3ct-horse"])
+    told = {"metrics": {"address": "https://u:pw@h/x?sig=abcdef", "made_of": "tok_Zx9-corr3ct-horse", "kept": 1}}
+    assert redact_fields(told) == {"metrics": {"address": "https://u:***@h/x?sig=***", "made_of": "tok_***", "kept": 1}}
