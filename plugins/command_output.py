@@ -77,7 +77,7 @@ def _check_rows(path: Path) -> None:
 
 def read_metrics(path: Path) -> tuple[dict[str, int | float], list[str]]:
     """Return what gates can read of a file of metrics, finite numbers by name, those of maps by dotted path, and the
-    names of what they cannot. Raise StageFailed for what holds no JSON object."""
+    names of what they cannot, also those that two values have. Raise StageFailed for what holds no JSON object."""
     cure = 'write one JSON object of names and numbers: {"perplexity": 12.5}'
     try:
         found = parse_json(read_file(path, LARGEST_METRICS))
@@ -88,8 +88,11 @@ def read_metrics(path: Path) -> tuple[dict[str, int | float], list[str]]:
         raise StageFailed(f"{path.name} is no JSON: {error}", cure, field="metrics") from error
     if not isinstance(found, dict):
         raise StageFailed(f"{path.name} holds no object", cure, field="metrics")
-    values = dict(_flat(found))
-    numbers = {name: value for name, value in values.items() if METRIC.fullmatch(name) and _is_finite(value)}
+    values: dict[str, list[Json]] = {}
+    for name, value in _flat(found):
+        values.setdefault(name, []).append(value)
+    single = {name: each[0] for name, each in values.items() if len(each) == 1 and METRIC.fullmatch(name)}
+    numbers = {name: value for name, value in single.items() if _is_finite(value)}
     return numbers, [name for name in values if name not in numbers]
 
 

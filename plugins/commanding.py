@@ -108,7 +108,7 @@ def run(params: CommandParams, context: StageContext) -> StageResult:
     if others:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         told = ", ".join(f"{name!r:.100}" for name in others[:SHOWN])
-        context.log(f"{params.metrics}: gates read finite numbers with plain names, and not {told}{more}")
+        context.log(f"{params.metrics}: gates read finite numbers with plain names of their own, and not {told}{more}")
     return StageResult(CommandMetrics.model_validate(metrics), type=params.produces)
 
 

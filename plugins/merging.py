@@ -76,7 +76,7 @@ def forecast(params: MergeParams, context: ForecastContext) -> Forecast:
 
 def _whose_tokenizer(params: MergeParams, adapters: list[AdapterDescription]) -> list[str]:
     brought = params.tokenizer == "adapter" and any(adapter.brings_tokenizer for adapter in adapters)
-    return ["tokenizer and chat template are the adapter's"] if brought else []
+    return ["the tokenizer is the adapter's, and so is the chat template, where it brings one"] if brought else []
 
 
 def _sizes(

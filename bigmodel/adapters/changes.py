@@ -85,9 +85,10 @@ def bind(
     """
     lora = read_lora(adapter)
     architecture = agree(described, architecture, memo).architecture
-    binding = _Binding(adapter, lora, architecture, match_stored(described, architecture, memo).made)
     modules, whole = _sorted_apart(adapter)
     names = _names_of_class(modules, whole, described, architecture, memo)
+    trained = {today: name for name, today in names.items()}
+    binding = _Binding(adapter, lora, architecture, match_stored(described, architecture, memo).made, trained)
     modules = {names.get(name, name): held for name, held in modules.items()}
     return list(binding.changes(modules, {names.get(name, name): held for name, held in whole.items()}))
 
@@ -150,6 +151,9 @@ class _Binding:
     architecture: Architecture
     made: Mapping[str, object]
     """The model's names → stored names."""
+    trained: Mapping[str, str] = field(default_factory=dict)
+    """The model's names → those that they had as the adapter was trained, where these are others: its config has
+    them."""
 
     def changes(self, modules: Mapping[str, _OfModule], whole: Mapping[str, Held]) -> Iterator[Bound]:
         """Embeddings are replaced first, and then changed: peft saves those whose tokens it changed too."""
@@ -225,7 +229,7 @@ class _Binding:
     def _left(self, target: str, whole: Mapping[str, object]) -> Iterator[Bound]:
         """What was tied to a module of `modules_to_save`: peft trains a copy of that, and leaves the others what they
         were; with `ensure_weight_tying` it saves them too."""
-        config, module = self.adapter.config, target.rpartition(".")[0]
+        config, module = self.adapter.config, self.trained.get(target, target).rpartition(".")[0]
         saved = any(module.endswith(str(name)) for name in config.get("modules_to_save") or ())
         if not saved or target in self.architecture.aliases:
             return
@@ -265,7 +269,8 @@ class _Binding:
     ) -> tuple[LowRank, tuple[Part, Part]]:
         (a_name, a_dtype, _), (b_name, b_dtype, _) = pair
         turned, (rows, columns) = self._turned(module, weight, pair, embedding), weight.shape
-        one = Pair(self.lora.rank(module.name), a_dtype, b_dtype, self.lora.scaling(module.name))
+        trained = self._trained(module)
+        one = Pair(self.lora.rank(trained), a_dtype, b_dtype, self.lora.scaling(trained))
         return LowRank(rows, columns, (one,), turned=turned, rounded=embedding), ((0, a_name), (0, b_name))
 
     def _turned(self, module: ModuleSpec, weight: TensorSpec, pair: tuple[Held, Held], embedding: bool) -> bool:
@@ -276,7 +281,7 @@ class _Binding:
         inputs, outputs = weight.shape if turned else weight.shape[::-1]
         if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != inputs or b_shape[0] != outputs:
             raise self._misshapen(module.name, weight.shape, f"its matrices are {list(a_shape)} and {list(b_shape)}")
-        if not a_shape[0] == b_shape[1] == (rank := self.lora.rank(module.name)):
+        if not a_shape[0] == b_shape[1] == (rank := self.lora.rank(self._trained(module))):
             where = self.adapter.where
             cause = f"{where}: {a_name} is {list(a_shape)}, and its config says rank {rank} for {module.name}"
             raise InvalidCheckpoint(cause, "its adapter_config.json belongs to other weights: fetch both again")
@@ -300,14 +305,19 @@ class _Binding:
             )
         if spec.shape != shape:
             raise self._misshapen(spec.name, spec.shape, f"{name} is {list(shape)}")
-        return Bound(spec.name, self._stored(spec.name)[0], Added(dtype, self.lora.scaling(module.name)), ((0, name),))
+        added = Added(dtype, self.lora.scaling(self._trained(module)))
+        return Bound(spec.name, self._stored(spec.name)[0], added, ((0, name),))
 
     def _rows(self, module: ModuleSpec, weight: TensorSpec, stored: str, name: str, dtype: str, shape: Shape) -> Bound:
-        indices = self.lora.rows(module.name, module.name == self.architecture.input_embedding)
+        indices = self.lora.rows(self._trained(module), module.name == self.architecture.input_embedding)
         if shape != (len(indices), weight.shape[1]) or any(index >= weight.shape[0] for index in indices):
             told = f"{name} is {list(shape)}, and trainable_token_indices names {len(indices)} rows"
             raise self._misshapen(module.name, weight.shape, told)
         return Bound(weight.name, stored, Rows(dtype, shape[1], indices), ((0, name),))
+
+    def _trained(self, module: ModuleSpec) -> str:
+        """Return the name by which the adapter's config knows a module."""
+        return self.trained.get(module.name, module.name)
 
     def _misshapen(self, target: str, wanted: Shape, found: str) -> UsageError:
         return self._other(f"{target} of {self.architecture.class_name} is {list(wanted)}, and {found}")

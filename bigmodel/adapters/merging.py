@@ -17,6 +17,7 @@ from typing import Any, Literal
 from bigpipe.bigmodel.architecture import architecture_of, untied_checkpoint
 from bigpipe.bigmodel.checkpoint import (
     DECODED,
+    MAX_CONFIG,
     Adapter,
     AdapterDescription,
     Checkpoint,
@@ -26,8 +27,10 @@ from bigpipe.bigmodel.checkpoint import (
     check_file,
     describe_opened,
     is_of_tokenizer,
+    is_template,
     open_adapter,
     open_checkpoint,
+    read_json,
     tensor_nbytes,
 )
 from bigpipe.bigmodel.formats import BUILT_IN, PLAIN, decode, decoded, format_of, set_apart
@@ -43,7 +46,7 @@ from bigpipe.bigmodel.writing import (
     refuse_in_place,
 )
 from bigpipe.errors import UsageError
-from bigpipe.files import copy_file, link, make_folders, refuse_overlap
+from bigpipe.files import copy_file, link, make_folders, refuse_overlap, write_file
 from bigpipe.names import PATH, Given, checked
 from bigpipe.sizes import counted, format_transfer, size_of
 from bigpipe.trust import Trust
@@ -57,6 +60,7 @@ from .unpacking import unpacked
 Whose = Literal["adapter", "model"]
 """Whose tokenizer and chat template a merged model has. adapter: of the first that brings a whole one, else the
 model's."""
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,15 +231,29 @@ def merge_opened(
     trained_with = next((each for each in adapters if each.tokenizer and merge.tokenizer == "adapter"), None)
     if trained_with is None:
         return _merge(checkpoint, adapters, out, merge, sources, linked, progress, journal)
-    merged = _merge(_without_tokenizer(checkpoint), adapters, out, merge, sources, linked, progress, journal)
-    return replace(merged, files={**merged.files, **_carry_tokenizer(trained_with, out, linked)})
+    own = any(map(is_template, trained_with.tokenizer)) or _template_within(trained_with.path) is not None
+    merged = _merge(_without_tokenizer(checkpoint, own), adapters, out, merge, sources, linked, progress, journal)
+    files = {**merged.files, **_carry_tokenizer(trained_with, out, linked)}
+    if not own and (template := _template_within(checkpoint.folder)) and not (out / TEMPLATE).exists():
+        files[TEMPLATE] = write_file(out / TEMPLATE, template.encode())
+    return replace(merged, files=files)
 
 
-def _without_tokenizer(checkpoint: Checkpoint) -> Checkpoint:
+def _without_tokenizer(checkpoint: Checkpoint, templates: bool) -> Checkpoint:
+    """Without its chat templates too, or with these."""
+
     def stays(extra: Path) -> bool:
-        return not is_of_tokenizer(extra.relative_to(checkpoint.folder).as_posix())
+        name = extra.relative_to(checkpoint.folder).as_posix()
+        return not is_of_tokenizer(name) or (is_template(name) and not templates)
 
     return replace(checkpoint, extras=tuple(filter(stays, checkpoint.extras)))
+
+
+def _template_within(folder: Path) -> str | None:
+    """Return the chat template that stands in a tokenizer's config; None where none does."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path, folder, MAX_CONFIG).get("chat_template") if path.exists() else None
+    return found if isinstance(found, str) else None
 
 
 def _carry_tokenizer(adapter: Adapter, out: Path, linked: bool) -> Files:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         is_module,
         is_of_tokenizer,
         is_part,
+        is_template,
         no_weights,
         refuse_adapter,
         tokenizer_files,

@@ -36,9 +36,9 @@ _VOCABULARY = (
     "tokenizer.json", "tokenizer.model*", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model",
     "sentencepiece*.model",
 )  # fmt: skip
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*")
 _TOKENIZER = (
-    *_VOCABULARY, _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*",
+    *_VOCABULARY, _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "merges.txt", *_TEMPLATES,
 )  # fmt: skip
 _USUAL = (
     ("model", ".safetensors"), ("pytorch_model", ".bin"),
@@ -181,6 +181,11 @@ def refuse_adapter(names: Collection[str], where: object) -> None:
 def is_of_tokenizer(name: str) -> bool:
     """Return whether a file, by its relative path, belongs to a tokenizer, or is a chat template."""
     return any(fnmatchcase(name, glob) for glob in _TOKENIZER)
+
+
+def is_template(name: str) -> bool:
+    """Return whether a file, by its relative path, holds a chat template and nothing else."""
+    return any(fnmatchcase(name, glob) for glob in _TEMPLATES)
 
 
 def tokenizer_files(names: Iterable[str]) -> list[str]:

@@ -217,7 +217,10 @@ def test_an_adapter_of_the_base_alone_is_merged_into_the_model(tmp_path: Path, l
     import transformers
 
     base = transformers.AutoModel.from_pretrained(llama, dtype="auto")
-    adapter = tuned(llama, tmp_path / "lora", model=base, r=2, target_modules=["q_proj", "embed_tokens"])
+    patterns = {
+        "rank_pattern": {"^layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"^layers.0.self_attn.q_proj": 64},
+    }  # fmt: skip
+    adapter = tuned(llama, tmp_path / "lora", model=base, r=2, target_modules=["q_proj", "embed_tokens"], **patterns)
     assert "base_model.model.layers.0.self_attn.q_proj.lora_A.weight" in open_adapter(adapter).tensors
     merge_adapter(llama, adapter, tmp_path / "out")
     peft = pytest.importorskip("peft")
@@ -240,14 +243,21 @@ def test_an_adapter_with_the_names_that_the_class_had_is_merged(tmp_path: Path) 
     )
     base = tmp_path / "base"
     transformers.LlavaForConditionalGeneration(config).save_pretrained(base)
-    adapter = tuned(base, tmp_path / "lora", r=2, target_modules=r".*language_model.*q_proj")
+    now, before = "model.language_model.", "language_model.model."
+    layer, table = f"{now}layers.0.self_attn.", f"{now}embed_tokens"
+    fields: dict[str, Any] = {
+        "rank_pattern": {f"{layer}q_proj": 3}, "alpha_pattern": {f"{layer}v_proj": 64},
+        "trainable_token_indices": {table: [3, 7]}, "modules_to_save": [f"{now}norm"],
+    }  # fmt: skip
+    adapter = tuned(base, tmp_path / "lora", r=2, target_modules=r".*language_model.*[qv]_proj", **fields)
+    wanted = merged_by_peft(base, adapter)
     held = load_file(adapter / "adapter_model.safetensors")
-    now, before = "model.model.language_model.", "model.language_model.model."
-    assert all(now in name for name in held)
-    old = {name.replace(now, before): tensor for name, tensor in held.items()}
+    assert all(f"model.{now}" in name for name in held)
+    old = {name.replace(f"model.{now}", f"model.{before}"): tensor for name, tensor in held.items()}
     save_file(old, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    rewrite(adapter, **json.loads(json.dumps(fields).replace(now, before)))
     merge_adapter(base, adapter, tmp_path / "out")
-    assert_same(tmp_path / "out", merged_by_peft(base, adapter))
+    assert_same(tmp_path / "out", wanted)
 
 
 def test_a_vocabulary_that_was_resized_and_learnt_is_merged_into_the_resized_model_alone(

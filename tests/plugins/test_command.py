@@ -357,7 +357,8 @@ def test_what_it_made_is_checked(workshop, name, text, more, cause):
 
 
 def test_what_gates_cannot_read_costs_a_line_and_not_the_work(workshop):
-    text = '{"acc": 0.5, "acc,none": 0.4, "alias": "x", "deep": {"mean": 2, "a b": 1}, "b": NaN, "c": true, "d": 1%s}'
+    text = '{"acc": 0.5, "acc,none": 0.4, "alias": "x", "deep": {"mean": 2, "a b": 1}, "b": NaN, "c": true, "d": 1%s, '
+    text += '"e": {"f": 1}, "e.f": 2}'
     script = WRITES.format(name="m.json", text=text % ("0" * 400))
     quoted, more = json.dumps(script), "produces: report, metrics: m.json"
     gates = ", gates: ['acc >= 0.1', 'deep.mean == 2']"
@@ -365,7 +366,7 @@ def test_what_gates_cannot_read_costs_a_line_and_not_the_work(workshop):
     assert result.exit_code == 0, result.errors
     assert result.nodes["it"].record.metrics == {"acc": 0.5, "deep.mean": 2}
     (line,) = [line for line in log_lines("last", None) if "m.json" in line]
-    assert line.endswith("and not 'acc,none', 'alias', 'deep.a b', 'b', 'c', 'd'")
+    assert line.endswith("and not 'acc,none', 'alias', 'deep.a b', 'b', 'c', 'd', 'e.f'")
 
 
 @pytest.mark.parametrize("copy", ["cp -r $0/. $1", "mkdir -p $1/a/b && cp -r $0/. $1/a/b", "cp -rL $0/. $1"])

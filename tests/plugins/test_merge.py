@@ -87,9 +87,8 @@ def test_a_merged_model_speaks_as_its_adapter_was_trained(shop: Workshop, whose:
     recipe = shop.manifest.read_text().replace("60KB}", f"60KB, tokenizer: {whose}}}")
     shop.manifest.write_text(recipe)
     plan = bigpipe.plan(shop.manifest)
-    assert ("tokenizer and chat template are the adapter's" in plan.nodes["merge"].forecast.details) == (
-        whose == "adapter"
-    )
+    said = "the tokenizer is the adapter's, and so is the chat template, where it brings one"
+    assert (said in plan.nodes["merge"].forecast.details) == (whose == "adapter")
     shop.manifest.write_text(UNPLACED)
     untaken = "tokenizer and chat template are the model's, not the adapter's: `merge` takes those"
     assert untaken in bigpipe.plan(shop.manifest).nodes["generate"].forecast.details
@@ -102,6 +101,17 @@ def test_a_merged_model_speaks_as_its_adapter_was_trained(shop: Workshop, whose:
     assert {path.name for path in (shop.folder / "by-hand").glob("[!m]*")} == {
         path.name for path in merged.glob("[!m]*")
     }
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_model_keeps_its_chat_template_where_the_adapter_has_none(shop: Workshop, within: bool) -> None:
+    for folder in ("base", "lora"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "base: {{ messages }}" if folder == "base" else None
+        tokenizer.save_pretrained(shop.folder / folder, save_jinja_files=not within)
+    assert (shop.folder / "base" / "chat_template.jinja").exists() != within
+    bigpipe.merge_adapter(shop.folder / "base", shop.folder / "lora", shop.folder / "merged")
+    assert AutoTokenizer.from_pretrained(shop.folder / "merged").chat_template == "base: {{ messages }}"
 
 
 def test_an_adapter_comes_from_any_tool(shop: Workshop) -> None:
