@@ -68,7 +68,7 @@ def _next_moment(run: str) -> datetime:
         second = datetime.fromisoformat(f"{run[:8]}T{run[9:15]}+00:00")
         return second + timedelta(milliseconds=int(run[16:19], 16) + 1)
     except (ValueError, OverflowError):
-        return datetime.min.replace(tzinfo=UTC)
+        return datetime(1, 1, 1, tzinfo=UTC)
 
 
 def latest_run(runs: Path) -> str:
